@@ -1,0 +1,642 @@
+"""Sparse training: how dense each layer is, which weights live, and when that changes.
+
+The parts compose and each can be used alone:
+
+* ``layer_densities`` / ``layer_counts`` spread a density over the layers (IGQ, ERK, ER, uniform);
+* ``initial_masks`` draws or scores the first masks (also SNIP, GraSP, SynFlow, magnitude);
+* ``drop_lowest`` and ``grow_highest`` are the two halves of every mask update, with exact counts;
+* ``DropFractionSchedule`` says how much to drop, ``DensityController`` is Flying Bird+'s verdict;
+* ``Masking`` holds the masks of a network in training and applies all of this.
+
+Sources: "Sparsity Winning Twice" (Chen et al., ICLR 2022) for Flying Bird and Flying Bird+; "Rigging the
+Lottery" (Evci et al., ICML 2020) for ERK and gradient growth; "Connectivity Matters" (Vysogorets and
+Kempe, JMLR 2023) for the ideal gas quotas (IGQ).
+
+In someone else's training loop::
+
+    masking = Masking(model, optimizer, MaskingConfig(density=0.1, total_steps=epochs * len(loader)))
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_function(model(x), y).backward()
+        optimizer.step()
+        masking.step()
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.seeding import random_bits, stream, uniform
+
+DENSITY_METHODS = ("igq", "erk", "er", "uniform")
+SCORED_STARTS = ("magnitude", "random_global", "snip", "grasp", "synflow")
+SPARSE_INITS = DENSITY_METHODS + SCORED_STARTS
+GROWTHS = ("random", "gradient", "momentum")
+SCHEDULES = ("cosine", "linear", "constant")
+_GRASP_TEMPERATURE = 200.0
+_SYNFLOW_ROUNDS = 100
+
+Batch = tuple[Tensor, Tensor]
+
+
+# ---------------------------------------------------------------- densities by layer
+
+
+def layer_densities(shapes: Mapping[str, Sequence[int]], density: float, method: str) -> dict[str, float]:
+    """Spread one density over layers.
+
+    Args:
+        shapes: weight shape by layer name, 2-d or 4-d, output channels first.
+        density: kept fraction of all weights together, in (0, 1].
+        method: ``igq`` (keep 1 / (F n + 1) of a layer of n weights, F by bisection), ``erk`` (proportional
+            to the sum over the product of the shape), ``er`` (the same from the two channel counts alone) or
+            ``uniform``. For ``erk`` and ``er`` a layer that would pass 1 is dense and the rest is solved again.
+
+    Returns:
+        The kept fraction of each layer, in (0, 1]; weighted by size they average to ``density``.
+
+    Raises:
+        ValueError: a density outside (0, 1], an unknown method, no layers.
+    """
+    _check_density(density)
+    if not shapes:
+        raise ValueError("no layers to spread a density over")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if method == "uniform" or density == 1.0:
+        return dict.fromkeys(shapes, density)
+    if method == "igq":
+        return _igq(sizes, density)
+    if method == "erk":
+        return _erdos_renyi(sizes, {name: sum(s) / math.prod(s) for name, s in shapes.items()}, density)
+    if method == "er":
+        return _erdos_renyi(sizes, {name: (s[0] + s[1]) / (s[0] * s[1]) for name, s in shapes.items()}, density)
+    raise ValueError(f"unknown density method {method!r}; known: {', '.join(DENSITY_METHODS)}")
+
+
+def _igq(sizes: Mapping[str, int], density: float) -> dict[str, float]:
+    target = density * sum(sizes.values())
+    low, high = 0.0, 1.0
+    while sum(n / (high * n + 1) for n in sizes.values()) > target:
+        high *= 2
+    for _ in range(200):  # to the last bit of a float64
+        middle = (low + high) / 2
+        if sum(n / (middle * n + 1) for n in sizes.values()) > target:
+            low = middle
+        else:
+            high = middle
+    return {name: 1 / (high * n + 1) for name, n in sizes.items()}
+
+
+def _erdos_renyi(sizes: Mapping[str, int], weights: Mapping[str, float], density: float) -> dict[str, float]:
+    dense: set[str] = set()
+    while True:
+        budget = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
+        scale = budget / sum(sizes[name] * weights[name] for name in sizes if name not in dense)
+        over = {name for name in sizes if name not in dense and scale * weights[name] > 1}
+        if not over:
+            return {name: 1.0 if name in dense else scale * weights[name] for name in sizes}
+        dense |= over
+
+
+def layer_counts(shapes: Mapping[str, Sequence[int]], density: float, method: str) -> dict[str, int]:
+    """Live weights of each layer: ``layer_densities`` in whole weights.
+
+    They sum to ``round(density * total)`` exactly (largest remainders, ties to the earlier layer), and no
+    layer is left without a weight, so that no network is cut in two by rounding.
+    """
+    densities = layer_densities(shapes, density, method)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    exact = {name: densities[name] * n for name, n in sizes.items()}
+    counts = {name: max(1, min(sizes[name], math.floor(value))) for name, value in exact.items()}
+    missing = round(density * sum(sizes.values())) - sum(counts.values())
+    by_remainder = sorted(sizes, key=lambda name: counts[name] - exact[name])
+    while missing > 0:
+        for name in [name for name in by_remainder if counts[name] < sizes[name]][:missing]:
+            counts[name] += 1
+            missing -= 1
+    while missing < 0:
+        largest = max(counts, key=lambda name: counts[name])
+        if counts[largest] == 1:
+            raise ValueError(f"density {density} leaves fewer weights than the network has layers ({len(sizes)})")
+        counts[largest] -= 1
+        missing += 1
+    return counts
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is the kept fraction and lies in (0, 1], not {density}")
+
+
+# ---------------------------------------------------------------- drop and grow
+
+
+def drop_lowest(score: Tensor, mask: Tensor, n: int) -> Tensor:
+    """A new mask without the ``n`` live positions of lowest score.
+
+    Args:
+        score: any shape, floating; NaN counts as the highest.
+        mask: bool, the same shape; True is live. Not changed.
+        n: how many to drop, 0 to the number of live positions.
+
+    Ties go to the lower index (row-major), on every device. Raises ``ValueError`` for a bad ``n``.
+    """
+    return _switch(score, mask, n, chosen_from=mask, lowest=True)
+
+
+def grow_highest(score: Tensor, mask: Tensor, n: int) -> Tensor:
+    """A new mask with the ``n`` dead positions of highest score added.
+
+    Args and ties as in ``drop_lowest``; ``n`` is 0 to the number of dead positions.
+    """
+    return _switch(score, mask, n, chosen_from=~mask, lowest=False)
+
+
+def _switch(score: Tensor, mask: Tensor, n: int, *, chosen_from: Tensor, lowest: bool) -> Tensor:
+    if score.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(f"score {tuple(score.shape)} and bool mask {tuple(mask.shape)} must have the same shape")
+    # Row-major order whatever the memory format, so that ties break alike for channels-last weights.
+    candidates = chosen_from.reshape(-1)
+    positions = candidates.nonzero().squeeze(1)
+    if not 0 <= n <= positions.numel():
+        raise ValueError(f"cannot choose {n} of {positions.numel()} positions")
+    switched = mask.reshape(-1).clone()
+    if n:
+        values = score.reshape(-1)[positions]
+        switched[positions[_extreme(values, n, lowest)]] = not lowest
+    return switched.view(mask.shape)
+
+
+def _extreme(values: Tensor, n: int, lowest: bool) -> Tensor:
+    """Indices of the ``n`` lowest (or highest) values, ties to the lower index."""
+    if lowest:
+        threshold = values.kthvalue(n).values
+        beyond = values < threshold
+    else:
+        threshold = values.kthvalue(values.numel() - n + 1).values
+        beyond = (values > threshold) | (values.isnan() & ~threshold.isnan())
+    tied = ((values == threshold) | (values.isnan() & threshold.isnan())).nonzero().squeeze(1)
+    beyond_indices = beyond.nonzero().squeeze(1)
+    return torch.cat([beyond_indices, tied[: n - beyond_indices.numel()]])
+
+
+# ---------------------------------------------------------------- schedules and verdicts
+
+
+@dataclass(frozen=True)
+class DropFractionSchedule:
+    """The fraction of a layer's live weights dropped at a mask update after ``step`` optimizer steps.
+
+    ``cosine`` and ``linear`` go from ``initial`` to ``minimum`` over ``total_steps`` and stay there;
+    ``constant`` stays at ``initial``. The paper calls it the death rate.
+    """
+
+    initial: float
+    total_steps: int
+    kind: str = "cosine"
+    minimum: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.initial <= 1.0:
+            raise ValueError(f"the drop fraction lies in (0, 1], not {self.initial}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be positive, not {self.total_steps}")
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.kind!r}; known: {', '.join(SCHEDULES)}")
+
+    def at(self, step: int) -> float:
+        """The fraction after ``step`` optimizer steps, in (0, 1]."""
+        progress = min(max(step / self.total_steps, 0.0), 1.0)
+        floor = min(self.minimum, self.initial)
+        if self.kind == "cosine":
+            return floor + (self.initial - floor) * (1 + math.cos(math.pi * progress)) / 2
+        if self.kind == "linear":
+            return self.initial + (floor - self.initial) * progress
+        return self.initial
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What Flying Bird+ adds to one mask update, for all layers: ``prune`` further weights, ``grow`` more."""
+
+    prune: bool = False
+    grow: bool = False
+
+
+@dataclass
+class DensityController:
+    """Flying Bird+'s two tests on how training goes (paper, section 3.2; SPEC 6).
+
+    ``prune``: (training accuracy - validation RA) rose in at least ``threshold`` of the last
+    ``epoch_range`` epoch-to-epoch differences. ``grow``: the validation robust loss did not fall in at
+    least that fraction. Fewer differences are used when fewer exist; none means no verdict.
+    """
+
+    epoch_range: int = 4
+    threshold: float = 0.5
+    start_epoch: int = 100
+    gaps: list[float] = field(default_factory=list)
+    val_losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.epoch_range < 1:
+            raise ValueError(f"epoch_range counts epoch-to-epoch differences and is at least 1, not {self.epoch_range}")
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"the threshold is a fraction in (0, 1], not {self.threshold}")
+
+    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
+        """Take in one finished epoch: accuracies in percent, the mean robust loss on validation images."""
+        self.gaps.append(float(train_ra) - float(val_ra))
+        self.val_losses.append(float(val_loss))
+
+    def decide(self, epoch: int) -> Verdict:
+        """The verdict during ``epoch`` (from 0), which sees the epochs observed before it."""
+        if epoch < self.start_epoch:
+            return Verdict()
+        rises = [after > before for before, after in _pairs(self.gaps[:epoch], self.epoch_range)]
+        not_falls = [after >= before for before, after in _pairs(self.val_losses[:epoch], self.epoch_range)]
+        return Verdict(prune=self._reached(rises), grow=self._reached(not_falls))
+
+    def _reached(self, held: Sequence[bool]) -> bool:
+        return bool(held) and sum(held) / len(held) >= self.threshold
+
+
+def _pairs(values: Sequence[float], most: int) -> list[tuple[float, float]]:
+    """The last ``most`` pairs of neighbours."""
+    return list(zip(values[:-1], values[1:], strict=True))[-most:]
+
+
+# ---------------------------------------------------------------- first masks
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every 4-d (convolution) and 2-d (linear) weight by name; biases and norms are never masked."""
+    return {name: p for name, p in model.named_parameters() if p.dim() in (2, 4)}
+
+
+def initial_masks(
+    model: nn.Module, density: float, method: str = "igq", *, seed: int = 1, batches: Sequence[Batch] = ()
+) -> dict[str, Tensor]:
+    """First masks (name -> bool, True is live) with ``round(density * total)`` live weights in all.
+
+    Args:
+        model: left as it is; scores are computed on a copy.
+        density: kept fraction in (0, 1].
+        method: a density method (positions drawn at random within the layer's exact count), or a score over
+            all layers together: ``magnitude``, ``random_global``, ``snip`` (Lee et al., 2019), ``grasp`` (Wang
+            et al., 2020), ``synflow`` (Tanaka et al., 2020).
+        seed: of the random positions.
+        batches: images and labels for ``snip`` and ``grasp`` (their gradients are summed over them); the
+            image shape is also what ``synflow`` needs.
+
+    Raises:
+        ValueError: unknown method, bad density, no batches where the score needs them.
+    """
+    _check_density(density)
+    weights = prunable(model)
+    if method in DENSITY_METHODS:
+        counts = layer_counts({name: tuple(w.shape) for name, w in weights.items()}, density, method)
+        return {
+            name: grow_highest(_random_score(w, seed, "init", name), torch.zeros_like(w, dtype=torch.bool), counts[name])
+            for name, w in weights.items()
+        }
+    if method not in SCORED_STARTS:
+        raise ValueError(f"unknown sparse start {method!r}; known: {', '.join(SPARSE_INITS)}")
+    if method in ("snip", "grasp", "synflow") and not batches:
+        raise ValueError(f"{method} needs batches of images and labels to score the weights")
+    if method == "synflow":
+        return _synflow_masks(model, density, batches[0][0][:1])
+    if method == "magnitude":
+        scores = {name: w.detach().abs() for name, w in weights.items()}
+    elif method == "random_global":
+        scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
+    else:
+        scores = (_snip_scores if method == "snip" else _grasp_scores)(model, batches)
+    return global_masks(scores, density)
+
+
+def global_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Keep the highest scores over all layers together, ``round(density * total)`` in all; ties to the earlier layer."""
+    _check_density(density)
+    flat = torch.cat([score.reshape(-1) for score in scores.values()])
+    kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), round(density * flat.numel()))
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
+    counter = torch.arange(weight.numel(), device=weight.device)
+    return uniform(stream(seed, *names), counter).view(weight.shape)
+
+
+def _snip_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """|w * dL/dw| with the loss summed over all batches."""
+    model = copy.deepcopy(model).train()
+    weights = prunable(model)
+    for x, y in batches:
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    return {name: (w.detach() * w.grad).abs() for name, w in weights.items() if w.grad is not None}
+
+
+def _grasp_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """w * (H g): how much gradient flow is lost with a weight (kept: the highest), logits divided by 200."""
+    model = copy.deepcopy(model).train()
+    weights = prunable(model)
+
+    def gradients(x: Tensor, y: Tensor, create_graph: bool) -> Sequence[Tensor]:
+        loss = F.cross_entropy(model(x) / _GRASP_TEMPERATURE, y, reduction="sum")
+        return torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+
+    totals = [torch.zeros_like(w) for w in weights.values()]
+    for x, y in batches:
+        torch._foreach_add_(totals, list(gradients(x, y, create_graph=False)))
+    products = [torch.zeros_like(w) for w in weights.values()]
+    for x, y in batches:
+        alignment = sum((g * t).sum() for g, t in zip(gradients(x, y, create_graph=True), totals, strict=True))
+        torch._foreach_add_(products, list(torch.autograd.grad(alignment, list(weights.values()))))
+    return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), products, strict=True)}
+
+
+def _synflow_masks(model: nn.Module, density: float, x: Tensor) -> dict[str, Tensor]:
+    """100 rounds of keeping the highest |w * dR/dw|, R = the network's output on ones with all weights positive."""
+    # float64: in a deep positive network the products span more than float32 holds.
+    model = copy.deepcopy(model).double().eval()
+    weights = prunable(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    ones = torch.ones_like(x, dtype=torch.float64)
+    normalize = getattr(model, "normalize", None)
+    if normalize is not None:  # so that the first convolution sees ones
+        ones = ones * normalize.std.view(1, -1, 1, 1) + normalize.mean.view(1, -1, 1, 1)
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    for done in range(1, _SYNFLOW_ROUNDS + 1):
+        gradients = torch.autograd.grad(model(ones).sum(), list(weights.values()))
+        scores = {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
+        masks = global_masks(scores, density ** (done / _SYNFLOW_ROUNDS))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.mul_(masks[name])
+    return masks
+
+
+# ---------------------------------------------------------------- masks in training
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How a network is kept sparse while it trains. Defaults are the paper's.
+
+    Attributes:
+        density: kept fraction of the prunable weights at the start, in (0, 1].
+        total_steps: optimizer steps of the whole run; the drop fraction's schedule spans them.
+        sparse_init: one of ``SPARSE_INITS``.
+        fixed: the masks of the start stay (static sparsity).
+        growth: ``random``, ``gradient`` (largest |gradient| of the last batch) or ``momentum``.
+        drop_fraction, drop_schedule: of a layer's live weights, dropped and regrown at one update.
+        update_frequency: optimizer steps between updates; ``second_frequency`` once past half of ``total_steps``.
+        adaptive: Flying Bird+, whose density follows the verdicts of a ``DensityController`` made of
+            ``start_epoch``, ``epoch_range`` and ``update_threshold``.
+        prune_ratio, growth_ratio: sizes of Flying Bird+'s extra prune and extra growth.
+        seed: of the random positions.
+    """
+
+    density: float
+    total_steps: int
+    sparse_init: str = "igq"
+    fixed: bool = False
+    growth: str = "random"
+    drop_fraction: float = 0.5
+    drop_schedule: str = "cosine"
+    update_frequency: int = 900
+    second_frequency: int | None = None
+    adaptive: bool = False
+    start_epoch: int = 100
+    epoch_range: int = 4
+    update_threshold: float = 0.5
+    prune_ratio: float = 0.4
+    growth_ratio: float = 0.05
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        if self.sparse_init not in SPARSE_INITS:
+            raise ValueError(f"unknown sparse start {self.sparse_init!r}; known: {', '.join(SPARSE_INITS)}")
+        if self.growth not in GROWTHS:
+            raise ValueError(f"unknown growth {self.growth!r}; known: {', '.join(GROWTHS)}")
+        if self.update_frequency < 1 or (self.second_frequency is not None and self.second_frequency < 1):
+            raise ValueError("update frequencies count optimizer steps and are at least 1")
+        if self.prune_ratio < 0 or self.growth_ratio < 0:
+            raise ValueError("prune_ratio and growth_ratio must not be negative")
+        if self.adaptive and self.fixed:
+            raise ValueError("fixed masks cannot adapt their density")
+
+
+class Masking:
+    """Keeps a network sparse: masks, their updates, and what is needed to resume them.
+
+    The network stays plain: dense tensors whose dead weights are zero, so ``param.grad`` is the dense
+    gradient that growth needs. ``masks`` maps names to bool tensors shaped like the weights.
+
+    Args:
+        model: its prunable weights (``prunable``) are masked in place at once.
+        optimizer: every state tensor shaped like a weight (momentum) is masked too.
+        config: see ``MaskingConfig``.
+        masks: the first masks, instead of ``config.sparse_init`` (a Robust Bird ticket, say).
+        batches: images and labels, for starts that score weights by data.
+
+    Raises:
+        ValueError: masks that do not fit the network, or a start without the batches it needs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: MaskingConfig,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        batches: Sequence[Batch] = (),
+    ) -> None:
+        self.config = config
+        self.steps = 0
+        self.events: list[dict[str, Any]] = []
+        self.controller = DensityController(config.epoch_range, config.update_threshold, config.start_epoch)
+        self.schedule = DropFractionSchedule(config.drop_fraction, config.total_steps, config.drop_schedule)
+        self._weights = prunable(model)
+        self._optimizer = optimizer
+        if masks is None:
+            masks = initial_masks(model, config.density, config.sparse_init, seed=config.seed, batches=batches)
+        self.masks: dict[str, Tensor] = {}
+        self._explored: dict[str, Tensor] = {}
+        self._set_masks(masks)
+        self._explored = {name: mask.clone() for name, mask in self.masks.items()}
+        self.apply()
+
+    # ---- every step
+
+    def step(self) -> None:
+        """Call after each ``optimizer.step()``, gradients still in place: masks again, and updates when due."""
+        self.steps += 1
+        if self.update_due():
+            self.update_topology()
+        else:
+            self.apply()
+
+    def update_due(self) -> bool:
+        """Whether the masks change after the step that was just counted."""
+        if self.config.fixed:
+            return False
+        late = 2 * self.steps > self.config.total_steps
+        frequency = self.config.second_frequency if late and self.config.second_frequency else self.config.update_frequency
+        return self.steps % frequency == 0
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set dead weights and their momentum to zero, in place."""
+        tensors: list[Tensor] = []
+        multipliers: list[Tensor] = []
+        for name, weight in self._weights.items():
+            for tensor in (weight, *self._moments(weight)):
+                tensors.append(tensor)
+                multipliers.append(self._multipliers[name])
+        torch._foreach_mul_(tensors, multipliers)
+        torch._foreach_add_(tensors, 0.0)  # -0.0 becomes 0.0: dead weights have one bit pattern
+
+    def _moments(self, weight: nn.Parameter) -> Iterable[Tensor]:
+        state = self._optimizer.state.get(weight, {})
+        return [s for s in state.values() if isinstance(s, Tensor) and s.shape == weight.shape]
+
+    # ---- every update
+
+    @torch.no_grad()
+    def update_topology(self) -> None:
+        """Drop and grow in every layer that is not fully dense, once, by the schedule and the verdict now.
+
+        Called by ``step`` when due. Needs the gradients of the last batch for ``gradient`` growth and the
+        optimizer's momentum, not yet masked, for ``momentum`` growth.
+        """
+        verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
+        fraction = self.schedule.at(self.steps)
+        live_counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
+        updated = {
+            name: self._update_layer(name, live, fraction, verdict)
+            for (name, live) in zip(self.masks, live_counts, strict=True)
+        }
+        self.apply()  # old masks first: what grows starts at zero; a weight dropped and regrown at once keeps its value
+        self._set_masks(updated)
+        for name, mask in self.masks.items():
+            self._explored[name] |= mask
+        self.apply()
+        self.events.append(
+            {
+                "step": self.steps,
+                "epoch": self.epoch,
+                "drop_fraction": fraction,
+                "prune": verdict.prune,
+                "grow": verdict.grow,
+                "density": self.density(),
+            }
+        )
+
+    def _update_layer(self, name: str, live: int, fraction: float, verdict: Verdict) -> Tensor:
+        mask, weight = self.masks[name], self._weights[name]
+        if live == mask.numel():
+            return mask
+        n_drop = min(live, math.ceil(fraction * live))
+        n_prune = math.ceil(fraction * self.config.prune_ratio * live) if verdict.prune else 0
+        n_grow = int(n_drop * (1 + self.config.growth_ratio)) if verdict.grow else n_drop
+        n_dropped = min(live, n_drop + n_prune)
+        dropped = drop_lowest(weight.abs(), mask, n_dropped)
+        return grow_highest(self._growth_score(name), dropped, min(n_grow, mask.numel() - live + n_dropped))
+
+    def _growth_score(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if self.config.growth == "random":
+            return _random_score(weight, self.config.seed, "grow", self.steps, name)
+        if self.config.growth == "gradient":
+            if weight.grad is None:
+                raise ValueError(f"gradient growth needs the gradient of {name}: update masks before zero_grad()")
+            return weight.grad.abs()
+        moments = list(self._moments(weight))
+        if not moments:
+            raise ValueError("momentum growth needs an optimizer with momentum")
+        return moments[0].abs()
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
+            raise ValueError("the masks do not fit the network: names or shapes differ")
+        # Same device and memory layout as the weights, so that applying them is one pass.
+        self.masks = {
+            name: torch.empty_like(weight, dtype=torch.bool, requires_grad=False).copy_(masks[name])
+            for name, weight in self._weights.items()
+        }
+        self._multipliers = {name: mask.to(self._weights[name].dtype) for name, mask in self.masks.items()}
+
+    # ---- every epoch, and questions
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch from 0: the number of epochs observed."""
+        return len(self.controller.gaps)
+
+    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
+        """Take in a finished epoch (accuracies in percent, mean validation robust loss); once an epoch."""
+        self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
+
+    def density(self) -> float:
+        """Live fraction of all prunable weights."""
+        return sum(self.live_counts().values()) / sum(mask.numel() for mask in self.masks.values())
+
+    def live_counts(self) -> dict[str, int]:
+        """Live weights of each layer."""
+        counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()
+        return dict(zip(self.masks, counts, strict=True))
+
+    def layer_densities(self) -> dict[str, float]:
+        """Live fraction of each layer."""
+        return {name: live / self.masks[name].numel() for name, live in self.live_counts().items()}
+
+    def explored_fraction(self) -> float:
+        """Fraction of the prunable weights that have been live at some time."""
+        explored = torch.stack([seen.sum() for seen in self._explored.values()]).sum().item()
+        return explored / sum(seen.numel() for seen in self._explored.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes in training, as tensors and plain values; copies, so it can be kept."""
+        return {
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "explored": {name: seen.clone() for name, seen in self._explored.items()},
+            "steps": self.steps,
+            "gaps": list(self.controller.gaps),
+            "val_losses": list(self.controller.val_losses),
+            "events": [dict(event) for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back a ``state_dict``; raises ``ValueError`` if it is of another network. Masks are applied at once."""
+        self._set_masks(state["masks"])
+        self._explored = {name: state["explored"][name].to(mask.device).clone() for name, mask in self.masks.items()}
+        self.steps = int(state["steps"])
+        self.controller.gaps = [float(gap) for gap in state["gaps"]]
+        self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
+        self.events = [dict(event) for event in state["events"]]
+        self.apply()
+
+
+def mask_hash(masks: Mapping[str, Tensor]) -> int:
+    """One number for all masks together, equal on every device: to compare processes, runs and resumes."""
+    total = 0
+    for name, mask in masks.items():
+        positions = mask.reshape(-1).nonzero().squeeze(1)
+        total ^= int(random_bits(stream(0, name), positions).sum().item()) if positions.numel() else 0
+    return total

@@ -1,0 +1,1 @@
+"""The parts every training script shares; see README, "The house"."""

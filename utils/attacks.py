@@ -1,0 +1,145 @@
+"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2; SPEC section 4."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.seeding import random_bits, stream, uniform
+
+NORMS = ("linf", "l2")
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PGD:
+    """The settings of one attack, in pixel units of [0, 1].
+
+    Attributes:
+        eps: radius of the ball; step_size: length of one step; steps: how many (0 leaves the start).
+        norm: ``linf`` or ``l2``.
+        random_start: start uniformly in the ball instead of at the image.
+        loss: ``ce`` (cross-entropy) or ``margin`` (Carlini and Wagner's), summed over the batch.
+    """
+
+    eps: float
+    step_size: float
+    steps: int
+    norm: str = "linf"
+    random_start: bool = True
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown attack loss {self.loss!r}; known: {', '.join(LOSSES)}")
+        if self.eps < 0 or self.step_size < 0 or self.steps < 0:
+            raise ValueError("eps, step_size and steps must not be negative")
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Summed over the batch, so that an image's perturbation does not depend on the batch size."""
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Best wrong logit minus the true one, summed (Carlini and Wagner, 2017, without confidence)."""
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    wrong = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
+    return (wrong - true).sum()
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+
+
+def pgd_attack(
+    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training: bool = False, draws: Tensor | None = None
+) -> Tensor:
+    """Adversarial images for ``x``.
+
+    Args:
+        model: maps images to logits. Parameters get no gradient, flags and modes are left as found; in
+            train mode its batch-norm statistics move, as in any forward pass.
+        x: images ``[N, C, H, W]``, floating, pixels in [0, 1].
+        y: labels ``[N]``, int64.
+        attack: the settings.
+        training: craft in train mode (as the paper's training does) instead of eval mode.
+        draws: what ``attack_draws`` gave; needed if and only if ``attack.random_start``.
+
+    Returns:
+        Detached images like ``x``, within ``eps`` of it and in [0, 1].
+    """
+    if attack.random_start != (draws is not None):
+        raise ValueError("a random start needs draws, and draws need a random start")
+    x = x.detach()
+    adversarial = x if draws is None else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
+    loss_function = LOSSES[attack.loss]
+    with in_mode(model, training), torch.enable_grad():
+        for _ in range(attack.steps):
+            adversarial = adversarial.detach().requires_grad_()
+            # Only the images' gradient is asked for, so autograd computes none for the parameters.
+            (gradient,) = torch.autograd.grad(loss_function(model(adversarial), y), adversarial)
+            adversarial = _project(adversarial.detach() + _step(gradient, attack), x, attack)
+    return adversarial.detach()
+
+
+def attack_draws(attack: PGD, indices: Tensor, image_shape: torch.Size, *key: int | str) -> Tensor | None:
+    """Uniform draws in (0, 1) for the random start, ``[N, C H W]`` (one more column for l2); None without one.
+
+    A pure function of ``key`` (seed, purpose, epoch) and each image's index in its data set, so neither the
+    batch size nor the number of processes changes an image's start.
+    """
+    if not attack.random_start:
+        return None
+    pixels = image_shape.numel() + (attack.norm == "l2")
+    image_keys = random_bits(stream(0, *key), indices)[:, None]
+    flat = uniform(image_keys, torch.arange(pixels, device=indices.device))
+    return flat if attack.norm == "l2" else flat.view(-1, *image_shape)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode for a while; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _start_offset(draws: Tensor, attack: PGD) -> Tensor:
+    if attack.norm == "linf":
+        return (2 * draws - 1) * attack.eps
+    # Uniform in the l2 ball: a Gaussian direction, and a radius whose d-th power is uniform.
+    direction = torch.special.ndtri(draws[:, :-1].double())
+    radius = attack.eps * draws[:, -1:].double() ** (1 / direction.shape[1])
+    return direction / direction.norm(dim=1, keepdim=True) * radius
+
+
+def _step(gradient: Tensor, attack: PGD) -> Tensor:
+    if attack.norm == "linf":
+        return attack.step_size * gradient.sign()
+    # An image without a gradient (a saturated loss) stays where it is instead of becoming NaN.
+    norm = _image_norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+    return attack.step_size * gradient / norm
+
+
+def _project(candidate: Tensor, x: Tensor, attack: PGD) -> Tensor:
+    if attack.norm == "linf":
+        return torch.clamp(candidate, (x - attack.eps).clamp_min(0.0), (x + attack.eps).clamp_max(1.0))
+    # Pixel range first, ball second (advertorch's order): shrinking towards x cannot leave [0, 1] again.
+    offset = candidate.clamp(0.0, 1.0) - x
+    scale = (attack.eps / _image_norm(offset).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
+    return (x + offset * scale).clamp(0.0, 1.0)
+
+
+def _image_norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dim=(1, 2, 3), keepdim=True)

@@ -1,0 +1,39 @@
+"""The two ways a command ends early, each one line on stderr and an exit code.
+
+``InputError`` (exit 2): the request cannot be carried out as given; nothing was written.
+``RunError`` (exit 3): a run that had begun cannot go on; what it saved stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """A flag, path or file that cannot be used. The message names it and says what would help."""
+
+
+class RunError(Exception):
+    """A training run that failed half-way. The message names the step and the last good checkpoint."""
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run) or 130 (Ctrl-C)."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted: the last finished epoch is saved; --resume goes on from it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: object) -> str:
+    """The text of an exception on a single line."""
+    return " ".join(str(error).split())
