@@ -29,7 +29,7 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("interrupted: the last finished epoch is saved; --resume goes on from it", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

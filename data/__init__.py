@@ -1,0 +1,144 @@
+"""Data sets on the training device: ``load_data`` gives splits, classes, normalization and augmentation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.augment import Augmentation
+from data.loader import Batch, Split, TrainLoader, plain_batches
+from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, stratified
+from utils.errors import InputError
+
+__all__ = ["DECODED_HERE", "SOURCES", "Augmentation", "Batch", "Data", "Split", "TrainLoader", "calibration_batches", "load_data", "plain_batches"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for training: splits on one device and what a network needs to know of the images."""
+
+    train: Split
+    val: Split
+    test: Split
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+
+    @property
+    def image_shape(self) -> torch.Size:
+        """``[C, H, W]`` of one image."""
+        height, width, channels = self.train.images.shape[1:]
+        return torch.Size((channels, height, width))
+
+
+def load_data(
+    name: str,
+    root: str | Path = "data",
+    *,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    train_subset: int | None = None,
+    test_subset: int | None = None,
+    cache_dir: str | Path | None = None,
+    memory_budget: int | None = None,
+) -> Data:
+    """Load a data set of SPEC 2.
+
+    Args:
+        name: one of ``SOURCES``.
+        root: folder of the data (or where torchvision downloads it).
+        device: where uint8 images live and batches are handed out.
+        image_size: side in pixels to which image folders are resized, by area, when decoded.
+        train_subset, test_subset: that many training or test images, stratified; val stays whole.
+        cache_dir: where decoded image folders are kept.
+        memory_budget: bytes of images that may live on ``device``; beyond it they are memory-mapped and
+            streamed. Default: half of the memory now free there.
+
+    Raises:
+        InputError: unknown name, missing or corrupt files, impossible subset.
+    """
+    if name not in SOURCES:
+        raise InputError(f"unknown data set {name!r}; known: {', '.join(SOURCES)}")
+    device = torch.device(device)
+    place = Place(Path(root), image_size=image_size)
+    if cache_dir is not None:
+        place = Place(place.root, Path(cache_dir), image_size)
+    source = SOURCES[name](place)
+    budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
+    fits = _nbytes(source.training) + _nbytes(source.test) <= budget
+    training = _stored(source.training, device, fits)
+    held_out = _stored(source.test, device, fits)
+    train = training.subset(torch.from_numpy(source.train))
+    mean, std = source.mean, source.std
+    if mean is None or std is None:
+        mean, std = channel_statistics(train)
+    return Data(
+        train=_thinned(train, train_subset, "--train_subset"),
+        val=training.subset(torch.from_numpy(source.val)),
+        test=_thinned(held_out, test_subset, "--test_subset"),
+        classes=source.classes,
+        mean=mean,
+        std=std,
+        augmentation=source.augmentation,
+    )
+
+
+def calibration_batches(data: Data, per_class: int = 10) -> list[tuple[Tensor, Tensor]]:
+    """Un-augmented training images and labels, about ``per_class`` of each class: what SNIP and GraSP look at."""
+    n = min(len(data.train), per_class * len(data.classes))
+    return [(batch.x, batch.y) for batch in plain_batches(_thinned(data.train, n, "calibration images"), 128)]
+
+
+def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over a split, pixels in [0, 1]; exact, from integer histograms."""
+    channels = split.images.shape[-1]
+    histogram = torch.zeros(channels, 256, dtype=torch.int64)
+    for indices in split.indices.split(4096):
+        flat = split.rows(indices).reshape(-1, channels)
+        histogram += torch.stack([torch.bincount(flat[:, c].long(), minlength=256) for c in range(channels)]).cpu()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = histogram.double() / histogram.sum(dim=1, keepdim=True)
+    mean = share @ levels
+    variance = (share * (levels - mean[:, None]) ** 2).sum(dim=1)
+    # A channel that never varies is shifted and not scaled.
+    std = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _thinned(split: Split, n: int | None, flag: str) -> Split:
+    if n is None:
+        return split
+    try:
+        rows = stratified(split.labels[split.indices].cpu().numpy(), n)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+    return split.subset(split.indices[torch.from_numpy(rows).to(split.device)])
+
+
+def _nbytes(image_set: ImageSet) -> int:
+    if isinstance(image_set.images, Path):
+        return image_set.images.stat().st_size
+    return image_set.images.nbytes
+
+
+def _stored(image_set: ImageSet, device: torch.device, fits: bool) -> Split:
+    """A split of all rows; a file is read whole if it fits and mapped if not."""
+    images = image_set.images
+    if isinstance(images, Path):
+        # Copy-on-write: torch wants a writable map, and nothing ever writes to it.
+        images = np.load(images, mmap_mode=None if fits else "c")
+    stored: Tensor = torch.from_numpy(images)
+    labels = torch.from_numpy(image_set.labels).to(device)
+    return Split(stored.to(device) if fits else stored, labels, torch.arange(len(labels), device=device), device)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

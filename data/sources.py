@@ -1,0 +1,226 @@
+"""The six data sets of SPEC 2: where their images come from and how they are split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.augment import Augmentation
+from data.folders import Files, cached_images, class_folders, scan_classes
+from utils.compat import import_torchvision
+from utils.errors import InputError
+
+_SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every fixed permutation
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``."""
+
+    images: np.ndarray | Path
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is placed on a device. ``train`` and ``val`` are rows of ``training``; ``mean`` and
+    ``std`` None means: to be measured."""
+
+    training: ImageSet
+    test: ImageSet
+    train: np.ndarray
+    val: np.ndarray
+    classes: list[str]
+    augmentation: Augmentation
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to look and how to decode: ``root`` of the data, ``cache_dir`` and ``image_size`` for image folders."""
+
+    root: Path
+    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "sparse-adversarial")
+    image_size: int | None = None
+
+
+# ---------------------------------------------------------------- splits
+
+
+def stratified(labels: np.ndarray, n: int) -> np.ndarray:
+    """Sorted rows of ``n`` images, classes in their proportions (largest remainders), by a fixed permutation."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if not len(classes) <= n <= len(labels):
+        raise InputError(f"cannot take {n} of {len(labels)} images of {len(classes)} classes, at least one a class")
+    exact = counts * (n / len(labels))
+    quota = np.maximum(np.floor(exact).astype(int), 1)
+    for position in np.argsort(quota - exact, kind="stable"):
+        if quota.sum() < n and quota[position] < counts[position]:
+            quota[position] += 1
+    while quota.sum() > n:  # classes too small to have a share of their own were given one image
+        quota[np.argmax(quota)] -= 1
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(labels))
+    chosen = [order[labels[order] == c][:q] for c, q in zip(classes, quota, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _rest(total: int, taken: np.ndarray) -> np.ndarray:
+    return np.setdiff1d(np.arange(total), taken)
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def digits(place: Place) -> Source:
+    """scikit-learn's handwritten digits, 8x8 and grey: 1,000 / 300 / 497."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int64)
+    test = stratified(labels, 497)
+    remaining = _rest(len(labels), test)
+    training = ImageSet(images[remaining], labels[remaining])
+    val = stratified(training.labels, 300)
+    return Source(
+        training=training,
+        test=ImageSet(images[test], labels[test]),
+        train=_rest(len(training.labels), val),
+        val=val,
+        classes=[str(c) for c in bunch.target_names],
+        augmentation=Augmentation(padding=1),
+    )
+
+
+def cifar10(place: Place) -> Source:
+    return _cifar("CIFAR10", place, Augmentation(4, flip=True), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def cifar100(place: Place) -> Source:
+    augmentation = Augmentation(4, flip=True, rotation=15.0)
+    return _cifar("CIFAR100", place, augmentation, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def _cifar(name: str, place: Place, augmentation: Augmentation, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
+    training, test = (_torchvision(name, place, train=train) for train in (True, False))
+    count = len(training.targets)
+    val = count // 10  # the last 5,000 of 50,000
+    return Source(
+        training=ImageSet(training.data, np.asarray(training.targets, dtype=np.int64)),
+        test=ImageSet(test.data, np.asarray(test.targets, dtype=np.int64)),
+        train=np.arange(count - val),
+        val=np.arange(count - val, count),
+        classes=list(training.classes),
+        augmentation=augmentation,
+        mean=mean,
+        std=std,
+    )
+
+
+def svhn(place: Place) -> Source:
+    """Street View House Numbers: 90 / 10 by a fixed permutation, no flip."""
+    training, test = (_torchvision("SVHN", place, split=split) for split in ("train", "test"))
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(training.labels))
+    cut = len(order) - len(order) // 10
+    return Source(
+        training=ImageSet(np.ascontiguousarray(training.data.transpose(0, 2, 3, 1)), training.labels.astype(np.int64)),
+        test=ImageSet(np.ascontiguousarray(test.data.transpose(0, 2, 3, 1)), test.labels.astype(np.int64)),
+        train=np.sort(order[:cut]),
+        val=np.sort(order[cut:]),
+        classes=[str(c) for c in range(10)],
+        augmentation=Augmentation(4),
+    )
+
+
+def _torchvision(name: str, place: Place, **options):  # noqa: ANN202  torchvision's classes share no useful base
+    """A torchvision data set, downloaded into ``place.root`` if it is not there."""
+    data_set = getattr(import_torchvision("datasets"), name)
+    try:
+        return data_set(str(place.root), download=False, **options)
+    except RuntimeError:
+        pass  # not there, or not whole: torchvision checks and fetches
+    try:
+        return data_set(str(place.root), download=True, **options)
+    except Exception as error:  # its downloader raises what urllib, tarfile and hashlib raise
+        raise InputError(f"{name} is not in {place.root} and could not be downloaded into it ({error})") from error
+
+
+def tinyimagenet(place: Place) -> Source:
+    """Tiny-ImageNet, official archive or one folder per class: the paper's 90 / 10 split, the official val set as test."""
+    classes = class_folders(place.root / "train")
+    training = scan_classes(place.root / "train", classes, subfolder="images")
+    annotations = place.root / "val" / "val_annotations.txt"
+    if annotations.is_file():
+        test = _annotated(annotations, classes)
+    else:
+        test = scan_classes(place.root / "val", classes, subfolder="images")
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(training.paths))
+    cut = len(order) - len(order) // 10
+    return Source(
+        training=ImageSet(cached_images(training, place.image_size, place.cache_dir, "tinyimagenet-train"), training.labels),
+        test=ImageSet(cached_images(test, place.image_size, place.cache_dir, "tinyimagenet-val"), test.labels),
+        train=order[:cut],
+        val=order[cut:],
+        classes=classes,
+        augmentation=Augmentation(4, flip=True),
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2302, 0.2265, 0.2262),
+    )
+
+
+def _annotated(annotations: Path, classes: list[str]) -> Files:
+    """The official val set: ``images/`` beside a table of file name and class."""
+    number = {name: i for i, name in enumerate(classes)}
+    rows = []
+    for line_number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        fields = line.split("\t")
+        # A file name with a path in it would lead out of the folder.
+        if len(fields) < 2 or Path(fields[0]).name != fields[0] or fields[1] not in number:
+            raise InputError(f"{annotations}, line {line_number}: not a file name and one of the training classes")
+        rows.append((annotations.parent / "images" / fields[0], number[fields[1]]))
+    if not rows:
+        raise InputError(f"{annotations}: no images named")
+    rows.sort(key=lambda row: row[0].name)
+    return Files([path for path, _ in rows], np.asarray([label for _, label in rows], dtype=np.int64))
+
+
+def imagefolder(place: Place) -> Source:
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified, crop padding an eighth of the side, flip."""
+    classes = class_folders(place.root / "train")
+    training = scan_classes(place.root / "train", classes)
+    test_root = next((place.root / n for n in ("test", "val") if (place.root / n).is_dir()), None)
+    if test_root is None:
+        raise InputError(f"{place.root} has neither a folder test nor val beside train")
+    test = scan_classes(test_root, classes)
+    train_images = cached_images(training, place.image_size, place.cache_dir, "imagefolder-train")
+    test_images = cached_images(test, place.image_size, place.cache_dir, "imagefolder-test")
+    side, test_side = (np.load(path, mmap_mode="r").shape[1:] for path in (train_images, test_images))
+    if side != test_side:
+        raise InputError(
+            f"training images have {side[1]}x{side[0]} pixels and test images {test_side[1]}x{test_side[0]}; "
+            "--image_size N brings all to one size"
+        )
+    val = stratified(training.labels, max(len(classes), round(0.1 * len(training.labels))))
+    return Source(
+        training=ImageSet(train_images, training.labels),
+        test=ImageSet(test_images, test.labels),
+        train=_rest(len(training.labels), val),
+        val=val,
+        classes=classes,
+        augmentation=Augmentation(min(side[0], side[1]) // 8, flip=True),
+    )
+
+
+SOURCES: dict[str, Callable[[Place], Source]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "tinyimagenet": tinyimagenet,
+    "svhn": svhn,
+    "imagefolder": imagefolder,
+    "digits": digits,
+}
+DECODED_HERE = ("tinyimagenet", "imagefolder")  # those for which image_size and cache_dir mean something

@@ -1,0 +1,97 @@
+"""Checkpoints: tensors and plain values, written whole or not at all, loaded without running code."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import InputError, one_line
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, also after a crash or on a full disk."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint. Serialized in memory first, so that a failing disk raises ``OSError`` and leaves ``path`` as it was."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, loaded with ``weights_only=True``.
+
+    Raises:
+        InputError: no such file, not a checkpoint, broken, or one that would have to run code to load.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such checkpoint: {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise InputError(f"{path} holds more than tensors and plain values and is not loaded, since that could run code") from error
+        raise InputError(f"{path} is not a checkpoint, or a broken one") from error
+    except Exception as error:  # a damaged archive fails in as many ways as zip, pickle and storage can
+        raise InputError(f"{path} is not a checkpoint, or a broken one ({one_line(error)[:120]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no dict with state_dict")
+    return content
+
+
+def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The network's state dict in a checkpoint of ours or of the paper's code (which may carry DataParallel's prefix)."""
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state_dict with tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, arch: str) -> None:
+    """Load a state dict whole; ``InputError`` names the first difference if it is of another network."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    if own != theirs:
+        raise InputError(f"{path} is not a checkpoint of this {arch}: {_first_difference(own, theirs)}")
+    model.load_state_dict(state)
+
+
+def _first_difference(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> str:
+    for name, shape in own.items():
+        if name not in theirs:
+            return f"it has no {name}"
+        if theirs[name] != shape:
+            return f"{name} has shape {list(theirs[name])} there and {list(shape)} here"
+    return f"it also has {next(name for name in theirs if name not in own)}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

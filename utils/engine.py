@@ -1,0 +1,145 @@
+"""One training epoch: adversarial images, forward, backward, optimizer, masks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Batch
+from sparse_core import Masking
+from utils.attacks import PGD, attack_draws, pgd_attack
+from utils.errors import RunError
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Mean loss and running accuracy (percent) on the images trained on, and the time it took in seconds."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an epoch stands: ``step`` of ``steps``, mean loss and accuracy (percent) so far, images a second."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+def learning_rate(epoch: int, initial: float, milestones: Sequence[int]) -> float:
+    """The rate during ``epoch`` (from 0): a tenth of the one before from each milestone on."""
+    return initial * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    attack: PGD | None,
+    attack_training: bool,
+    key: tuple[int | str, ...],
+) -> tuple[Tensor, Tensor]:
+    """One update on one batch, masks apart.
+
+    Args:
+        attack: None trains on the images as they are.
+        attack_training: craft in train mode (the paper's way) or eval mode.
+        key: of the random start; the images' indices come on top.
+
+    Returns:
+        The mean loss and the number of right answers on the images trained on, detached and on the device.
+    """
+    x = batch.x
+    if attack is not None:
+        draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
+        x = pgd_attack(model, x, batch.y, attack, training=attack_training, draws=draws)
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(x)
+    loss = F.cross_entropy(logits, batch.y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(dim=1) == batch.y).sum()
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    epoch: int,
+    steps: int,
+    seed: int,
+    attack: PGD | None,
+    attack_training: bool = True,
+    masking: Masking | None = None,
+    print_freq: int = 50,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> EpochResult:
+    """Train for one epoch in train mode.
+
+    Args:
+        batches: the epoch's batches, ``steps`` of them.
+        epoch, seed: key of the attack's random starts.
+        masking: stepped after each update.
+        print_freq: steps between calls of ``on_progress``, at which the losses are also checked.
+
+    Raises:
+        RunError: a loss that is not finite; the step is named. The network is then of no use.
+    """
+    model.train()
+    start = time.perf_counter()
+    tally = _Tally(steps)
+    for step, batch in enumerate(batches):
+        loss, right = train_step(
+            model, optimizer, batch, attack=attack, attack_training=attack_training, key=(seed, "attack", epoch)
+        )
+        if masking is not None:
+            masking.step()
+        tally.add(loss, right, len(batch.y))
+        if (step + 1) % print_freq == 0 or step + 1 == steps:
+            on_progress(tally.progress(epoch, time.perf_counter() - start))
+    done = tally.progress(epoch, time.perf_counter() - start)
+    return EpochResult(done.loss, done.accuracy, tally.images, time.perf_counter() - start)
+
+
+class _Tally:
+    """Running sums that stay on the device until somebody looks, so that a step never waits for them."""
+
+    def __init__(self, steps: int) -> None:
+        self.images = 0
+        self._steps = steps
+        self._losses: list[Tensor] = []
+        self._right: Tensor | int = 0
+        self._weights: list[int] = []
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        self._losses.append(loss)
+        self._right = self._right + right
+        self._weights.append(images)
+        self.images += images
+
+    def progress(self, epoch: int, seconds: float) -> Progress:
+        losses = torch.stack(self._losses).double().cpu()
+        if not bool(losses.isfinite().all()):
+            step = int((~losses.isfinite()).nonzero()[0]) + 1
+            raise RunError(f"the loss became {losses[step - 1].item()} in epoch {epoch + 1}, step {step} of {self._steps}")
+        mean = (losses * torch.tensor(self._weights, dtype=torch.float64)).sum().item() / self.images
+        accuracy = 100.0 * int(self._right) / self.images
+        return Progress(len(self._losses), self._steps, mean, accuracy, self.images / max(seconds, 1e-9))

@@ -1,0 +1,128 @@
+"""Accuracy on clean and on attacked images, and the figures that end a run (SPEC 8)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import Data, Split, plain_batches
+from utils.attacks import PGD, attack_draws, in_mode, pgd_attack
+
+EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
+
+OnBatch = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """``accuracy`` in percent and mean cross-entropy ``loss`` over ``images`` images."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class EpochScores:
+    """What is measured after each epoch: standard (SA) and robust (RA) accuracy in percent, mean robust loss."""
+
+    val_sa: float
+    val_ra: float
+    val_loss: float
+    test_sa: float
+    test_ra: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinalScores:
+    """The reported figures of one network, in percent: ``robust_gap`` is RA on un-augmented training images minus test RA."""
+
+    test_sa: float
+    test_ra: float
+    train_ra: float
+    robust_gap: float
+
+
+def evaluate(
+    model: nn.Module, split: Split, attack: PGD | None = None, *, seed: int = 1, on_batch: OnBatch = lambda images: None
+) -> Score:
+    """Accuracy in eval mode on a split, clean or attacked; the network's modes are left as found.
+
+    The random start of each image depends on ``seed`` and its index alone, so the same network has the same score
+    in every epoch and at the end.
+    """
+    device = split.device
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with in_mode(model, False), torch.no_grad():
+        for batch in plain_batches(split, EVAL_BATCH):
+            x = batch.x
+            if attack is not None:
+                draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
+                x = pgd_attack(model, x, batch.y, attack, draws=draws)
+            logits = model(x)
+            right += (logits.argmax(dim=1) == batch.y).sum()
+            loss += F.cross_entropy(logits, batch.y, reduction="sum")
+            on_batch(len(batch.y))
+    return Score(100.0 * right.item() / len(split), loss.item() / len(split), len(split))
+
+
+def epoch_scores(model: nn.Module, data: Data, attack: PGD, *, seed: int, on_batch: OnBatch = lambda images: None) -> EpochScores:
+    """Validation and test, clean and attacked."""
+    start = time.perf_counter()
+    val, test = evaluate(model, data.val), evaluate(model, data.test)
+    robust_val = evaluate(model, data.val, attack, seed=seed, on_batch=on_batch)
+    robust_test = evaluate(model, data.test, attack, seed=seed, on_batch=on_batch)
+    return EpochScores(
+        val_sa=val.accuracy,
+        val_ra=robust_val.accuracy,
+        val_loss=robust_val.loss,
+        test_sa=test.accuracy,
+        test_ra=robust_test.accuracy,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def final_scores(model: nn.Module, data: Data, attack: PGD, *, seed: int, on_batch: OnBatch = lambda images: None) -> FinalScores:
+    """The reported figures, in full float32."""
+    with full_precision():
+        test_sa = evaluate(model, data.test).accuracy
+        test_ra = evaluate(model, data.test, attack, seed=seed, on_batch=on_batch).accuracy
+        train_ra = evaluate(model, data.train, attack, seed=seed, on_batch=on_batch).accuracy
+    return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)
+
+
+def auto_attack(model: nn.Module, split: Split, attack: PGD, *, seed: int) -> Score:
+    """The standard AutoAttack (Croce and Hein, 2020) by pyautoattack within ``attack``'s ball: an image counts as
+    right only if it withstands all four attacks."""
+    from pyautoattack import AutoAttack
+
+    batches = list(plain_batches(split, EVAL_BATCH))
+    x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
+    with in_mode(model, False), full_precision():
+        library = AutoAttack(
+            model, norm={"linf": "Linf", "l2": "L2"}[attack.norm], eps=attack.eps, version="standard", seed=seed, device=split.device
+        )
+        adversarial, _ = library.run_standard_evaluation(x.contiguous(), y, batch_size=EVAL_BATCH)
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in adversarial.split(EVAL_BATCH)])
+    accuracy = 100.0 * (logits.argmax(dim=1) == y).double().mean().item()
+    return Score(accuracy, F.cross_entropy(logits, y).item(), len(split))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 without TF32 for a while, whatever the training used."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -1,0 +1,156 @@
+"""A run's folder: what it was told, a line an epoch, a log, a picture and a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from utils.checkpoint import save_checkpoint, write_atomically
+from utils.engine import Progress
+from utils.errors import InputError, RunError
+from utils.paths import RunPaths
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack")
+
+
+class RunFolder:
+    """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file whole."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.paths = paths
+
+    @classmethod
+    def create(cls, paths: RunPaths, config: Mapping[str, Any]) -> RunFolder:
+        """Make the folder and write ``config.json``; ``InputError`` where that cannot be."""
+        try:
+            paths.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(paths.config, _json(config))
+        except OSError as error:
+            raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
+        return cls(paths)
+
+    def say(self, line: str) -> None:
+        """A line for the terminal and ``result.log``."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        with self._writing(self.paths.log), self.paths.log.open("a") as log:
+            log.write(line + "\n")
+
+    def append_epoch(self, row: Mapping[str, Any]) -> None:
+        with self._writing(self.paths.metrics), self.paths.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``metrics.jsonl`` agree with a checkpoint: later lines are of epochs that will be run again."""
+        with self._writing(self.paths.metrics):
+            write_atomically(self.paths.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def save(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        with self._writing(path):
+            save_checkpoint(path, checkpoint)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        with self._writing(self.paths.summary):
+            write_atomically(self.paths.summary, _json(summary))
+
+    def write_curves(self, figure: Figure) -> None:
+        with self._writing(self.paths.curves):
+            write_figure(self.paths.curves, figure)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"cannot write {path} ({error.strerror or error}); what was saved before is intact") from error
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A PNG of a figure, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; ``InputError`` if the folder holds no run."""
+    try:
+        return [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{paths.metrics} cannot be read ({error})") from error
+
+
+def read_summary(paths: RunPaths) -> dict[str, Any]:
+    """``summary.json``; ``InputError`` if the run is not finished."""
+    try:
+        return json.loads(paths.summary.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{paths.root} is no finished run ({error})") from error
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, source revision and hardware, for ``config.json``."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"versions": versions, "revision": source_revision(), "device": str(device), "hardware": hardware}
+
+
+def source_revision() -> str:
+    """The commit of this source, with ``-dirty`` where files differ from it; ``unknown`` outside git."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class EpochDisplay:
+    """A progress bar for one epoch on a terminal, plain lines elsewhere."""
+
+    def __init__(self, folder: RunFolder, title: str, images: int) -> None:
+        self._folder = folder
+        self._title = title
+        self._bar = tqdm(total=images, desc=title, unit="img", leave=False, disable=None)
+        self._seen = 0
+
+    def __enter__(self) -> EpochDisplay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def training(self, progress: Progress) -> None:
+        """After some training steps."""
+        figures = f"loss {progress.loss:.3f}  acc {progress.accuracy:.2f}"
+        if self._bar.disable:
+            if progress.step < progress.steps:
+                self._folder.say(f"{self._title} step {progress.step}/{progress.steps}  {figures}  {progress.images_per_second:.0f} img/s")
+            return
+        done = round(self._bar.total * progress.step / progress.steps)
+        self._bar.update(done - self._seen)
+        self._seen = done
+        self._bar.set_postfix_str(figures)
+
+    def images(self, count: int) -> None:
+        """After some evaluated images."""
+        self._bar.update(count)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

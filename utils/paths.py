@@ -1,0 +1,49 @@
+"""The one place that names the files of a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Files of one run folder (SPEC 11)."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "result.log"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint.pth.tar"
+
+    @property
+    def best_ra(self) -> Path:
+        return self.root / "model_RA_best.pth.tar"
+
+    @property
+    def best_sa(self) -> Path:
+        return self.root / "model_SA_best.pth.tar"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "net_train.png"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    def holds_a_run(self) -> bool:
+        """Whether training has written here before."""
+        return any(path.exists() for path in (self.config, self.metrics, self.checkpoint, self.summary))
