@@ -30,6 +30,8 @@ from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
 from utils.paths import RunPaths
 from utils.report import summary_text, training_curves
 
+_SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
+
 
 def main() -> None:
     settings = parse_settings(sys.argv[1:], (__doc__ or "").splitlines()[0], stored_settings)
@@ -80,7 +82,7 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
         model = build_model(**spec, seed=seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 # ---------------------------------------------------------------- training
@@ -108,6 +110,7 @@ class Run:
         self.masking = self._start_masking()
         self.costs = flops.layer_costs(self.model, self.data.image_shape)
         self.history: list[dict[str, Any]] = []
+        self.drawn_at = float("-inf")
         if resuming and self.paths.checkpoint.exists():
             self._restore(load_checkpoint(self.paths.checkpoint))
 
@@ -210,7 +213,9 @@ class Run:
         content = {**self._shared_content(), "optimizer": optimizer, "masking": masking, "history": self.history}
         self.folder.save(self.paths.checkpoint, content)
         self.folder.append_epoch(row)
-        self.folder.write_curves(training_curves(self.history, self.paths.root.name))
+        if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES or row["epoch"] == self.settings.epochs:
+            self.folder.write_curves(training_curves(self.history, self.paths.root.name))
+            self.drawn_at = time.monotonic()
 
     def _shared_content(self) -> dict[str, Any]:
         """What every checkpoint of this run holds."""

@@ -25,6 +25,7 @@ In someone else's training loop::
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def drop_lowest(score: Tensor, mask: Tensor, n: int) -> Tensor:
 
     Ties go to the lower index (row-major), on every device. Raises ``ValueError`` for a bad ``n``.
     """
-    return _switch(score, mask, n, chosen_from=mask, lowest=True)
+    return _switch(score, mask, n, lowest=True)
 
 
 def grow_highest(score: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -157,15 +158,14 @@ def grow_highest(score: Tensor, mask: Tensor, n: int) -> Tensor:
 
     Args and ties as in ``drop_lowest``; ``n`` is 0 to the number of dead positions.
     """
-    return _switch(score, mask, n, chosen_from=~mask, lowest=False)
+    return _switch(score, mask, n, lowest=False)
 
 
-def _switch(score: Tensor, mask: Tensor, n: int, *, chosen_from: Tensor, lowest: bool) -> Tensor:
+def _switch(score: Tensor, mask: Tensor, n: int, *, lowest: bool) -> Tensor:
     if score.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(f"score {tuple(score.shape)} and bool mask {tuple(mask.shape)} must have the same shape")
     # Row-major order whatever the memory format, so that ties break alike for channels-last weights.
-    candidates = chosen_from.reshape(-1)
-    positions = candidates.nonzero().squeeze(1)
+    positions = (mask if lowest else ~mask).reshape(-1).nonzero().squeeze(1)
     if not 0 <= n <= positions.numel():
         raise ValueError(f"cannot choose {n} of {positions.numel()} positions")
     switched = mask.reshape(-1).clone()
@@ -177,15 +177,16 @@ def _switch(score: Tensor, mask: Tensor, n: int, *, chosen_from: Tensor, lowest:
 
 def _extreme(values: Tensor, n: int, lowest: bool) -> Tensor:
     """Indices of the ``n`` lowest (or highest) values, ties to the lower index."""
+    rank = n if lowest else values.numel() - n + 1
+    threshold = values.kthvalue(rank).values  # linear time; NaN counts as the highest, here and below
+    nan, nan_threshold = values.isnan(), threshold.isnan()
     if lowest:
-        threshold = values.kthvalue(n).values
-        beyond = values < threshold
+        beyond = (values < threshold) | (~nan & nan_threshold)
     else:
-        threshold = values.kthvalue(values.numel() - n + 1).values
-        beyond = (values > threshold) | (values.isnan() & ~threshold.isnan())
-    tied = ((values == threshold) | (values.isnan() & threshold.isnan())).nonzero().squeeze(1)
-    beyond_indices = beyond.nonzero().squeeze(1)
-    return torch.cat([beyond_indices, tied[: n - beyond_indices.numel()]])
+        beyond = (values > threshold) | (nan & ~nan_threshold)
+    tied = ((values == threshold) | (nan & nan_threshold)).nonzero().squeeze(1)
+    chosen = beyond.nonzero().squeeze(1)
+    return torch.cat([chosen, tied[: n - chosen.numel()]])
 
 
 # ---------------------------------------------------------------- schedules and verdicts
@@ -271,7 +272,7 @@ class DensityController:
 
 def _pairs(values: Sequence[float], most: int) -> list[tuple[float, float]]:
     """The last ``most`` pairs of neighbours."""
-    return list(zip(values[:-1], values[1:], strict=True))[-most:]
+    return list(itertools.pairwise(values))[-most:]
 
 
 # ---------------------------------------------------------------- first masks
@@ -360,8 +361,8 @@ def _grasp_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tenso
         torch._foreach_add_(totals, list(gradients(x, y, create_graph=False)))
     products = [torch.zeros_like(w) for w in weights.values()]
     for x, y in batches:
-        alignment = sum((g * t).sum() for g, t in zip(gradients(x, y, create_graph=True), totals, strict=True))
-        torch._foreach_add_(products, list(torch.autograd.grad(alignment, list(weights.values()))))
+        terms = [(g * t).sum() for g, t in zip(gradients(x, y, create_graph=True), totals, strict=True)]
+        torch._foreach_add_(products, list(torch.autograd.grad(torch.stack(terms).sum(), list(weights.values()))))
     return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), products, strict=True)}
 
 
@@ -527,10 +528,7 @@ class Masking:
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
         fraction = self.schedule.at(self.steps)
         live_counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
-        updated = {
-            name: self._update_layer(name, live, fraction, verdict)
-            for (name, live) in zip(self.masks, live_counts, strict=True)
-        }
+        updated = {name: self._update_layer(name, live, fraction, verdict) for (name, live) in zip(self.masks, live_counts, strict=True)}
         self.apply()  # old masks first: what grows starts at zero; a weight dropped and regrown at once keeps its value
         self._set_masks(updated)
         for name, mask in self.masks.items():

@@ -15,7 +15,18 @@ from data.loader import Batch, Split, TrainLoader, plain_batches
 from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, stratified
 from utils.errors import InputError
 
-__all__ = ["DECODED_HERE", "SOURCES", "Augmentation", "Batch", "Data", "Split", "TrainLoader", "calibration_batches", "load_data", "plain_batches"]
+__all__ = [
+    "DECODED_HERE",
+    "SOURCES",
+    "Augmentation",
+    "Batch",
+    "Data",
+    "Split",
+    "TrainLoader",
+    "calibration_batches",
+    "load_data",
+    "plain_batches",
+]
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def svhn(place: Place) -> Source:
     )
 
 
-def _torchvision(name: str, place: Place, **options):  # noqa: ANN202  torchvision's classes share no useful base
+def _torchvision(name: str, place: Place, **options):
     """A torchvision data set, downloaded into ``place.root`` if it is not there."""
     data_set = getattr(import_torchvision("datasets"), name)
     try:

@@ -12,7 +12,7 @@ from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
 from utils.seeding import seeded, stream
 
-RESNETS = {
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),

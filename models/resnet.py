@@ -18,8 +18,22 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution that takes its stride before a narrow kernel sees the image.
+
+    oneDNN (in torch 2.13) writes past its buffers in the weight gradient of a strided, channels-last 1x1
+    convolution with fewer than 16 input channels and an odd batch. Striding first is the same arithmetic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride[0]
+        if stride > 1 and self.in_channels < 16:
+            return F.conv2d(x[:, :, ::stride, ::stride], self.weight, self.bias)
+        return super().forward(x)
+
+
 def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+    return Pointwise(channels_in, channels_out, 1, stride=stride, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -92,14 +106,16 @@ class PreActResNet(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.conv1 = conv3x3(normalize.mean.numel(), widths[0])
+        stages = []
         channels = widths[0]
-        for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for position in range(depth):
-                stride = 2 if number > 1 and position == 0 else 1
+                stride = 2 if stage > 0 and position == 0 else 1
                 blocks.append(block(channels, width, stride))
                 channels = width * block.expansion
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, num_classes)
 

@@ -58,9 +58,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
 
-def pgd_attack(
-    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training: bool = False, draws: Tensor | None = None
-) -> Tensor:
+def pgd_attack(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training: bool = False, draws: Tensor | None = None) -> Tensor:
     """Adversarial images for ``x``.
 
     Args:

@@ -18,7 +18,7 @@ from utils.errors import InputError, one_line
 FORMAT = 1
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace ``path`` by ``content``: a reader sees the old file or the new one, also after a crash or on a full disk."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -35,6 +35,7 @@ def import_torchvision(submodule: str = "") -> ModuleType:
 
 def import_advertorch(submodule: str = "attacks") -> ModuleType:
     """``advertorch.<submodule>``: the independent yardstick for tests and benchmarks."""
+    import_torchvision()  # advertorch imports it
     importlib.import_module("torch.autograd.gradcheck")
     # The attribute torch.autograd.gradcheck is a function that hides the module of that name.
     module = sys.modules["torch.autograd.gradcheck"]

@@ -156,11 +156,7 @@ class Settings:
         values["decreasing_lr"] = ",".join(str(epoch) for epoch in self.milestones)
         values["dynamic_epoch"] = str(self.first_adaptive_epoch)
         values["fb"] = self.method == "fb"  # --fb --fix is the same run as --fix
-        return {
-            f.name: values[f.name]
-            for f in dataclasses.fields(self)
-            if f.metadata["result"] and values[f.name] != f.default
-        }
+        return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["result"] and values[f.name] != f.default}
 
     def run_name(self) -> str:
         """``<method>_<arch>_<dataset>_<what matters>_<hash>``."""
@@ -283,16 +279,14 @@ def _epoch(text: str, epochs: int, name: str) -> int:
 
 # ---------------------------------------------------------------- what is refused
 
-_ANY_MASK = (
-    "density sparse_init growth death redistribution death_rate decay_schedule update_frequency dynamic_fre "
-    "second_frequency dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio"
-).split()
 _MOVING_MASK = "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre second_frequency".split()
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
+_ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
 _TRAINING_ONLY = "resume resume_dir save_dir print_freq".split()
 # Settings of a run that describe how a network came about; --eval may repeat them and not change them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm test_eps test_step test_gamma test_randinit".split()
+_NOT_NEGATIVE = "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma prune_ratio growth_ratio".split()
 
 
 def _check_values(s: Settings) -> None:
@@ -304,8 +298,7 @@ def _check_values(s: Settings) -> None:
         _require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
     for name in ("lr", "width"):
         _require(getattr(s, name) > 0, f"--{name} must be positive, not {getattr(s, name)}")
-    not_negative = "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma prune_ratio growth_ratio"
-    for name in not_negative.split():
+    for name in _NOT_NEGATIVE:
         _require(getattr(s, name) >= 0, f"--{name} must not be negative, but is {getattr(s, name)}")
     _require(0 < s.density <= 1, f"--density is the kept fraction and lies in (0, 1], not {s.density:g}")
     _require(0 < s.death_rate <= 1, f"--death-rate lies in (0, 1], not {s.death_rate:g}")

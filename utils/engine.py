@@ -107,9 +107,7 @@ def train_epoch(
     start = time.perf_counter()
     tally = _Tally(steps)
     for step, batch in enumerate(batches):
-        loss, right = train_step(
-            model, optimizer, batch, attack=attack, attack_training=attack_training, key=(seed, "attack", epoch)
-        )
+        loss, right = train_step(model, optimizer, batch, attack=attack, attack_training=attack_training, key=(seed, "attack", epoch))
         if masking is not None:
             masking.step()
         tally.add(loss, right, len(batch.y))

@@ -50,9 +50,7 @@ class FinalScores:
     robust_gap: float
 
 
-def evaluate(
-    model: nn.Module, split: Split, attack: PGD | None = None, *, seed: int = 1, on_batch: OnBatch = lambda images: None
-) -> Score:
+def evaluate(model: nn.Module, split: Split, attack: PGD | None = None, *, seed: int = 1, on_batch: OnBatch = lambda images: None) -> Score:
     """Accuracy in eval mode on a split, clean or attacked; the network's modes are left as found.
 
     The random start of each image depends on ``seed`` and its index alone, so the same network has the same score

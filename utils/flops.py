@@ -34,12 +34,10 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
     """Every convolution and linear layer, from one forward pass on an empty image ``[C, H, W]``."""
     costs: list[LayerCost] = []
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str):
         def record(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             positions = output[0].numel() // output.shape[1]
-            costs.append(
-                LayerCost(f"{name}.weight", module.weight.numel(), output.shape[1], positions, isinstance(module, nn.Conv2d))
-            )
+            costs.append(LayerCost(f"{name}.weight", module.weight.numel(), output.shape[1], positions, isinstance(module, nn.Conv2d)))
 
         return record
 

@@ -73,7 +73,7 @@ def summary_table(summaries: Sequence[Row]) -> str:
 
 
 def _method_name(summary: Row) -> str:
-    name = METHOD_NAMES.get(summary["method"], summary["method"])
+    name = METHOD_NAMES[summary["method"]]
     return f"{name} ({summary['settings']['sparse_init']})" if summary["method"] == "static" else name
 
 

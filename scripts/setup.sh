@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes .venv and installs what is pinned; does nothing when that was done before.
+#   bash scripts/setup.sh [requirements-dev.txt]      PYTHON=python3.11 chooses the interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+requirements=${1:-requirements.txt}
+python=${PYTHON:-python3}
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 chooses one" >&2
+    exit 2
+fi
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+    rm -rf .venv
+    "$python" -m venv .venv
+fi
+# What was installed is remembered by content, so a changed pin is installed and an unchanged one costs nothing.
+wanted=$(cat requirements.txt "$requirements" | cksum | tr -d ' ')
+stamp=.venv/installed-$(basename "$requirements" .txt)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing $requirements into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    echo "$wanted" > "$stamp"
+fi

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import toy
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def golden() -> Path:
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Decoded image folders of tests never touch the user's cache."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def run_adv(monkeypatch, capsys):
+    """Run main_adv.py in this process: ``run_adv(*flags)`` gives exit code, stdout and stderr."""
+    return toy.Command("main_adv", monkeypatch, capsys)
+
+
+@pytest.fixture
+def image_tree(tmp_path) -> Path:
+    """An image folder with three classes: ``train/<class>`` of 20 and ``test/<class>`` of 8 images, 16x16."""
+    return toy.write_image_tree(tmp_path / "images")

@@ -1,0 +1,106 @@
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from models import build_model
+from utils.checkpoint import load_checkpoint, load_weights, network_weights, save_checkpoint, write_atomically
+from utils.errors import InputError
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    content = {"state_dict": {"w": torch.arange(3.0)}, "epoch": 4, "history": [{"a": 1.5, "b": None}]}
+    save_checkpoint(tmp_path / "c.pth.tar", content)
+    loaded = load_checkpoint(tmp_path / "c.pth.tar")
+    assert torch.equal(loaded.pop("state_dict")["w"], torch.arange(3.0))
+    assert loaded == {"format": 1, "epoch": 4, "history": [{"a": 1.5, "b": None}]}
+
+
+def test_nothing_is_left_beside_the_file(tmp_path):
+    write_atomically(tmp_path / "f", b"one")
+    write_atomically(tmp_path / "f", b"two")
+    assert (tmp_path / "f").read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.fixture
+def small_disk():
+    """Files may grow to 10,000 bytes: what a write meets on a full disk, without filling one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path, small_disk):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(path, {"state_dict": {"w": torch.zeros(3)}})
+    with pytest.raises(OSError, match="File too large"):
+        save_checkpoint(path, {"state_dict": {"w": torch.zeros(10_000)}})
+    assert load_checkpoint(path)["state_dict"]["w"].shape == (3,)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "text", "truncated", "folder"])
+def test_files_that_are_no_checkpoints_are_named(tmp_path, fault):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(path, {"state_dict": {"w": torch.zeros(1000)}})
+    if fault == "missing":
+        path.unlink()
+    elif fault == "empty":
+        path.write_bytes(b"")
+    elif fault == "text":
+        path.write_text("hello")
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(InputError, match=r"c\.pth\.tar"):
+        load_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch was_run",))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious()}, tmp_path / "c.pth.tar")
+    with pytest.raises(InputError, match="could run code"):
+        load_checkpoint(tmp_path / "c.pth.tar")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_weights_are_found_with_and_without_the_parallel_prefix():
+    state = {"conv.weight": torch.zeros(1)}
+    assert network_weights({"state_dict": state}, "f").keys() == state.keys()
+    assert network_weights({"state_dict": {"module.conv.weight": torch.zeros(1)}}, "f").keys() == state.keys()
+    assert network_weights(state, "f").keys() == state.keys()
+    for bad in ({"state_dict": {}}, {"epoch": 3}, {"state_dict": 3}):
+        with pytest.raises(InputError, match="state_dict"):
+            network_weights(bad, "f")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"arch": "resnet34"}, r"also has layer1\.2"),
+        ({"arch": "vgg16"}, "it has no conv1.weight"),
+        ({"width": 0.125}, r"conv1\.weight has shape \[8, 3, 3, 3\] there and \[4, 3, 3, 3\] here"),
+        ({"num_classes": 5}, r"linear\.weight has shape"),
+    ],
+)
+def test_weights_of_another_network_are_refused_by_the_first_difference(other, message):
+    model = build_model("resnet18", 10, width=0.0625)
+    options = {"arch": "resnet18", "num_classes": 10, "width": 0.0625} | other
+    state = build_model(options.pop("arch"), options.pop("num_classes"), **options).state_dict()
+    before = model.conv1.weight.clone()
+    with pytest.raises(InputError, match=message):
+        load_weights(model, state, "f", "resnet18")
+    assert torch.equal(model.conv1.weight, before)

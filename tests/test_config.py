@@ -1,0 +1,193 @@
+import pytest
+
+from utils.config import Settings, parse_settings, pick_device, refuse_idle_masks, settings_from
+from utils.errors import InputError
+
+
+def parse(line, stored=None):
+    return parse_settings(line.split(), "test", lambda given: stored or {})
+
+
+def test_defaults_are_the_papers():
+    settings = parse("--dataset cifar10 --data data/cifar10 --arch resnet18 --save_dir experiment/dense")
+    assert settings.method == "dense"
+    assert (settings.batch_size, settings.lr, settings.momentum, settings.weight_decay, settings.epochs) == (128, 0.1, 0.9, 5e-4, 200)
+    assert settings.milestones == (100, 150)
+    train, test = settings.train_attack, settings.test_attack
+    assert (train.eps, train.steps, train.step_size, train.norm, train.random_start) == (8 / 255, 10, 2 / 255, "linf", True)
+    assert (test.eps, test.steps, test.step_size, test.norm, test.random_start) == (8 / 255, 20, 2 / 255, "linf", True)
+    assert settings.attack_mode == "train"
+
+
+def test_the_papers_sparse_commands():
+    settings = parse("--dataset cifar10 --data data/cifar10 --density 0.2 --dynamic_fre --fbp")
+    masking = settings.masking(steps_per_epoch=352)
+    assert settings.method == "fbp"
+    assert (masking.density, masking.sparse_init, masking.growth, masking.drop_fraction) == (0.2, "igq", "random", 0.5)
+    assert (masking.update_frequency, masking.second_frequency, masking.total_steps) == (900, 1200, 70_400)
+    assert (masking.adaptive, masking.start_epoch, masking.epoch_range, masking.update_threshold) == (True, 100, 4, 0.5)
+    assert (masking.prune_ratio, masking.growth_ratio) == (0.4, 0.05)
+    assert parse("--fb").masking(352).second_frequency is None
+    assert not parse("--fb").masking(352).adaptive
+
+
+def test_every_flag_of_the_specification_is_known():
+    flags = (
+        "--data x --dataset cifar10 --arch wideresnet --depth_factor 34 --width_factor 10 --seed 1 --gpu 0 "
+        "--print_freq 50 --save_dir d --batch_size 128 --lr .1 --decreasing_lr 100,150 --momentum .9 --weight_decay 5e-4 "
+        "--epochs 200 --norm linf --train_eps 8 --train_step 10 --train_gamma 2 --train_randinit --test_eps 8 --test_step 20 "
+        "--test_gamma 2 --test_randinit --fbp --sparse_init igq --growth random --death magnitude "
+        "--redistribution none --death-rate .5 --density .2 --dynamic_epoch 100 --decay-schedule cosine --update_frequency 900 "
+        "--epoch_range 4 --prune_ratio .4 --growth_ratio .05 --update_threshold .5 --dynamic_fre --second_frequency 1200"
+    )
+    assert parse(flags).method == "fbp"
+    assert parse("--fb --fix").method == parse("--fix").method == "static"
+
+
+@pytest.mark.parametrize("line", ["--death_rate 0.3 --fb", "--death-rate 0.3 --fb"])
+def test_both_spellings(line):
+    assert parse(line).death_rate == 0.3
+
+
+def test_random_starts_are_on_and_can_be_turned_off():
+    assert parse("").train_attack.random_start
+    assert not parse("--no-train_randinit").train_attack.random_start
+    assert not parse("--no-test-randinit").test_attack.random_start
+
+
+def test_fractions_of_the_run():
+    settings = parse("--epochs 12 --decreasing_lr 0.5,0.75 --fbp --dynamic_epoch 0.5")
+    assert settings.milestones == (6, 9)
+    assert settings.first_adaptive_epoch == 6
+    assert settings.run_name() == parse("--epochs 12 --decreasing_lr 6,9 --fbp --dynamic_epoch 6").run_name()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--densty 0.3", "did you mean --density"),
+        ("--lr fast", "invalid float"),
+        ("--arch resnet19", "invalid choice"),
+        ("--density 0 --fb", r"\(0, 1\]"),
+        ("--density 1.2 --fb", r"\(0, 1\]"),
+        ("--density 1 --fb", "nothing to prune"),
+        ("--density 0.3", "no effect with a dense run"),
+        ("--growth gradient", "no effect with a dense run"),
+        ("--fb --fbp", "choose one"),
+        ("--fbp --fix", "choose one"),
+        ("--fix --growth gradient", "masks do not move"),
+        ("--fb --prune_ratio 0.2", "only --fbp"),
+        ("--fb --second_frequency 100", "no --dynamic_fre"),
+        ("--fb --growth momentum --momentum 0", "--momentum 0"),
+        ("--fb --reset", "no meaning"),
+        ("--fbp --epochs 20", "past the end of 20 epochs"),
+        ("--epochs 20 --decreasing_lr 10,30", "past the end of 20 epochs"),
+        ("--decreasing_lr 150,100", "must not fall"),
+        ("--decreasing_lr ten", "neither an epoch nor a fraction"),
+        ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),
+        ("--data somewhere", "needs no folder"),
+        ("--image_size 16", "not decoded from a folder"),
+        ("--dataset cifar10 --cache_dir x", "not decoded from a folder"),
+        ("--arch resnet18 --depth_factor 28", "only with wideresnet"),
+        ("--arch wideresnet --width 0.5", "--width_factor"),
+        ("--device cpu --gpu 0", "no effect with --device cpu"),
+        ("--epochs 0", "at least 1"),
+        ("--batch_size 0", "at least 1"),
+        ("--lr 0", "positive"),
+        ("--train_eps -1", "negative"),
+        ("--train_subset 0", "at least 1"),
+        ("--resume --resume_dir x", "choose one"),
+        ("--eval", "needs --pretrained"),
+        ("--pretrained x", "add --eval"),
+        ("--eval_attack cw", "add --eval"),
+        ("--eval --pretrained x --save_dir y", "no effect with --eval"),
+        ("--eval --pretrained x --lr 0.2", "no effect with --eval"),
+        ("--eval --pretrained x --eval_attack autoattack --test_step 5", "its own steps"),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(line, reason):
+    with pytest.raises(InputError, match=reason):
+        parse(line)
+
+
+def test_help_shows_groups_defaults_and_units(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("data:", "sparsity:", "in 1/255 (default 8.0)", "--death_rate FLOAT", "--death-rate"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("line", "steps", "reason"),
+    [
+        ("--fb --epochs 5", 100, "longer than the run of 500 steps"),
+        ("--fbp --epochs 10 --dynamic_epoch 9", 100, "no mask update falls after"),
+    ],
+)
+def test_masks_that_would_never_move_are_refused(line, steps, reason):
+    with pytest.raises(InputError, match=reason):
+        refuse_idle_masks(parse(line), steps)
+
+
+def test_masks_that_move_are_not_refused():
+    for line in ("", "--fix", "--fb", "--fbp --dynamic_fre"):
+        refuse_idle_masks(parse(line), 352)
+
+
+def test_a_stored_run_fills_in_and_cannot_be_contradicted():
+    stored = {"arch": "vgg16", "width": 0.5, "seed": 4, "dataset": "cifar10", "lr": 0.2}
+    settings = parse("--eval --pretrained x --data d --test_step 50", stored)
+    assert (settings.arch, settings.width, settings.seed, settings.test_step) == ("vgg16", 0.5, 4, 50)
+    assert parse("--eval --pretrained x --arch vgg16_bn --lr 0.2", stored).arch == "vgg16"
+    for line, reason in (
+        ("--eval --pretrained x --arch resnet18", "--arch resnet18 contradicts the checkpoint, which has vgg16"),
+        ("--eval --pretrained x --lr 0.1", "contradicts"),
+        ("--resume_dir x --lr 0.1", "contradicts"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            parse(line, stored)
+
+
+# ---------------------------------------------------------------- run names
+
+
+def test_the_run_name_is_stable():
+    """A change here means that nobody's --resume finds its folder any more."""
+    assert Settings().run_name() == "dense_resnet18_digits_e200_s1_44136fa3"
+    settings = parse("--dataset cifar10 --density 0.1 --fbp --dynamic_fre --seed 3")
+    assert settings.run_name() == "fbp_resnet18_cifar10_d0.1_e200_s3_d2634cf8"
+
+
+def test_the_name_covers_what_changes_the_result_and_nothing_else():
+    base = parse("--fb").run_name()
+    for line in ("--save_dir x", "--device cpu", "--print_freq 3", "--resume", "--density 0.2", "--lr 0.1"):
+        assert parse(f"--fb {line}").run_name() == base
+    for line in ("--lr 0.2", "--density 0.3", "--seed 2", "--train_subset 100", "--attack_mode eval", "--no-train_randinit", "--fix"):
+        assert parse(f"--fb {line}").run_name() != base
+    assert parse("--fb --fix").run_name() == parse("--fix").run_name()
+
+
+def test_settings_from_a_checkpoint_are_checked_too():
+    assert settings_from({"lr": 0.3, "unknown": 1}).lr == 0.3
+    with pytest.raises(InputError, match="unknown architecture"):
+        settings_from({"arch": "resnet19"})
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("line", "gpus", "expected"),
+    [("", 0, "cpu"), ("", 2, "cuda:0"), ("--gpu 1", 2, "cuda:1"), ("--device cpu", 2, "cpu"), ("--device cuda", 1, "cuda:0")],
+)
+def test_devices(line, gpus, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert str(pick_device(parse(line))) == expected
+
+
+@pytest.mark.parametrize(("line", "gpus"), [("--device cuda", 0), ("--gpu 0", 0), ("--gpu 2", 2), ("--gpu -1", 2)])
+def test_missing_devices_are_refused(line, gpus, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(InputError, match="GPU"):
+        pick_device(parse(line))

@@ -1,0 +1,446 @@
+import io
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.folders
+import data.sources
+from data import Augmentation, TrainLoader, calibration_batches, channel_statistics, load_data, plain_batches
+from data.augment import augment, to_float
+from data.sources import stratified
+from tests import toy
+from utils.compat import import_torchvision
+from utils.errors import InputError
+
+# ---------------------------------------------------------------- splits
+
+
+def test_digits_have_the_split_of_the_specification():
+    digits = load_data("digits")
+    assert (len(digits.train), len(digits.val), len(digits.test)) == (1000, 300, 497)
+    assert digits.image_shape == (1, 8, 8)
+    assert not set(digits.train.indices.tolist()) & set(digits.val.indices.tolist())
+    for split in (digits.train, digits.val, digits.test):
+        shares = torch.bincount(split.labels[split.indices], minlength=10) / len(split)
+        assert (shares - 0.1).abs().max() < 0.015
+    assert digits.train.images.max() == 255
+    assert digits.augmentation == Augmentation(padding=1)
+
+
+def test_stratified_takes_exact_counts_in_proportion():
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    rows = stratified(labels, 50)
+    assert np.bincount(labels[rows]).tolist() == [30, 15, 5]
+    assert len(set(rows.tolist())) == 50
+    assert (rows == stratified(labels, 50)).all()
+    assert np.bincount(labels[stratified(labels, 7)]).tolist() == [4, 2, 1]
+    assert np.bincount(labels[stratified(labels, 3)]).tolist() == [1, 1, 1]
+    with pytest.raises(InputError, match="at least one a class"):
+        stratified(labels, 2)
+    with pytest.raises(InputError, match="cannot take 101"):
+        stratified(labels, 101)
+
+
+def fake_torchvision(monkeypatch, **attributes):
+    made = type("Fake", (), attributes)
+    monkeypatch.setattr(data.sources, "_torchvision", lambda name, place, **options: made())
+
+
+def test_cifar_splits_by_order(monkeypatch):
+    pixels = np.arange(50 * 4 * 4 * 3, dtype=np.uint8).reshape(50, 4, 4, 3)
+    fake_torchvision(monkeypatch, data=pixels, targets=[i % 10 for i in range(50)], classes=list("abcdefghij"))
+    for name, rotation in (("cifar10", 0.0), ("cifar100", 15.0)):
+        loaded = load_data(name)
+        assert loaded.train.indices.tolist() == list(range(45))
+        assert loaded.val.indices.tolist() == list(range(45, 50))
+        assert loaded.augmentation == Augmentation(4, flip=True, rotation=rotation)
+        assert torch.equal(loaded.train.images, torch.from_numpy(pixels))
+    assert loaded.mean == (0.5071, 0.4865, 0.4409)
+
+
+def test_svhn_is_channels_last_here_and_does_not_flip(monkeypatch):
+    pixels = np.random.RandomState(0).randint(0, 256, (40, 3, 4, 4)).astype(np.uint8)
+    fake_torchvision(monkeypatch, data=pixels, labels=np.arange(40) % 10)
+    svhn = load_data("svhn")
+    assert (len(svhn.train), len(svhn.val)) == (36, 4)
+    assert not set(svhn.train.indices.tolist()) & set(svhn.val.indices.tolist())
+    assert torch.equal(svhn.train.images.permute(0, 3, 1, 2), torch.from_numpy(pixels))
+    assert svhn.augmentation == Augmentation(4)
+
+
+def test_torchvision_reads_what_lies_in_the_folder(tmp_path, monkeypatch):
+    """The real class on a real archive layout, made small."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.RandomState(0)
+    files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in files:
+        batch = {"data": rng.randint(0, 256, (10, 3072)).astype(np.uint8), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    real = import_torchvision("datasets").CIFAR10
+    monkeypatch.setattr(real, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    cifar = load_data("cifar10", tmp_path)
+    assert (len(cifar.train), len(cifar.val), len(cifar.test)) == (45, 5, 10)
+    assert cifar.image_shape == (3, 32, 32)
+
+
+def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    real = import_torchvision("datasets").CIFAR10
+
+    def refuse(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(real, "download", refuse)
+    with pytest.raises(InputError, match=re.escape(f"CIFAR10 is not in {tmp_path}")):
+        load_data("cifar10", tmp_path)
+
+
+def write_tinyimagenet(root: Path, annotations: bool) -> None:
+    rng = np.random.RandomState(1)
+
+    def image(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.randint(0, 256, (64, 64, 3)).astype(np.uint8)).save(path)
+
+    classes = ("n02", "n01")
+    for name in classes:
+        for i in range(10):
+            image(root / "train" / name / "images" / f"{name}_{i}.JPEG")
+    if annotations:
+        for i in range(4):
+            image(root / "val" / "images" / f"val_{i}.JPEG")
+        lines = [f"val_{i}.JPEG\t{classes[i % 2]}\t0\t0\t62\t62" for i in range(4)]
+        (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    else:
+        for i in range(4):
+            image(root / "val" / classes[i % 2] / f"val_{i}.JPEG")
+
+
+@pytest.mark.parametrize("annotations", [True, False])
+def test_tinyimagenet_has_the_papers_split(tmp_path, annotations):
+    write_tinyimagenet(tmp_path, annotations)
+    tiny = load_data("tinyimagenet", tmp_path)
+    expected = np.random.RandomState(10).permutation(20)
+    assert tiny.train.indices.tolist() == expected[:18].tolist()
+    assert tiny.val.indices.tolist() == expected[18:].tolist()
+    assert tiny.classes == ["n01", "n02"]
+    assert tiny.train.labels.tolist() == [0] * 10 + [1] * 10
+    assert sorted(tiny.test.labels.tolist()) == [0, 0, 1, 1]
+    assert tiny.image_shape == (3, 64, 64)
+    assert tiny.mean == (0.4802, 0.4481, 0.3975)
+
+
+@pytest.mark.parametrize("line", ["val_0.JPEG", "../secret.JPEG\tn01", "val_0.JPEG\tn99"])
+def test_bad_annotations_are_named(tmp_path, line):
+    write_tinyimagenet(tmp_path, True)
+    (tmp_path / "val" / "val_annotations.txt").write_text(line + "\n")
+    with pytest.raises(InputError, match="line 1"):
+        load_data("tinyimagenet", tmp_path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    write_tinyimagenet(tmp_path, True)
+    (tmp_path / "val" / "images" / "val_2.JPEG").unlink()
+    with pytest.raises(InputError, match=r"val_2\.JPEG: missing image"):
+        load_data("tinyimagenet", tmp_path)
+
+
+# ---------------------------------------------------------------- image folders
+
+
+def test_imagefolder_splits_by_class(image_tree):
+    folder = load_data("imagefolder", image_tree)
+    assert (len(folder.train), len(folder.val), len(folder.test)) == (54, 6, 24)
+    assert torch.bincount(folder.val.labels[folder.val.indices]).tolist() == [2, 2, 2]
+    assert folder.classes == ["ant", "bee", "cow"]
+    assert folder.augmentation == Augmentation(padding=2, flip=True)
+    path = image_tree / "train" / "bee" / "004.png"
+    assert torch.equal(folder.train.images[24], torch.from_numpy(np.array(Image.open(path))))
+
+
+def test_val_may_stand_for_test_and_other_files_do_not_count(image_tree):
+    (image_tree / "test").rename(image_tree / "val")
+    (image_tree / "train" / "ant" / "notes.txt").write_text("not an image")
+    (image_tree / "train" / "ant" / ".hidden.png").write_text("neither")
+    (image_tree / "train" / ".cache").mkdir()
+    assert len(load_data("imagefolder", image_tree).train) == 54
+
+
+def test_images_are_resized_once_by_area(image_tree):
+    folder = load_data("imagefolder", image_tree, image_size=8)
+    assert folder.image_shape == (3, 8, 8)
+    original = np.asarray(Image.open(image_tree / "train" / "ant" / "000.png")).astype(float)
+    area = original.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    assert np.abs(folder.train.images[0].numpy() - area).max() <= 1
+    assert load_data("imagefolder", image_tree).image_shape == (3, 16, 16)  # a cache of its own
+
+
+def test_grey_and_palette_images_become_rgb(image_tree):
+    Image.fromarray(np.full((16, 16), 77, np.uint8)).save(image_tree / "train" / "ant" / "000.png")
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).convert("P").save(image_tree / "train" / "ant" / "001.gif")
+    folder = load_data("imagefolder", image_tree)
+    assert (folder.train.images[0] == 77).all()
+    assert len(folder.train) + len(folder.val) == 61
+
+
+def damage(kind, root):
+    train = root / "train"
+    if kind == "corrupt":
+        (train / "bee" / "003.png").write_bytes(b"no image")
+    elif kind == "truncated":
+        path = train / "bee" / "003.png"
+        path.write_bytes(path.read_bytes()[:300])
+    elif kind == "link":
+        (train / "bee" / "003.png").unlink()
+        (train / "bee" / "003.png").symlink_to(root / "nowhere.png")
+    elif kind == "empty class":
+        for path in (train / "cow").iterdir():
+            path.unlink()
+    elif kind == "unknown class":
+        (root / "test" / "elk").mkdir()
+    elif kind == "no test":
+        (root / "test").rename(root / "elsewhere")
+    elif kind == "odd size":
+        Image.new("RGB", (20, 16)).save(train / "bee" / "003.png")
+    elif kind == "odd test size":
+        for path in (root / "test").rglob("*.png"):
+            Image.new("RGB", (20, 20)).save(path)
+    elif kind == "no classes":
+        (train / "x").mkdir()
+        (root / "train").rename(root / "old")
+        (root / "train").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("corrupt", r"bee/003\.png: not an image"),
+        ("truncated", r"bee/003\.png: corrupt image"),
+        ("link", r"bee/003\.png: missing image"),
+        ("empty class", r"cow: no images of this class"),
+        ("unknown class", r"elk: this class does not appear"),
+        ("no test", r"neither a folder test nor val"),
+        ("odd size", r"bee/003\.png: 20x16 pixels where others have 16x16"),
+        ("odd test size", r"--image_size"),
+        ("no classes", r"no class folders"),
+    ],
+)
+def test_damage_is_named(image_tree, kind, message):
+    damage(kind, image_tree)
+    with pytest.raises(InputError, match=message):
+        load_data("imagefolder", image_tree)
+
+
+def test_a_wrong_path_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        load_data("imagefolder", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="unknown data set"):
+        load_data("mnist")
+
+
+# ---------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Paths decoded so far."""
+    seen = []
+    original = data.folders.decode_image
+    monkeypatch.setattr(data.folders, "decode_image", lambda path, size: seen.append(path) or original(path, size))
+    return seen
+
+
+def test_folders_are_decoded_once(image_tree, tmp_path, decoded):
+    first = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert len(decoded) == 84
+    again = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert len(decoded) == 84
+    assert torch.equal(first.train.images, again.train.images)
+
+
+@pytest.mark.parametrize("change", ["content", "time", "added", "removed"])
+def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, change):
+    load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    path = image_tree / "train" / "ant" / "005.png"
+    if change == "content":
+        Image.new("RGB", (16, 16)).save(path)
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "added":
+        path.with_name("new.png").write_bytes(path.read_bytes())
+    else:
+        path.unlink()
+    loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert len(decoded) > 84 + 50
+    if change == "content":
+        assert not loaded.train.images[5].any()
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "no meta", "broken meta", "gone"])
+def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
+    expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    images, meta = folder / "images.npy", folder / "meta.json"
+    content = bytearray(images.read_bytes())
+    if fault == "flipped":
+        content[-100] ^= 1
+        images.write_bytes(content)
+    elif fault == "truncated":
+        images.write_bytes(content[:-5])
+    elif fault == "no meta":
+        meta.unlink()
+    elif fault == "broken meta":
+        meta.write_text("[]")
+    else:
+        images.unlink()
+    assert torch.equal(load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images, expected)
+    assert len(decoded) == 84 + 60
+
+
+def test_a_failed_decoding_leaves_no_cache_behind(image_tree, tmp_path):
+    (image_tree / "train" / "cow" / "019.png").write_bytes(b"x")
+    with pytest.raises(InputError):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(image_tree, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="--cache_dir"):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "file")
+
+
+def test_what_does_not_fit_is_mapped_and_streamed(image_tree, tmp_path):
+    held = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    streamed = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache", memory_budget=1000)
+    # A map has no storage of its own: changing the file shows through it.
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    for ours, theirs in zip(plain_batches(held.val, 4), plain_batches(streamed.val, 4), strict=True):
+        assert torch.equal(ours.x, theirs.x)
+    loaders = [TrainLoader(d.train, 8, d.augmentation, seed=1) for d in (held, streamed)]
+    for ours, theirs in zip(loaders[0].epoch(3), loaders[1].epoch(3), strict=True):
+        assert torch.equal(ours.x, theirs.x)
+    with (folder / "images.npy").open("r+b") as file:
+        file.seek(-1, io.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, io.SEEK_END)
+        file.write(bytes([last ^ 255]))
+    assert streamed.train.images[-1, -1, -1, -1] == last ^ 255
+    assert held.train.images[-1, -1, -1, -1] == last
+
+
+# ---------------------------------------------------------------- subsets and statistics
+
+
+def test_subsets_are_stratified_and_leave_validation_whole():
+    digits = load_data("digits", train_subset=100, test_subset=50)
+    assert (len(digits.train), len(digits.val), len(digits.test)) == (100, 300, 50)
+    assert (torch.bincount(digits.train.labels[digits.train.indices]) - 10).abs().max() <= 1
+    assert digits.mean == load_data("digits").mean
+    with pytest.raises(InputError, match="--train_subset"):
+        load_data("digits", train_subset=5000)
+
+
+def test_statistics_equal_numpys():
+    split = toy.split(50)
+    rows = split.subset(torch.arange(7, 40))
+    mean, std = channel_statistics(rows)
+    pixels = rows.images[7:40].numpy() / 255
+    assert mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist())
+    assert std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist())
+
+
+def test_calibration_images_cover_the_classes():
+    batches = calibration_batches(load_data("digits"), per_class=5)
+    labels = torch.cat([y for _, y in batches])
+    assert (torch.bincount(labels) - 5).abs().max() <= 1
+
+
+# ---------------------------------------------------------------- loader and augmentation
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
+    loader = TrainLoader(toy.split(23), 5, Augmentation(), seed=1)
+    epochs = [torch.cat([batch.indices for batch in loader.epoch(e)]) for e in (0, 1, 0)]
+    assert all(sorted(e.tolist()) == list(range(23)) for e in epochs)
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+    assert len(loader) == 5
+    assert [len(batch.y) for batch in loader.epoch(0)] == [5, 5, 5, 5, 3]
+
+
+def test_a_single_left_over_image_joins_the_last_batch():
+    assert [len(batch.y) for batch in TrainLoader(toy.split(11), 5, Augmentation(), seed=1).epoch(0)] == [5, 6]
+    assert [len(batch.y) for batch in TrainLoader(toy.split(1), 5, Augmentation(), seed=1).epoch(0)] == [1]
+
+
+def test_an_epoch_can_begin_in_its_middle():
+    loader = TrainLoader(toy.split(23), 5, Augmentation(2, flip=True), seed=1)
+    whole, rest = list(loader.epoch(2)), list(loader.epoch(2, first_step=3))
+    assert [torch.equal(a.x, b.x) for a, b in zip(whole[3:], rest, strict=True)] == [True, True]
+
+
+def test_batch_size_does_not_change_an_images_augmentation():
+    split = toy.split(12)
+    augmentation = Augmentation(2, flip=True, rotation=15)
+    by_index = []
+    for batch_size in (12, 4):
+        images = {}
+        for batch in TrainLoader(split, batch_size, augmentation, seed=1).epoch(5):
+            images |= dict(zip(batch.indices.tolist(), batch.x, strict=True))
+        by_index.append(images)
+    assert all(torch.equal(by_index[0][i], by_index[1][i]) for i in range(12))
+
+
+def test_no_augmentation_is_the_image():
+    split = toy.split(4)
+    x = augment(split.images, torch.arange(4), Augmentation(), 1, 0)
+    assert torch.equal(x, to_float(split.images))
+    assert torch.equal(x, split.images.permute(0, 3, 1, 2) / 255)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.dtype == torch.float32
+
+
+def test_crop_and_flip_give_every_result_they_may_and_no_other():
+    image = torch.arange(1, 17, dtype=torch.uint8).view(1, 4, 4, 1)
+    padded = torch.nn.functional.pad(image[0, :, :, 0].float(), (1, 1, 1, 1))
+    allowed = {tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
+    allowed |= {tuple(torch.tensor(a).view(4, 4).flip(1).flatten().tolist()) for a in allowed}
+    x = augment(image.expand(900, 4, 4, 1), torch.arange(900), Augmentation(1, flip=True), 1, 0)
+    seen = [tuple((image * 255).round().flatten().tolist()) for image in x]
+    assert set(seen) == allowed
+    assert max(seen.count(a) for a in allowed) < 2 * 900 / 18  # all about equally often
+
+
+@pytest.mark.parametrize("degrees", [-15.0, -7.3, 0.0, 4.0, 15.0])
+def test_rotation_equals_torchvisions_nearest_neighbour(degrees, monkeypatch):
+    import_torchvision()
+    from torchvision.transforms.v2 import functional
+
+    images = toy.split(3, side=32).images
+
+    def draw(indices, augmentation, seed, epoch):
+        zeros = torch.zeros(len(indices), dtype=torch.long)
+        return zeros, zeros, zeros.bool(), torch.full((len(indices),), np.deg2rad(degrees))
+
+    monkeypatch.setattr("data.augment._draw", draw)
+    ours = augment(images, torch.arange(3), Augmentation(rotation=15), 1, 0)
+    theirs = functional.rotate(images.permute(0, 3, 1, 2), degrees, interpolation=functional.InterpolationMode.NEAREST) / 255
+    assert (ours == theirs).double().mean() > 0.999
+
+
+def test_angles_stay_within_the_limit():
+    from data.augment import _draw
+
+    *_, angle = _draw(torch.arange(5000), Augmentation(rotation=15), 1, 0)
+    limit = np.deg2rad(15)
+    assert -limit <= angle.min() < -0.95 * limit
+    assert 0.95 * limit < angle.max() <= limit

@@ -1,0 +1,124 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Augmentation, Batch, TrainLoader
+from tests import toy
+from utils.attacks import PGD
+from utils.engine import learning_rate, set_learning_rate, train_epoch, train_step
+from utils.errors import RunError
+
+ATTACK = PGD(8 / 255, 2 / 255, 3)
+
+
+def parts(seed=0):
+    model = toy.network()
+    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def epoch(model, optimizer, split, **options):
+    loader = TrainLoader(split, 5, Augmentation(1), seed=1)
+    defaults = {"epoch": 0, "steps": len(loader), "seed": 1, "attack": ATTACK}
+    return train_epoch(model, optimizer, loader.epoch(0), **(defaults | options))
+
+
+def test_learning_rate_falls_tenfold_at_each_milestone():
+    rates = [learning_rate(epoch, 0.1, (2, 4)) for epoch in range(6)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert learning_rate(7, 0.1, ()) == 0.1
+
+
+def test_set_learning_rate():
+    _, optimizer = parts()
+    set_learning_rate(optimizer, 0.03)
+    assert optimizer.param_groups[0]["lr"] == 0.03
+
+
+def test_a_clean_step_is_plain_sgd():
+    x, y = toy.images()
+    model, optimizer = parts()
+    loss, right = train_step(model, optimizer, Batch(x, y, torch.arange(12)), attack=None, attack_training=True, key=(1,))
+    twin, twin_optimizer = parts()
+    logits = twin(x)
+    F.cross_entropy(logits, y).backward()
+    twin_optimizer.step()
+    assert loss == F.cross_entropy(logits, y)
+    assert right == (logits.argmax(1) == y).sum()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("training", "passes"), [(True, 3 + 1), (False, 1)])
+def test_the_attack_moves_batch_norm_only_in_train_mode(training, passes):
+    model, optimizer = parts()
+    x, y = toy.images()
+    train_step(model, optimizer, Batch(x, y, torch.arange(12)), attack=ATTACK, attack_training=training, key=(1,))
+    assert model[1].num_batches_tracked == passes
+    assert model.training
+
+
+def test_training_learns_and_counts():
+    model, optimizer = parts()
+    split = toy.split(30)
+    first = epoch(model, optimizer, split)
+    for _ in range(8):
+        last = epoch(model, optimizer, split)
+    assert first.images == 30
+    assert last.loss < 0.5 * first.loss
+    assert last.accuracy > 90
+
+
+def test_mean_loss_and_accuracy_weigh_uneven_batches_by_images():
+    model, optimizer = parts()
+    set_learning_rate(optimizer, 0.0)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    model[1].momentum = 0.0
+    split = toy.split(7)
+    result = epoch(model, optimizer, split, attack=None)
+    losses, right = [], 0
+    for batch in TrainLoader(split, 5, Augmentation(1), seed=1).epoch(0):
+        logits = model.train()(batch.x)
+        losses += F.cross_entropy(logits, batch.y, reduction="none").tolist()
+        right += int((logits.argmax(1) == batch.y).sum())
+    assert result.loss == pytest.approx(sum(losses) / 7, rel=1e-5)
+    assert result.accuracy == pytest.approx(100 * right / 7)
+
+
+def test_the_same_seed_and_epoch_give_the_same_bits():
+    results = []
+    for noise in (0, 1):
+        model, optimizer = parts()
+        torch.manual_seed(noise)
+        epoch(model, optimizer, toy.split(12))
+        results.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_another_seed_gives_others():
+    one, other = parts(), parts()
+    epoch(*one, toy.split(12))
+    epoch(*other, toy.split(12), seed=2)
+    assert not torch.equal(one[0][0].weight, other[0][0].weight)
+
+
+@pytest.mark.parametrize(("print_freq", "named"), [(1, 2), (50, 2)])
+def test_a_loss_that_is_not_finite_names_its_step(print_freq, named):
+    model, optimizer = parts()
+    loader = TrainLoader(toy.split(20), 5, Augmentation(), seed=1)
+
+    def poisoned():
+        for step, batch in enumerate(loader.epoch(0)):
+            if step == 1:
+                with torch.no_grad():
+                    model[5].weight.fill_(float("nan"))
+            yield batch
+
+    with pytest.raises(RunError, match=rf"nan in epoch 4, step {named} of 4"):
+        train_epoch(model, optimizer, poisoned(), epoch=3, steps=4, seed=1, attack=ATTACK, print_freq=print_freq)
+
+
+def test_progress_comes_at_its_frequency_and_at_the_end():
+    model, optimizer = parts()
+    seen = []
+    epoch(model, optimizer, toy.split(35), print_freq=3, on_progress=seen.append)
+    assert [(p.step, p.steps) for p in seen] == [(3, 7), (6, 7), (7, 7)]

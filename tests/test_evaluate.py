@@ -1,0 +1,74 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.augment import to_float
+from tests import toy
+from utils.attacks import PGD
+from utils.evaluate import auto_attack, epoch_scores, evaluate, final_scores
+
+ATTACK = PGD(8 / 255, 2 / 255, 5)
+
+
+def test_clean_accuracy_and_loss_by_hand():
+    model, split = toy.network(), toy.split(20)
+    score = evaluate(model, split)
+    logits = model.eval()(to_float(split.images))
+    assert score.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())
+    assert score.loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
+    assert score.images == 20
+
+
+def test_only_the_rows_of_the_split_count():
+    model, split = toy.network(), toy.split(20)
+    rows = torch.tensor([3, 11, 4])
+    score = evaluate(model, split.subset(rows))
+    logits = model.eval()(to_float(split.images[rows]))
+    assert score.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels[rows]).double().mean().item())
+
+
+def test_robust_accuracy_does_not_depend_on_the_batch(monkeypatch):
+    model, split = toy.network(), toy.split(20)
+    whole = evaluate(model, split, ATTACK)
+    monkeypatch.setattr("utils.evaluate.EVAL_BATCH", 3)
+    parts = evaluate(model, split, ATTACK)
+    assert parts.accuracy == whole.accuracy
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_attacks_raise_the_loss_and_leave_the_network():
+    model, split = toy.network(), toy.split(20)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert evaluate(model, split, ATTACK).loss > evaluate(model, split).loss
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_epoch_and_final_scores_agree():
+    model, data = toy.network(), toy.data(20)
+    epoch, final = epoch_scores(model, data, ATTACK, seed=1), final_scores(model, data, ATTACK, seed=1)
+    assert (epoch.test_sa, epoch.test_ra) == (final.test_sa, final.test_ra)
+    assert final.train_ra == evaluate(model, data.train, ATTACK).accuracy
+    assert final.robust_gap == final.train_ra - final.test_ra
+    assert epoch.val_loss == evaluate(model, data.val, ATTACK).loss
+
+
+def test_every_image_is_reported():
+    counts = []
+    epoch_scores(toy.network(), toy.data(20), ATTACK, seed=1, on_batch=counts.append)
+    assert sum(counts) == 40
+
+
+def test_autoattack_is_at_most_pgd():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    split = toy.split(8, classes=10)
+    with torch.no_grad():  # fit it, so that there is something to break
+        pixels = to_float(split.images).flatten(1)
+        model[1].weight.copy_((torch.linalg.pinv(pixels) @ F.one_hot(split.labels, 10).float() * 8).T)
+    attack = PGD(2 / 255, 0.5 / 255, 10)
+    pgd, autoattack = evaluate(model, split, attack), auto_attack(model, split, attack, seed=1)
+    assert evaluate(model, split).accuracy > 90
+    assert autoattack.accuracy <= pgd.accuracy

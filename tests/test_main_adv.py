@@ -1,0 +1,331 @@
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import main_adv
+from sparse_core import SPARSE_INITS
+from tests import toy
+from utils.checkpoint import load_checkpoint
+from utils.metrics import read_epochs, read_summary
+from utils.paths import RunPaths
+
+FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
+
+
+def only_run(save_dir):
+    (root,) = save_dir.iterdir()
+    return RunPaths(root)
+
+
+def files(root):
+    """Every file below with its content's hash."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("method", [[], ["--fb", *toy.TOY_MASKS], FBP, ["--fix", "--density", "0.3"]])
+def test_a_run_leaves_everything_the_specification_names(run_adv, tmp_path, method):
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *method)
+    assert outcome.code == 0, outcome.err
+    paths = only_run(tmp_path)
+    names = "config.json metrics.jsonl result.log checkpoint.pth.tar model_RA_best.pth.tar model_SA_best.pth.tar net_train.png summary.json"
+    assert sorted(os.listdir(paths.root)) == sorted(names.split())
+    config, rows, summary = json.loads(paths.config.read_text()), read_epochs(paths), read_summary(paths)
+    assert config["settings"]["width"] == 0.0625
+    assert {"torch", "numpy"} <= config["versions"].keys()
+    assert config["revision"]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01])
+    assert {"best", "final", "diff", "robust_gap", "layer_densities", "flops", "seconds"} <= summary.keys()
+    assert summary["diff"] == summary["best"]["test_ra"] - summary["final"]["test_ra"]
+    assert summary["robust_gap"] == summary["final"]["train_ra"] - summary["final"]["test_ra"]
+    assert paths.curves.read_bytes().startswith(b"\x89PNG")
+    for path in (paths.checkpoint, paths.best_ra, paths.best_sa):
+        assert next(iter(torch.load(path, weights_only=True)["state_dict"])) == "normalize.mean"
+    assert str(paths.root) in outcome.out
+    assert "FLOPs real" in outcome.out
+    assert "FLOPs paper" in outcome.out
+
+
+def test_flying_bird_keeps_its_density_exactly_and_moves_its_masks(run_adv, tmp_path):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--fb", *toy.TOY_MASKS)
+    paths = only_run(tmp_path)
+    masks = load_checkpoint(paths.checkpoint)["masking"]["masks"]
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.3 * total)
+    rows = read_epochs(paths)
+    assert [update["step"] for row in rows for update in row["updates"]] == [2, 4, 6, 8]
+    assert f"{rows[-1]['density']:.4f}" == "0.3000"
+    assert rows[-1]["explored"] > 0.3
+    assert rows[0]["inference_flops"] == rows[1]["inference_flops"]
+
+
+def test_flying_bird_plus_ends_below_its_density(run_adv, tmp_path, monkeypatch):
+    from sparse_core import DensityController, Verdict
+
+    monkeypatch.setattr(DensityController, "decide", lambda self, epoch: Verdict(prune=epoch >= self.start_epoch))
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *FBP)
+    rows = read_epochs(only_run(tmp_path))
+    assert f"{rows[0]['density']:.4f}" == "0.3000"
+    assert rows[1]["density"] < 0.3
+    assert [update["prune"] for update in rows[1]["updates"]] == [True, True]
+    assert rows[1]["inference_flops"] < rows[0]["inference_flops"]
+    assert f"density {rows[1]['density']:.4f}" in outcome.out
+
+
+@pytest.mark.parametrize("start", SPARSE_INITS)
+def test_every_start_trains_as_a_static_baseline(run_adv, tmp_path, start):
+    flags = ["--fix", "--density", "0.3", "--sparse_init", start, "--epochs", "1", "--decreasing_lr", "0"]
+    outcome = run_adv(*toy.TOY_RUN, *flags, "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    content = load_checkpoint(only_run(tmp_path).checkpoint)
+    for name, mask in content["masking"]["masks"].items():
+        assert not content["state_dict"][name][~mask].any()
+    assert "density 0.3000" in outcome.out
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("arch", ["resnet50", "vgg11", "wideresnet"])
+def test_other_networks_and_norms_train_on_image_folders(run_adv, tmp_path, image_tree, arch, norm):
+    size = {"wideresnet": ["--depth_factor", 10, "--width_factor", 1]}.get(arch, ["--width", 0.0625])
+    flags = ["--dataset", "imagefolder", "--data", image_tree, "--image_size", 32, "--arch", arch, *size, "--norm", norm]
+    flags += [
+        "--epochs",
+        1,
+        "--train_step",
+        1,
+        "--test_step",
+        1,
+        "--batch_size",
+        27,
+        "--save_dir",
+        tmp_path / "runs",
+        "--growth",
+        "gradient",
+    ]
+    outcome = run_adv(*flags, "--fb", "--density", 0.3, "--update_frequency", 1)
+    assert outcome.code == 0, outcome.err
+
+
+def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeypatch):
+    def state(save_dir):
+        content = load_checkpoint(only_run(save_dir).checkpoint)
+        rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(only_run(save_dir))]
+        return content["state_dict"], content["optimizer"], content["masking"], rows
+
+    flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient"]
+    run_adv(*flags, "--save_dir", tmp_path / "whole")
+    original = main_adv.Run._run_epoch
+
+    def cut(self, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        original(self, epoch)
+
+    monkeypatch.setattr(main_adv.Run, "_run_epoch", cut)
+    assert run_adv(*flags, "--save_dir", tmp_path / "cut").code == 130
+    monkeypatch.setattr(main_adv.Run, "_run_epoch", original)
+    assert run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume").code == 0
+    (weights, optimizer, masking, rows), (weights2, optimizer2, masking2, rows2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
+    momenta = [[s["momentum_buffer"] for s in o["state"].values()] for o in (optimizer, optimizer2)]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    assert all(torch.equal(masking["masks"][name], masking2["masks"][name]) for name in masking["masks"])
+    assert masking["events"] == masking2["events"]
+    assert rows == rows2
+
+
+def test_resuming_a_finished_run_changes_nothing(run_adv, tmp_path):
+    first = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    before = files(tmp_path)
+    again = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--resume")
+    assert again.code == 0
+    assert "is finished" in again.out
+    assert re.findall(r"test RA [\d.]+", again.out) == re.findall(r"test RA [\d.]+", first.out)[-2:]
+    by_path = run_adv("--resume_dir", only_run(tmp_path).root)
+    assert "is finished" in by_path.out
+    assert files(tmp_path) == before
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_eval_gives_the_numbers_the_run_printed(run_adv, tmp_path):
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *FBP, "--seed", 3)
+    paths = only_run(tmp_path)
+    best = read_summary(paths)["best"]
+    before = files(tmp_path)
+    evaluated = run_adv("--eval", "--pretrained", paths.best_ra)
+    assert evaluated.code == 0, evaluated.err
+    printed = f"{best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
+    assert f"test RA {printed}" in outcome.out
+    assert f"test RA (PGD-1) {printed}  robust generalization gap {best['robust_gap']:.2f}" in evaluated.out
+    assert files(tmp_path) == before
+
+
+def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, tmp_path):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
+    state = load_checkpoint(only_run(tmp_path / "runs").best_ra)["state_dict"]
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "paper.pth.tar")
+    common = ["--eval", "--pretrained", tmp_path / "paper.pth.tar", "--width", 0.0625, "--train_subset", 50, "--test_subset", 60]
+    assert run_adv(*common, "--test_step", 2).code == 0
+    outcome = run_adv(*common, "--test_step", 2, "--eval_attack", "cw")
+    assert "CW-2" in outcome.out
+    wrong = run_adv("--eval", "--pretrained", tmp_path / "paper.pth.tar")
+    assert wrong.code == 2
+    assert "conv1.weight has shape" in wrong.err
+
+
+def test_eval_by_autoattack(run_adv, tmp_path, monkeypatch):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        main_adv, "auto_attack", lambda model, split, attack, seed: seen.append(attack.eps) or main_adv.evaluate(model, split)
+    )
+    outcome = run_adv("--eval", "--pretrained", only_run(tmp_path).best_ra, "--eval_attack", "autoattack")
+    assert outcome.code == 0, outcome.err
+    assert "AutoAttack" in outcome.out
+    assert seen == [8 / 255]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def assert_refused(outcome, code, *parts):
+    assert outcome.code == code
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    for part in parts:
+        assert part in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--density", "3", "--fb"], "(0, 1]"),
+        (["--epochs", "1", "--fb"], "--update_frequency 900"),
+        (["--arch", "vgg16"], "vgg16 cannot take 8x8"),
+        (["--dataset", "imagefolder", "--data", "nowhere"], "no such folder"),
+        (["--train_subset", "99999"], "--train_subset"),
+        (["--fb", "--density", "0.000001", "--update_frequency", "1"], "fewer weights"),
+        (["--eval", "--pretrained", "nowhere.pth.tar"], "no such checkpoint"),
+        (["--resume_dir", "nowhere"], "no such checkpoint"),
+        (["--unknown"], "unknown argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(run_adv, tmp_path, monkeypatch, flags, part):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_adv("--save_dir", "runs", *flags) if "--eval" not in flags else run_adv(*flags), 2, part)
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_a_corrupt_image_is_named_and_nothing_is_written(run_adv, tmp_path, image_tree):
+    (image_tree / "train" / "bee" / "007.png").write_bytes(b"\x89PNG broken")
+    outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "runs")
+    assert_refused(outcome, 2, "bee/007.png")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_never_overwritten(run_adv, tmp_path):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    before = files(tmp_path)
+    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path), 2, "already holds this run", "--resume")
+    assert files(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run_adv, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "file"), 2, "cannot write the run folder")
+
+
+def test_checkpoints_of_another_architecture_are_refused(run_adv, tmp_path):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    path = only_run(tmp_path).best_ra
+    assert_refused(run_adv("--eval", "--pretrained", path, "--arch", "resnet34"), 2, "contradicts the checkpoint")
+    content = load_checkpoint(path)
+    content["network"]["arch"] = "resnet34"
+    torch.save(content, tmp_path / "wrong.pth.tar")
+    assert_refused(run_adv("--eval", "--pretrained", tmp_path / "wrong.pth.tar"), 2, "not a checkpoint of this resnet34")
+
+
+def test_resume_refuses_other_data(run_adv, tmp_path, image_tree):
+    flags = [
+        "--dataset",
+        "imagefolder",
+        "--width",
+        0.0625,
+        "--epochs",
+        1,
+        "--train_step",
+        1,
+        "--test_step",
+        1,
+        "--save_dir",
+        tmp_path / "r",
+    ]
+    assert run_adv(*flags, "--data", image_tree).code == 0
+    other = toy.write_image_tree(tmp_path / "other", side=32)
+    assert_refused(run_adv(*flags, "--data", other, "--resume"), 2, "other data")
+
+
+def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_adv, tmp_path, monkeypatch):
+    import utils.engine
+
+    original, steps = utils.engine.train_step, []
+
+    def poisoned(*arguments, **options):
+        loss, right = original(*arguments, **options)
+        steps.append(1)
+        return (loss * float("nan") if len(steps) == 6 else loss), right
+
+    monkeypatch.setattr(utils.engine, "train_step", poisoned)
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    paths = only_run(tmp_path)
+    assert_refused(outcome, 3, "nan in epoch 2, step 2 of 4", f"last good checkpoint is {paths.checkpoint} (epoch 1)")
+    content = load_checkpoint(paths.checkpoint)
+    assert content["epoch"] == 1
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
+    assert not paths.summary.exists()
+
+
+def test_a_real_divergence_is_caught(run_adv, tmp_path):
+    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--lr", "1e30"), 3, "the loss became nan", "no checkpoint yet")
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
+    """A limit on the size of files meets a write as a full disk does."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
+        "import main_adv; from utils.errors import run_command; sys.exit(run_command(main_adv.main))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *toy.TOY_RUN, "--save_dir", str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 3
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "File too large" in result.stderr
+    assert not [name for name in os.listdir(only_run(tmp_path).root) if name.startswith(".")]
+
+
+def test_ctrl_c_is_one_line_and_can_be_resumed(tmp_path):
+    flags = ["--dataset", "digits", "--width", "0.0625", "--epochs", "400", "--train_subset", "60", "--test_subset", "20"]
+    flags += ["--train_step", "1", "--test_step", "1", "--save_dir", str(tmp_path), "--decreasing_lr", "200"]
+    process = subprocess.Popen([sys.executable, "main_adv.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
+    assert re.search(r"last good checkpoint is .* \(epoch \d+\); --resume", out)
+    assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2

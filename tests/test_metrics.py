@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import torch
+
+from utils import metrics
+from utils.engine import Progress
+from utils.errors import InputError, RunError
+from utils.metrics import EpochDisplay, RunFolder, environment, read_epochs, read_summary, source_revision
+from utils.paths import RunPaths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(RunPaths(tmp_path / "run"), {"a": 1})
+
+
+def test_a_folder_keeps_what_it_is_given(folder, capsys):
+    folder.say("hello")
+    folder.append_epoch({"epoch": 1})
+    folder.append_epoch({"epoch": 2})
+    folder.write_summary({"diff": 1.5})
+    paths = folder.paths
+    assert json.loads(paths.config.read_text()) == {"a": 1}
+    assert read_epochs(paths) == [{"epoch": 1}, {"epoch": 2}]
+    assert read_summary(paths) == {"diff": 1.5}
+    assert paths.log.read_text() == "hello\n" == capsys.readouterr().out
+    folder.rewrite_epochs([{"epoch": 1}])
+    assert read_epochs(paths) == [{"epoch": 1}]
+    assert paths.holds_a_run()
+    assert not RunPaths(paths.root.parent).holds_a_run()
+
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        RunFolder.create(RunPaths(tmp_path / "file" / "run"), {})
+
+
+@pytest.mark.parametrize("write", ["say", "append_epoch", "write_summary", "save"])
+def test_a_failing_disk_ends_the_run_with_one_error(folder, write, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", full)
+    monkeypatch.setattr(metrics, "write_atomically", full)
+    monkeypatch.setattr(metrics, "save_checkpoint", full)
+    arguments = {"say": ["x"], "append_epoch": [{}], "write_summary": [{}], "save": [folder.paths.checkpoint, {}]}[write]
+    with pytest.raises(RunError, match=r"No space left on device.*intact"):
+        getattr(folder, write)(*arguments)
+
+
+def test_folders_without_a_run_are_input_errors(tmp_path):
+    for read in (read_epochs, read_summary):
+        with pytest.raises(InputError):
+            read(RunPaths(tmp_path))
+
+
+def test_environment_names_versions_and_revision():
+    facts = environment(torch.device("cpu"))
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["revision"] == source_revision()
+
+
+def test_display_is_plain_lines_without_a_terminal(folder, capsys):
+    with EpochDisplay(folder, "epoch 1/2", 100) as display:
+        display.training(Progress(5, 10, 2.0, 30.0, 1000.0))
+        display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
+    captured = capsys.readouterr()
+    assert captured.out == "epoch 1/2 step 5/10  loss 2.000  acc 30.00  1000 img/s\n"
+    assert captured.err == ""

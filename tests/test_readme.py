@@ -1,0 +1,135 @@
+"""Every command of the README runs past its first mask update, at toy size."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.sources
+from tests import toy
+from tests.test_data import write_tinyimagenet
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands(program):
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0] for line in lines if line.startswith(program)]
+
+
+TRAINING = [c for c in commands("python main_adv.py") if "--eval" not in c]
+EVALUATION = [c for c in commands("python main_adv.py") if "--eval" in c]
+
+
+def arguments_of(command):
+    return shlex.split(command)[2:]
+
+
+def smaller(arguments):
+    """The same command on tiny data, two epochs and a thin network; masks move at every second step."""
+    flags = dict.fromkeys("--epochs --train_subset --batch_size --train_step --test_step --save_dir --decreasing_lr".split())
+    flags |= dict.fromkeys("--width --depth_factor --width_factor --update_frequency --second_frequency --dynamic_epoch".split())
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in flags:
+            kept.append(argument)
+        skip = argument in flags
+    small = "--epochs 2 --batch_size 15 --train_step 1 --test_step 1 --decreasing_lr 1"
+    small += " --depth_factor 10 --width_factor 1" if "wideresnet" in kept else " --width 0.0625"
+    small += " --update_frequency 2" if {"--fb", "--fbp"} & set(kept) else ""
+    small += " --second_frequency 1" if "--dynamic_fre" in kept else ""
+    small += " --dynamic_epoch 1" if "--fbp" in kept else ""
+    return kept + small.split()
+
+
+@pytest.fixture
+def toy_data(tmp_path, monkeypatch):
+    """Every data set of the README's commands, small: stand-ins for downloads, real folders for the rest."""
+    rng = np.random.RandomState(0)
+    classes = 10
+    pixels, labels = rng.randint(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % classes
+
+    class Stored:
+        def __init__(self, name):
+            self.data = pixels.transpose(0, 3, 1, 2) if name == "SVHN" else pixels
+            self.labels = self.targets = labels
+            self.classes = [str(c) for c in range(classes)]
+
+    monkeypatch.setattr(data.sources, "_torchvision", lambda name, place, **options: Stored(name))
+    monkeypatch.chdir(tmp_path)
+    toy.write_image_tree(tmp_path / "data" / "images", side=32)
+    write_tinyimagenet(tmp_path / "data" / "tiny-imagenet-200", annotations=True)
+    return tmp_path
+
+
+def test_the_readme_has_the_papers_three_commands():
+    assert len(TRAINING) == 9
+    assert len(EVALUATION) == 3
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_commands(command, run_adv, toy_data):
+    outcome = run_adv(*smaller(arguments_of(command)), "--save_dir", "out")
+    assert outcome.code == 0, outcome.err
+    (run,) = (toy_data / "out").iterdir()
+    masking = load_checkpoint(run / "checkpoint.pth.tar")["masking"]
+    if {"--fb", "--fbp"} & set(arguments_of(command)):
+        assert len(masking["events"]) >= 2
+    else:
+        assert masking is None or not masking["events"]
+
+
+@pytest.mark.parametrize("command", EVALUATION)
+def test_evaluation_commands(command, run_adv, toy_data):
+    source = TRAINING[2]
+    assert run_adv(*smaller(arguments_of(source)), "--save_dir", "experiment/fbp").code == 0
+    (run,) = (toy_data / "experiment" / "fbp").iterdir()
+    run.rename(run.with_name("RUN"))
+    outcome = run_adv(*arguments_of(command), "--test_subset", 10, "--train_subset", 10)
+    assert outcome.code == 0, outcome.err
+    assert "test RA" in outcome.out
+
+
+def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):
+    """At full size nothing is trained here; the settings are checked, not the time."""
+    from utils.config import parse_settings
+
+    for command in TRAINING:
+        assert parse_settings(arguments_of(command), "", lambda given: {}).epochs in (12, 200)
+
+
+def test_the_library_snippet_runs(capsys):
+    (snippet,) = blocks("python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    density, explored = map(float, capsys.readouterr().out.split())
+    assert density == pytest.approx(0.1, abs=1e-4)
+    assert explored > density
+
+
+def test_named_files_exist():
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"bash (scripts/\S+\.sh)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_quickstart_is_what_its_script_says(run_adv, tmp_path, monkeypatch):
+    """Its three commands, with the epochs cut; the script itself takes minutes."""
+    script = (ROOT / "scripts" / "quickstart.sh").read_text()
+    (common,) = re.findall(r"common=\((.*?)\)", script, flags=re.S)
+    (masks,) = re.findall(r"masks=\((.*?)\)", script)
+    tails = re.findall(r'main_adv\.py "\$\{common\[@\]\}"(.*)', script)
+    assert len(tails) == 3
+    monkeypatch.chdir(tmp_path)
+    for tail in tails:
+        flags = shlex.split(common.replace("$out", "out") + tail.replace('"${masks[@]}"', masks))
+        flags[flags.index("--epochs") + 1] = "4"
+        flags[flags.index("--width") + 1] = "0.0625"
+        assert run_adv(*flags, "--train_subset", 200, "--update_frequency", 2).code == 0 if "fb" in tail else run_adv(*flags).code == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3

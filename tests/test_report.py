@@ -1,0 +1,81 @@
+import subprocess
+import sys
+
+from tests import toy
+from utils.report import METHOD_NAMES, compared_curves, summary_table, summary_text, training_curves
+
+
+def row(epoch, prune=False, grow=False):
+    accuracies = dict.fromkeys(("train_ra", "val_ra", "test_ra", "val_sa", "test_sa"), 10.0 * epoch)
+    return {"epoch": epoch, **accuracies, "updates": [{"prune": prune, "grow": grow}, {"prune": False, "grow": False}]}
+
+
+ROWS = [row(1), row(2, prune=True), row(3, prune=True, grow=True), row(4)]
+
+
+def summary(method="fb", ra=50.0):
+    figures = {"test_ra": ra, "test_sa": 80.0, "train_ra": 60.0, "epoch": 3}
+    return {
+        "method": method,
+        "settings": {"sparse_init": "snip"},
+        "best": figures,
+        "final": {**figures, "test_ra": ra - 5},
+        "diff": 5.0,
+        "robust_gap": 15.0,
+        "density": 0.2,
+        "flops": {count: {"inference": 5.7e8, "training": 3.4e16} for count in ("real", "paper")},
+    }
+
+
+def lines_at(axes, colour):
+    return [line.get_xdata()[0] for line in axes.lines if line.get_color() == colour]
+
+
+def test_curves_mark_prune_epochs_black_and_grow_epochs_red():
+    (axes,) = training_curves(ROWS, "title").axes
+    assert [round(x) for x in lines_at(axes, "black")] == [2, 3]
+    assert [round(x) for x in lines_at(axes, "red")] == [3]
+    labels = axes.get_legend_handles_labels()[1]
+    assert {"training RA", "validation RA", "test RA", "test SA", "prune epoch", "grow epoch"} <= set(labels)
+    assert list(axes.lines[0].get_ydata()) == [10, 20, 30, 40]
+
+
+def test_compared_curves_have_a_panel_a_run():
+    figure = compared_curves([("Dense", ROWS[:1]), ("Flying Bird+", ROWS)])
+    assert [axes.get_title() for axes in figure.axes] == ["Dense", "Flying Bird+"]
+
+
+def test_the_table_has_a_line_a_run_in_aligned_columns():
+    lines = summary_table([summary("dense"), summary("static", 9.5)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("|")[1:4] == [" method        ", " RA best ", " RA final "]
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == "Dense 50.00 45.00 5.00 80.00 80.00 15.00 0.2000 3.4e+16 5.7e+08".split()
+    assert "Static (snip)" in lines[3]
+
+
+def test_the_end_of_a_run_names_every_figure():
+    text = summary_text(summary())
+    for part in ("test RA 50.00", "test RA 45.00", "Diff. (best - final RA) 5.00", "gap 15.00", "density 0.2000", "real", "paper"):
+        assert part in text
+
+
+def test_every_method_has_a_name():
+    assert set(METHOD_NAMES) == {"dense", "fb", "fbp", "static"}
+
+
+def test_the_script_makes_a_table_and_a_picture(run_adv, tmp_path):
+    for flags in ([], ["--fb", *toy.TOY_MASKS]):
+        assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", *flags).code == 0
+    command = [sys.executable, "scripts/report.py", *map(str, (tmp_path / "runs").iterdir()), "--figure", str(tmp_path / "f.png")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == ["Dense", "Flying Bird"]
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_script_refuses_what_is_no_run(tmp_path):
+    for argument in (tmp_path, tmp_path / "nowhere"):
+        result = subprocess.run([sys.executable, "scripts/report.py", str(argument)], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,570 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import build_model
+from sparse_core import (
+    DENSITY_METHODS,
+    SPARSE_INITS,
+    DensityController,
+    DropFractionSchedule,
+    Masking,
+    MaskingConfig,
+    Verdict,
+    drop_lowest,
+    global_masks,
+    grow_highest,
+    initial_masks,
+    layer_counts,
+    layer_densities,
+    mask_hash,
+    prunable,
+)
+from tests import toy
+from utils.attacks import PGD, pgd_attack
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def shapes_of(arch, golden):
+    return {name: shape for name, shape in read(golden / "state_dict_shapes.json")[arch] if len(shape) in (2, 4)}
+
+
+# ---------------------------------------------------------------- densities
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wideresnet"])
+def test_igq_equals_the_oracle(arch, golden):
+    for density, sparsities in read(golden / "igq_sparsities.json")[arch]["sparsity"].items():
+        ours = layer_densities(shapes_of(arch, golden), float(density), "igq")
+        assert [1 - d for d in ours.values()] == pytest.approx(sparsities, abs=1e-4)
+
+
+def test_erk_equals_the_oracle(golden):
+    for arch, by_density in read(golden / "erk_densities.json").items():
+        for density, expected in by_density.items():
+            assert layer_densities(shapes_of(arch, golden), float(density), "erk") == pytest.approx(expected, abs=1e-6)
+
+
+def test_er_by_hand():
+    # Weights (4+3)/12 and (10+64)/640 a position: one factor for both, 0.2 * 748 weights in all.
+    shapes = {"a": (4, 3, 3, 3), "b": (10, 64)}
+    ours = layer_densities(shapes, 0.2, "er")
+    assert ours["a"] / ours["b"] == pytest.approx((7 / 12) / (74 / 640))
+    assert ours["a"] * 108 + ours["b"] * 640 == pytest.approx(0.2 * 748)
+
+
+@pytest.mark.parametrize("method", DENSITY_METHODS)
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.2, 0.5, 0.9, 1.0])
+def test_counts_are_exact_in_total_and_never_empty(method, density, golden):
+    shapes = shapes_of("resnet18", golden)
+    counts = layer_counts(shapes, density, method)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    assert sum(counts.values()) == round(density * sum(sizes.values()))
+    assert all(1 <= counts[name] <= sizes[name] for name in shapes)
+
+
+def test_counts_of_a_network_with_tiny_layers():
+    counts = layer_counts({"a": (2, 2), "b": (100, 100)}, 0.001, "igq")
+    assert sum(counts.values()) == 10
+    assert min(counts.values()) >= 1
+    with pytest.raises(ValueError, match="fewer weights than the network has layers"):
+        layer_counts({"a": (2, 2), "b": (2, 2)}, 0.1, "uniform")
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.01, float("nan")])
+def test_densities_outside_the_range_are_refused(density):
+    with pytest.raises(ValueError, match="density"):
+        layer_densities({"a": (2, 2)}, density, "igq")
+
+
+def test_unknown_methods_and_no_layers_are_refused():
+    with pytest.raises(ValueError, match="unknown density method"):
+        layer_densities({"a": (2, 2)}, 0.5, "fair")
+    with pytest.raises(ValueError, match="no layers"):
+        layer_densities({}, 0.5, "igq")
+    with pytest.raises(ValueError, match="unknown sparse start"):
+        initial_masks(toy.network(), 0.5, "fair")
+
+
+# ---------------------------------------------------------------- drop and grow
+
+
+def test_drop_lowest_by_hand():
+    mask = torch.tensor([True, True, False, True, True])
+    score = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0])
+    assert drop_lowest(score, mask, 2).tolist() == [True, False, False, True, False]
+    assert drop_lowest(score, mask, 1).tolist() == [True, False, False, True, True]  # the tie goes to the lower index
+    assert drop_lowest(score, mask, 0).tolist() == mask.tolist()
+    assert mask.tolist() == [True, True, False, True, True]
+
+
+def test_grow_highest_by_hand():
+    mask = torch.tensor([True, False, False, False, True])
+    score = torch.tensor([9.0, 1.0, 5.0, 5.0, 9.0])
+    assert grow_highest(score, mask, 1).tolist() == [True, False, True, False, True]
+    assert grow_highest(score, mask, 3).tolist() == [True] * 5
+
+
+@pytest.mark.parametrize(("function", "n"), [(drop_lowest, 4), (drop_lowest, -1), (grow_highest, 3)])
+def test_impossible_counts_are_refused(function, n):
+    mask = torch.tensor([True, True, True, False, False])
+    with pytest.raises(ValueError, match="cannot choose"):
+        function(torch.zeros(5), mask, n)
+
+
+def test_masks_and_scores_must_fit():
+    with pytest.raises(ValueError, match="same shape"):
+        drop_lowest(torch.zeros(4), torch.ones(5, dtype=torch.bool), 1)
+    with pytest.raises(ValueError, match="same shape"):
+        grow_highest(torch.zeros(5), torch.ones(5), 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drop_and_grow_equal_a_stable_sort(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 6, (6, 5, 3, 3), generator=generator).float()  # many ties
+    mask = torch.rand(score.shape, generator=generator) < 0.5
+    live, dead = mask.flatten().nonzero().squeeze(1).tolist(), (~mask).flatten().nonzero().squeeze(1).tolist()
+    flat = score.flatten().tolist()
+    dropped = drop_lowest(score, mask, 17).flatten()
+    assert sorted(live, key=lambda i: flat[i])[17:] == sorted(dropped.nonzero().squeeze(1).tolist(), key=lambda i: (flat[i], i))
+    grown = grow_highest(score, mask, 17) & ~mask
+    assert set(grown.flatten().nonzero().squeeze(1).tolist()) == set(sorted(dead, key=lambda i: -flat[i])[:17])
+
+
+def test_counts_hold_with_nan_and_infinite_scores():
+    score = torch.tensor([float("nan"), float("inf"), 1.0, float("nan"), -float("inf"), 2.0])
+    everything, nothing = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
+    for n in range(7):
+        assert drop_lowest(score, everything, n).sum() == 6 - n
+        assert grow_highest(score, nothing, n).sum() == n
+    assert grow_highest(score, nothing, 2).tolist() == [True, False, False, True, False, False]
+
+
+def test_memory_format_does_not_change_the_choice():
+    score = torch.randint(0, 4, (4, 6, 3, 3)).float()
+    mask = torch.rand(score.shape) < 0.5
+    last = [t.to(memory_format=torch.channels_last) for t in (score, mask)]
+    assert torch.equal(drop_lowest(score, mask, 20), drop_lowest(*last, 20))
+    assert torch.equal(grow_highest(score, mask, 20), grow_highest(*last, 20))
+
+
+def test_one_layer_updates_equal_the_oracle(golden):
+    arrays = np.load(golden / "prune_grow.npz")
+    for case in read(golden / "prune_grow.json"):
+        weight, gradient, before, after = (
+            torch.from_numpy(arrays[f"{case['case']}_{part}"]) for part in ("weight", "grad", "mask_before", "mask_after")
+        )
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight = nn.Parameter(weight.clone())
+        config = MaskingConfig(
+            density=0.5,
+            total_steps=10,
+            growth="gradient",
+            drop_fraction=case["death_rate"],
+            drop_schedule="constant",
+            adaptive=True,
+            start_epoch=0,
+            prune_ratio=case["prune_ratio"],
+            growth_ratio=case["growth_ratio"],
+        )
+        masking = Masking(layer, torch.optim.SGD(layer.parameters(), 0.1), config, masks={"weight": before.bool()})
+        verdict = Verdict(case["extra_prune"], case["extra_grow"])
+        masking.controller.decide = lambda epoch, verdict=verdict: verdict
+        layer.weight.grad = gradient.clone()
+        masking.update_topology()
+        assert torch.equal(masking.masks["weight"], after.bool()), case["case"]
+        assert int(after.sum()) == case["nonzero_after"]
+
+
+# ---------------------------------------------------------------- schedules and verdicts
+
+
+def test_drop_fraction_equals_the_oracle(golden):
+    for key, values in read(golden / "death_rate_cosine.json")["values"].items():
+        initial, total = key.split("_")
+        schedule = DropFractionSchedule(float(initial), int(total))
+        assert [schedule.at(step) for step in range(len(values))] == pytest.approx(values, abs=1e-6)
+
+
+def test_other_schedules():
+    linear = DropFractionSchedule(0.5, 10, "linear")
+    assert [linear.at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.5, 0.2525, 0.005, 0.005])
+    assert DropFractionSchedule(0.5, 10, "constant").at(7) == 0.5
+    assert DropFractionSchedule(0.001, 10).at(10) == 0.001  # never above where it began
+
+
+@pytest.mark.parametrize("arguments", [(0.0, 10), (1.5, 10), (0.5, 0), (0.5, 10, "sine")])
+def test_bad_schedules_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"drop fraction|total_steps|unknown schedule"):
+        DropFractionSchedule(*arguments)
+
+
+def test_verdicts_equal_the_oracle(golden):
+    for series in read(golden / "fbp_decisions.json"):
+        controller = DensityController(series["epoch_range"], series["update_threshold"], series["dynamic_epoch"])
+        for epoch, (gap, loss, expected) in enumerate(
+            zip(series["gap_train_ra_minus_val_ra"], series["val_loss"], series["extra_prune_extra_grow_by_epoch"], strict=True)
+        ):
+            verdict = controller.decide(epoch)
+            assert [verdict.prune, verdict.grow] == expected
+            controller.observe(train_ra=gap + 30, val_ra=30, val_loss=loss)
+
+
+def test_a_verdict_needs_two_epochs():
+    controller = DensityController(start_epoch=0)
+    assert controller.decide(0) == Verdict()
+    controller.observe(train_ra=30, val_ra=30, val_loss=2.0)
+    assert controller.decide(1) == Verdict()
+    controller.observe(train_ra=31, val_ra=30, val_loss=2.0)
+    assert controller.decide(2) == Verdict(prune=True, grow=True)  # a loss that stays did not fall
+
+
+# ---------------------------------------------------------------- first masks
+
+
+@pytest.mark.parametrize("method", SPARSE_INITS)
+def test_every_start_has_the_exact_count_and_leaves_the_network_alone(method):
+    model = toy.network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = initial_masks(model, 0.3, method, batches=[toy.images()])
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.3 * 300)
+    assert list(masks) == ["0.weight", "5.weight"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow"])
+def test_scores_by_data_need_data(method):
+    with pytest.raises(ValueError, match="needs batches"):
+        initial_masks(toy.network(), 0.3, method)
+
+
+def test_random_starts_follow_the_seed():
+    first, again, other = (initial_masks(toy.network(), 0.3, "igq", seed=seed) for seed in (1, 1, 2))
+    assert mask_hash(first) == mask_hash(again) != mask_hash(other)
+
+
+def test_magnitude_keeps_the_largest_over_all_layers():
+    model = toy.network()
+    masks = initial_masks(model, 0.3, "magnitude")
+    kept = torch.cat([w[masks[name]].abs() for name, w in prunable(model).items()])
+    lost = torch.cat([w[~masks[name]].abs() for name, w in prunable(model).items()])
+    assert kept.min() >= lost.max()
+
+
+def linear_pair():
+    """y = (x W) with cross-entropy: gradients known in closed form."""
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -1.0, 0.25], [1.0, 0.5, -0.5]]))
+    x, y = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]]), torch.tensor([0, 1])
+    return layer, x, y
+
+
+def test_snip_by_hand():
+    layer, x, y = linear_pair()
+    gradient = (torch.softmax(x @ layer.weight.T, 1) - F.one_hot(y, 2)).T @ x
+    expected = global_masks({"weight": (layer.weight * gradient).abs().detach()}, 0.5)
+    assert torch.equal(initial_masks(layer, 0.5, "snip", batches=[(x, y)])["weight"], expected["weight"])
+    in_two = initial_masks(layer, 0.5, "snip", batches=[(x[:1], y[:1]), (x[1:], y[1:])])
+    assert torch.equal(in_two["weight"], expected["weight"])
+
+
+def test_grasp_by_hand():
+    layer, x, y = linear_pair()
+
+    def loss(weight):
+        return F.cross_entropy(x @ weight.T / 200, y, reduction="sum")
+
+    weight = layer.weight.detach()
+    gradient = torch.autograd.functional.jacobian(loss, weight)
+    hessian = torch.autograd.functional.hessian(loss, weight).reshape(6, 6)
+    score = weight * (hessian @ gradient.flatten()).view_as(weight)
+    expected = global_masks({"weight": score}, 0.5)["weight"]
+    assert torch.equal(initial_masks(layer, 0.5, "grasp", batches=[(x, y)])["weight"], expected)
+
+
+def test_synflow_keeps_the_strongest_path():
+    """Two linear layers: at 2 of 8 weights, what is left must be one path from input to output."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
+        model[1].weight.copy_(torch.tensor([[-4.0, 1.0], [1.0, 1.0]]))
+    masks = initial_masks(model, 0.25, "synflow", batches=[(torch.zeros(1, 2), torch.zeros(1))])
+    assert masks["0.weight"].tolist() == [[False, True], [False, False]]
+    assert masks["1.weight"].tolist() == [[True, False], [False, False]]
+
+
+# ---------------------------------------------------------------- masks in training
+
+
+def start(density=0.3, steps=8, model=None, **options):
+    model = model or toy.network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    return model, optimizer, Masking(model, optimizer, MaskingConfig(density, steps, **options))
+
+
+def train(model, optimizer, masking, steps, first=0):
+    for step in range(first, first + steps):
+        x, y = toy.images(seed=step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        masking.step()
+
+
+def assert_dead_is_zero(model, optimizer, masking):
+    for name, weight in prunable(model).items():
+        dead = ~masking.masks[name]
+        assert not weight[dead].any()
+        assert not torch.signbit(weight[dead]).any()  # one bit pattern for nothing
+        assert not optimizer.state[weight]["momentum_buffer"][dead].any()
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
+def test_density_never_drifts_and_dead_weights_stay_zero(growth):
+    model, optimizer, masking = start(growth=growth, update_frequency=2, steps=12)
+    live = masking.live_counts()
+    hashes = set()
+    for step in range(12):
+        train(model, optimizer, masking, 1, first=step)
+        assert masking.live_counts() == live
+        assert_dead_is_zero(model, optimizer, masking)
+        hashes.add(mask_hash(masking.masks))
+    assert masking.density() == 90 / 300
+    assert [event["step"] for event in masking.events] == [2, 4, 6, 8, 10, 12]
+    assert len(hashes) > 3
+    assert masking.explored_fraction() > masking.density()
+
+
+def test_masks_rest_between_updates():
+    model, optimizer, masking = start(update_frequency=3, steps=12)
+    hashes = []
+    for step in range(6):
+        train(model, optimizer, masking, 1, first=step)
+        hashes.append(mask_hash(masking.masks))
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3] == hashes[4] != hashes[5]
+
+
+def test_grown_weights_start_at_zero_and_returned_ones_keep_their_value():
+    model, optimizer, masking = start(growth="gradient", update_frequency=3, drop_fraction=0.9)
+    train(model, optimizer, masking, 2)
+    x, y = toy.images(seed=2)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    old = {name: mask.clone() for name, mask in masking.masks.items()}
+    values = {name: weight.detach().clone() for name, weight in prunable(model).items()}
+    masking.step()
+    grown = 0
+    for name, weight in prunable(model).items():
+        new = masking.masks[name] & ~old[name]
+        grown += int(new.sum())
+        assert not weight[new].any()
+        assert not optimizer.state[weight]["momentum_buffer"][new].any()
+        stayed = masking.masks[name] & old[name]
+        assert torch.equal(weight[stayed], values[name][stayed])
+    assert grown > 10
+    assert_dead_is_zero(model, optimizer, masking)
+
+
+def test_gradient_growth_takes_the_largest_gradients():
+    model, _, masking = start(growth="gradient")
+    x, y = toy.images()
+    F.cross_entropy(model(x), y).backward()
+    before = {name: mask.clone() for name, mask in masking.masks.items()}
+    masking.update_topology()
+    for name, weight in prunable(model).items():
+        candidates = ~before[name] | ~masking.masks[name]
+        new = masking.masks[name] & ~before[name]
+        left = candidates & ~masking.masks[name]
+        assert weight.grad.abs()[new].min() >= weight.grad.abs()[left].max()
+
+
+def test_momentum_growth_sees_the_momentum_before_it_is_masked():
+    model, optimizer, masking = start(growth="momentum", update_frequency=1)
+    x, y = toy.images()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    raw = {name: optimizer.state[w]["momentum_buffer"].abs().clone() for name, w in prunable(model).items()}
+    before = {name: mask.clone() for name, mask in masking.masks.items()}
+    masking.step()
+    for name in raw:
+        new = masking.masks[name] & ~before[name]
+        left = ~before[name] & ~masking.masks[name]
+        assert raw[name][new].min() >= raw[name][left].max() > 0
+
+
+def test_growth_without_what_it_needs_is_refused():
+    _, _, masking = start(growth="gradient")
+    with pytest.raises(ValueError, match="needs the gradient"):
+        masking.update_topology()
+    model = toy.network()
+    plain = Masking(model, torch.optim.SGD(model.parameters(), 0.1), MaskingConfig(0.3, 8, growth="momentum"))
+    with pytest.raises(ValueError, match="optimizer with momentum"):
+        plain.update_topology()
+
+
+def test_random_growth_is_a_pure_function_of_seed_and_step():
+    def after(seed, noise):
+        torch.manual_seed(noise)
+        model, optimizer, masking = start(update_frequency=2, seed=seed)
+        train(model, optimizer, masking, 4)
+        return mask_hash(masking.masks)
+
+    assert after(1, 0) == after(1, 7) != after(2, 0)
+
+
+def test_fixed_masks_stay():
+    model, optimizer, masking = start(fixed=True, update_frequency=1)
+    before = mask_hash(masking.masks)
+    train(model, optimizer, masking, 4)
+    assert mask_hash(masking.masks) == before
+    assert not masking.events
+    assert_dead_is_zero(model, optimizer, masking)
+
+
+def test_a_fully_dense_layer_is_left_alone():
+    model = toy.network()
+    masks = {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.bool), "5.weight": torch.rand(3, 64) < 0.2}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.5, 8, update_frequency=1, adaptive=True, start_epoch=0), masks=masks)
+    for _ in range(3):
+        masking.observe(train_ra=len(masking.controller.gaps), val_ra=0, val_loss=-masking.epoch)
+    train(model, optimizer, masking, 3)
+    assert masking.masks["0.weight"].all()
+    assert masking.live_counts()["5.weight"] < int(masks["5.weight"].sum())
+    assert all(event["prune"] and not event["grow"] for event in masking.events)
+
+
+def test_growing_stops_at_a_full_layer():
+    model = toy.network()
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model).items()}
+    masks["5.weight"][0, 0] = False
+    config = MaskingConfig(0.9, 8, update_frequency=1, adaptive=True, start_epoch=0, growth_ratio=5.0)
+    masking = Masking(model, torch.optim.SGD(model.parameters(), 0.1), config, masks=masks)
+    for loss in (1.0, 2.0):
+        masking.observe(train_ra=0, val_ra=0, val_loss=loss)
+    masking.step()
+    assert masking.masks["5.weight"].all()
+
+
+def test_second_frequency_begins_past_half_the_run():
+    _, _, masking = start(update_frequency=2, second_frequency=5, steps=20)
+    due = []
+    for step in range(1, 21):
+        masking.steps = step
+        due += [step] if masking.update_due() else []
+    assert due == [2, 4, 6, 8, 10, 15, 20]
+
+
+def test_flying_bird_plus_prunes_and_grows_by_the_counts():
+    _, _, masking = start(density=0.3, adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.25)
+    before = masking.live_counts()
+    for gap, loss in ((1.0, 1.0), (2.0, 2.0)):
+        masking.observe(train_ra=gap, val_ra=0, val_loss=loss)
+    masking.update_topology()
+    for name, live in before.items():
+        drop, prune = math.ceil(0.25 * live), math.ceil(0.25 * 0.4 * live)
+        assert masking.live_counts()[name] == live - drop - prune + int(drop * 1.05)
+    assert masking.events[0] | {"density": 0} == {
+        "step": 0, "epoch": 2, "drop_fraction": 0.25, "prune": True, "grow": True, "density": 0
+    }  # fmt: skip
+
+
+def test_resume_is_exact_to_the_bit():
+    whole = start(growth="gradient", update_frequency=2, adaptive=True, start_epoch=1, steps=12)
+    for epoch in range(3):
+        train(*whole, 4, first=4 * epoch)
+        whole[2].observe(train_ra=10 + epoch, val_ra=9, val_loss=2 - epoch)
+    first = start(growth="gradient", update_frequency=2, adaptive=True, start_epoch=1, steps=12)
+    train(*first, 4)
+    first[2].observe(train_ra=10, val_ra=9, val_loss=2)
+    second = start(growth="gradient", update_frequency=2, adaptive=True, start_epoch=1, steps=12)
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(first[1].state_dict())
+    second[2].load_state_dict(first[2].state_dict())
+    for epoch in (1, 2):
+        train(*second, 4, first=4 * epoch)
+        second[2].observe(train_ra=10 + epoch, val_ra=9, val_loss=2 - epoch)
+    assert mask_hash(whole[2].masks) == mask_hash(second[2].masks)
+    assert whole[2].events == second[2].events
+    assert whole[2].explored_fraction() == second[2].explored_fraction()
+    for ours, theirs in zip(whole[0].state_dict().values(), second[0].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_state_of_another_network_is_refused():
+    _, _, masking = start()
+    state = masking.state_dict()
+    state["masks"].pop("5.weight")
+    with pytest.raises(ValueError, match="do not fit"):
+        start()[2].load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.0},
+        {"sparse_init": "x"},
+        {"growth": "x"},
+        {"update_frequency": 0},
+        {"second_frequency": 0},
+        {"prune_ratio": -1.0},
+        {"adaptive": True, "fixed": True},
+    ],
+)
+def test_bad_configurations_are_refused(options):
+    with pytest.raises(ValueError, match=r"density|unknown|at least 1|negative|fixed"):
+        MaskingConfig(**{"density": 0.5, "total_steps": 10, **options})
+
+
+def test_other_optimizers_have_their_state_masked_too():
+    model = toy.network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    masking = Masking(model, optimizer, MaskingConfig(0.3, 8, update_frequency=2))
+    train(model, optimizer, masking, 5)
+    for name, weight in prunable(model).items():
+        dead = ~masking.masks[name]
+        assert not weight[dead].any()
+        assert not optimizer.state[weight]["exp_avg"][dead].any()
+        assert not optimizer.state[weight]["exp_avg_sq"][dead].any()
+
+
+def test_float64_trajectory_equals_the_oracle(golden):
+    """Attack, batch norm, optimizer, masks and two gradient-growth updates, 8 steps, digit for digit."""
+    arrays = np.load(golden / "trajectory.npz")
+
+    def part(prefix):
+        return {name.removeprefix(prefix): torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith(prefix)}
+
+    model = build_model("resnet18", 10, width=0.125)
+    model.load_state_dict(part("init/"))
+    model.double().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    config = MaskingConfig(density=0.5, total_steps=8, growth="gradient", update_frequency=3)
+    masking = Masking(model, optimizer, config, masks={name: mask.bool() for name, mask in part("mask0/").items()})
+    attack = PGD(8 / 255, 2 / 255, 2, random_start=False)
+    losses = []
+    for x, y in zip(torch.from_numpy(arrays["x"]).double() / 255, torch.from_numpy(arrays["y"]), strict=True):
+        adversarial = pgd_attack(model, x, y, attack, training=True)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(adversarial), y)
+        loss.backward()
+        optimizer.step()
+        masking.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(arrays["losses"].tolist(), abs=1e-8)
+    for name, mask in part("mask8/").items():
+        assert torch.equal(masking.masks[name], mask.bool()), name
+    for name, value in part("final/").items():
+        assert (model.state_dict()[name].float() - value).abs().max() <= 1e-6, name

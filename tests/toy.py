@@ -1,0 +1,84 @@
+"""Small things whose answers are known: a two-layer network, tiny data, a command run in this process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from data import Augmentation, Data, Split
+from utils.errors import run_command
+
+# A run of a few seconds on digits: 100 training images in 4 steps an epoch.
+TOY_RUN = (
+    "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
+    "--train_step 1 --test_step 1"
+).split()
+TOY_MASKS = "--density 0.3 --update_frequency 2".split()
+
+
+def network(classes: int = 3) -> nn.Module:
+    """Convolution, batch norm, linear on 3x8x8 images; two prunable layers of 4*3*9 = 108 and 64*classes weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, classes)
+    )
+
+
+def images(n: int = 12, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(0, classes, (n,), generator=generator)
+
+
+def split(n: int = 12, classes: int = 3, side: int = 8, seed: int = 0) -> Split:
+    """``n`` random uint8 images; labels 0, 1, 2, 0, ...; the channel of its class (modulo 3) is brighter."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randint(0, 200, (n, side, side, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(n) % classes
+    stored[torch.arange(n), :, :, labels % 3] += 55
+    return Split(stored, labels, torch.arange(n), torch.device("cpu"))
+
+
+def data(n: int = 12) -> Data:
+    parts = [split(n, seed=seed) for seed in range(3)]
+    return Data(*parts, ["a", "b", "c"], (0.0,) * 3, (1.0,) * 3, Augmentation())
+
+
+def write_image_tree(root: Path, per_class: tuple[int, int] = (20, 8), side: int = 16) -> Path:
+    """Each class has a colour of its own, so that it can be learned."""
+    rng = np.random.RandomState(0)
+    for part, count in zip(("train", "test"), per_class, strict=True):
+        for number, name in enumerate(("ant", "bee", "cow")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 120, (side, side, 3))
+                pixels[..., number] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return root
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """A script's ``main`` under the exit codes of the command line."""
+
+    def __init__(self, module: str, monkeypatch, capsys) -> None:
+        self.module, self.monkeypatch, self.capsys = module, monkeypatch, capsys
+
+    def __call__(self, *flags: object) -> Outcome:
+        self.monkeypatch.setattr(sys, "argv", [f"{self.module}.py", *map(str, flags)])
+        code = run_command(importlib.import_module(self.module).main)
+        captured = self.capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
