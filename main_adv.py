@@ -149,7 +149,7 @@ class Run:
         rate = learning_rate(epoch, settings.lr, settings.milestones)
         set_learning_rate(self.optimizer, rate)
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        with EpochDisplay(self.folder, title, len(self.data.train)) as display:
+        with EpochDisplay(self.folder, title, len(self.data.train), settings.print_freq) as display:
             trained = train_epoch(
                 self.model,
                 self.optimizer,

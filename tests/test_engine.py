@@ -122,3 +122,11 @@ def test_progress_comes_at_its_frequency_and_at_the_end():
     seen = []
     epoch(model, optimizer, toy.split(35), print_freq=3, on_progress=seen.append)
     assert [(p.step, p.steps) for p in seen] == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_slow_steps_show_once_a_second(monkeypatch):
+    monkeypatch.setattr("utils.engine._SECONDS_BETWEEN_LOOKS", 0.0)
+    model, optimizer = parts()
+    seen = []
+    epoch(model, optimizer, toy.split(15), print_freq=50, on_progress=seen.append)
+    assert [p.step for p in seen] == [1, 2, 3]

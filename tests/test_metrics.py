@@ -63,7 +63,8 @@ def test_environment_names_versions_and_revision():
 
 
 def test_display_is_plain_lines_without_a_terminal(folder, capsys):
-    with EpochDisplay(folder, "epoch 1/2", 100) as display:
+    with EpochDisplay(folder, "epoch 1/2", 100, print_freq=5) as display:
+        display.training(Progress(4, 10, 2.0, 30.0, 1000.0))
         display.training(Progress(5, 10, 2.0, 30.0, 1000.0))
         display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
     captured = capsys.readouterr()

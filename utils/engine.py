@@ -15,6 +15,8 @@ from sparse_core import Masking
 from utils.attacks import PGD, attack_draws, pgd_attack
 from utils.errors import RunError
 
+_SECONDS_BETWEEN_LOOKS = 1.0  # looking waits for the device, so fast steps are not looked at one by one
+
 
 @dataclass(frozen=True)
 class EpochResult:
@@ -98,21 +100,24 @@ def train_epoch(
         batches: the epoch's batches, ``steps`` of them.
         epoch, seed: key of the attack's random starts.
         masking: stepped after each update.
-        print_freq: steps between calls of ``on_progress``, at which the losses are also checked.
+        print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
+            once a second too, so that slow steps show.
 
     Raises:
         RunError: a loss that is not finite; the step is named. The network is then of no use.
     """
     model.train()
-    start = time.perf_counter()
+    start = looked_at = time.perf_counter()
     tally = _Tally(steps)
     for step, batch in enumerate(batches):
         loss, right = train_step(model, optimizer, batch, attack=attack, attack_training=attack_training, key=(seed, "attack", epoch))
         if masking is not None:
             masking.step()
         tally.add(loss, right, len(batch.y))
-        if (step + 1) % print_freq == 0 or step + 1 == steps:
-            on_progress(tally.progress(epoch, time.perf_counter() - start))
+        now = time.perf_counter()
+        if (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS:
+            on_progress(tally.progress(epoch, now - start))
+            looked_at = now
     done = tally.progress(epoch, time.perf_counter() - start)
     return EpochResult(done.loss, done.accuracy, tally.images, time.perf_counter() - start)
 

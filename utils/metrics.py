@@ -123,9 +123,10 @@ def source_revision() -> str:
 class EpochDisplay:
     """A progress bar for one epoch on a terminal, plain lines elsewhere."""
 
-    def __init__(self, folder: RunFolder, title: str, images: int) -> None:
+    def __init__(self, folder: RunFolder, title: str, images: int, print_freq: int = 50) -> None:
         self._folder = folder
         self._title = title
+        self._print_freq = print_freq
         self._bar = tqdm(total=images, desc=title, unit="img", leave=False, disable=None)
         self._seen = 0
 
@@ -139,7 +140,7 @@ class EpochDisplay:
         """After some training steps."""
         figures = f"loss {progress.loss:.3f}  acc {progress.accuracy:.2f}"
         if self._bar.disable:
-            if progress.step < progress.steps:
+            if progress.step % self._print_freq == 0 and progress.step < progress.steps:
                 self._folder.say(f"{self._title} step {progress.step}/{progress.steps}  {figures}  {progress.images_per_second:.0f} img/s")
             return
         done = round(self._bar.total * progress.step / progress.steps)
