@@ -144,7 +144,7 @@ def drop_lowest(score: Tensor, mask: Tensor, n: int) -> Tensor:
     """A new mask without the ``n`` live positions of lowest score.
 
     Args:
-        score: any shape, floating; NaN counts as the highest.
+        score: any shape, floating; NaN counts as infinite.
         mask: bool, the same shape; True is live. Not changed.
         n: how many to drop, 0 to the number of live positions.
 
@@ -177,16 +177,13 @@ def _switch(score: Tensor, mask: Tensor, n: int, *, lowest: bool) -> Tensor:
 
 def _extreme(values: Tensor, n: int, lowest: bool) -> Tensor:
     """Indices of the ``n`` lowest (or highest) values, ties to the lower index."""
-    rank = n if lowest else values.numel() - n + 1
-    threshold = values.kthvalue(rank).values  # linear time; NaN counts as the highest, here and below
-    nan, nan_threshold = values.isnan(), threshold.isnan()
-    if lowest:
-        beyond = (values < threshold) | (~nan & nan_threshold)
-    else:
-        beyond = (values > threshold) | (nan & ~nan_threshold)
-    tied = ((values == threshold) | (nan & nan_threshold)).nonzero().squeeze(1)
-    chosen = beyond.nonzero().squeeze(1)
-    return torch.cat([chosen, tied[: n - chosen.numel()]])
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    chosen = values.topk(n, largest=not lowest, sorted=False).values
+    threshold = chosen.amax() if lowest else chosen.amin()
+    # topk breaks ties as it likes, so it only gives the threshold.
+    beyond = (values < threshold if lowest else values > threshold).nonzero().squeeze(1)
+    tied = (values == threshold).nonzero().squeeze(1)
+    return torch.cat([beyond, tied[: n - beyond.numel()]])
 
 
 # ---------------------------------------------------------------- schedules and verdicts

@@ -1,0 +1,102 @@
+"""When a ticket has emerged: masks of successive epochs that hardly differ (You et al., "Drawing Early-Bird Tickets", 2020).
+
+The paper's Robust Bird draws it by cheap standard training (SPEC 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("unstructured", "channel")
+TOLERANCES = {"unstructured": 0.08, "channel": 0.1}
+
+
+class EarlyBird:
+    """Watches a network in training and says when its ticket has emerged.
+
+    After each epoch the mask that pruning would draw is remembered. The ticket has emerged when ``window``
+    masks exist and the newest differs from each of the ``window - 1`` before it in at most ``tolerance`` of
+    the positions.
+
+    Args:
+        density: kept fraction of the weights or channels, in (0, 1].
+        window: masks compared, the newest included; at 1 the first mask is the ticket.
+        tolerance: largest fraction of differing positions; the paper's for ``kind`` by default.
+        kind: ``unstructured`` looks at |w| of all convolutions together, ``channel`` at |scale| of all batch norms.
+    """
+
+    def __init__(self, density: float, window: int = 5, tolerance: float | None = None, kind: str = "unstructured") -> None:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of ticket {kind!r}; known: {', '.join(KINDS)}")
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density is the kept fraction and lies in (0, 1], not {density}")
+        if window < 1:
+            raise ValueError(f"the window counts masks and is at least 1, not {window}")
+        tolerance = TOLERANCES[kind] if tolerance is None else tolerance
+        if not 0.0 <= tolerance <= 1.0:
+            raise ValueError(f"the tolerance is a fraction in [0, 1], not {tolerance}")
+        self.density = density
+        self.window = window
+        self.tolerance = tolerance
+        self.kind = kind
+        self._distances: list[list[float]] = []
+        self._masks: list[Tensor] = []  # one an epoch, eight positions to a byte
+
+    def observe(self, model: nn.Module) -> bool:
+        """Take in the network after one more epoch; True once its ticket has emerged."""
+        mask = ticket_mask(model, self.density, self.kind)
+        packed = _pack(mask)
+        self._distances.append([_differing(packed, earlier) / mask.numel() for earlier in self._masks])
+        self._masks.append(packed)
+        recent = self.distances[-1][-(self.window - 1) :] if self.window > 1 else []
+        return len(self._masks) >= self.window and all(distance <= self.tolerance for distance in recent)
+
+    @property
+    def distances(self) -> list[list[float]]:
+        """Row e: the fraction of positions in which the mask of epoch e differs from those of epochs 0 to e - 1."""
+        return self._distances
+
+    def state_dict(self) -> dict[str, Any]:
+        """All masks and distances so far, as tensors and plain values."""
+        return {"distances": [list(row) for row in self._distances], "masks": [mask.clone() for mask in self._masks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._distances = [[float(d) for d in row] for row in state["distances"]]
+        self._masks = [mask.clone() for mask in state["masks"]]
+
+
+@torch.no_grad()
+def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
+    """The flat mask (bool, on the CPU) that pruning to ``density`` would draw now.
+
+    The threshold is the sorted value at ``int(n * (1 - density))``; kept is what lies strictly above it.
+    """
+    scores = torch.cat([score.detach().abs().reshape(-1) for score in _scores(model, kind)])
+    threshold = scores.sort().values[min(int(scores.numel() * (1 - density)), scores.numel() - 1)]
+    return (scores > threshold).cpu()
+
+
+def _scores(model: nn.Module, kind: str) -> list[Tensor]:
+    watched = nn.BatchNorm2d if kind == "channel" else nn.Conv2d
+    found: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, watched)]
+    if not found:
+        raise ValueError(f"a network without {'batch norms' if kind == 'channel' else 'convolutions'} has no {kind} ticket")
+    return found
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """uint8 ``[ceil(n / 8)]``."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(math.ceil(mask.numel() / 8), 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
+
+
+_BITS_SET = torch.tensor([number.bit_count() for number in range(256)])
+
+
+def _differing(one: Tensor, other: Tensor) -> int:
+    return int(_BITS_SET[(one ^ other).long()].sum())
