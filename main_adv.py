@@ -8,6 +8,7 @@ Read it top to bottom: flags -> run -> epochs -> report. ``--help`` lists the fl
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -138,7 +139,7 @@ class Run:
             for epoch in range(len(self.history), settings.epochs):
                 self._run_epoch(epoch)
             self._finish()
-        except RunError as error:
+        except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
             raise RunError(f"{error}; {self._last_good()}") from error
         except KeyboardInterrupt:
             self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
@@ -165,6 +166,7 @@ class Run:
             )
         with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
             scores = epoch_scores(self.model, self.data, settings.test_attack, seed=settings.seed, on_batch=display.images)
+        self._refuse_broken_network(epoch, scores)
         if self.masking is not None:
             self.masking.observe(train_ra=trained.accuracy, val_ra=scores.val_ra, val_loss=scores.val_loss)
         self.history.append(self._row(epoch, rate, trained, scores, time.perf_counter() - start))
@@ -175,6 +177,12 @@ class Run:
             f" SA {scores.val_sa:.2f}  test RA {scores.test_ra:.2f} SA {scores.test_sa:.2f}  density {row['density']:.4f}"
             f"  {trained.images / trained.seconds:.0f} img/s  {row['seconds']:.1f} s"
         )
+
+    def _refuse_broken_network(self, epoch: int, scores: EpochScores) -> None:
+        """The losses of an epoch are those before each update; this looks at what its last update left."""
+        finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+        if not (finite and math.isfinite(scores.val_loss)):
+            raise RunError(f"the network was no longer finite after epoch {epoch + 1}, step {len(self.loader)} of {len(self.loader)}")
 
     def _row(self, epoch: int, rate: float, trained: EpochResult, scores: EpochScores, seconds: float) -> dict[str, Any]:
         """A line of ``metrics.jsonl``; epochs count from 1 there, accuracies are in percent."""
@@ -193,7 +201,7 @@ class Run:
             "explored": masking.explored_fraction() if masking else 1.0,
             "layer_densities": masking.layer_densities() if masking else {},
             "inference_flops": flops.real_inference(self.costs, masking.live_counts() if masking else None),
-            "updates": [event for event in masking.events if event["epoch"] == epoch] if masking else [],
+            "updates": [{**e, "epoch": epoch + 1} for e in masking.events if e["epoch"] == epoch] if masking else [],
             "images_per_second": trained.images / trained.seconds,
             "train_seconds": trained.seconds,
             "eval_seconds": scores.seconds,
@@ -213,9 +221,12 @@ class Run:
         content = {**self._shared_content(), "optimizer": optimizer, "masking": masking, "history": self.history}
         self.folder.save(self.paths.checkpoint, content)
         self.folder.append_epoch(row)
-        if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES or row["epoch"] == self.settings.epochs:
-            self.folder.write_curves(training_curves(self.history, self.paths.root.name))
-            self.drawn_at = time.monotonic()
+        if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
+            self._draw()
+
+    def _draw(self) -> None:
+        self.folder.write_curves(training_curves(self.history, self.paths.root.name))
+        self.drawn_at = time.monotonic()
 
     def _shared_content(self) -> dict[str, Any]:
         """What every checkpoint of this run holds."""
@@ -275,6 +286,7 @@ class Run:
     # ---- report
 
     def _finish(self) -> None:
+        self._draw()
         summary = self._summary()
         self.folder.write_summary(summary)
         self.folder.say(summary_text(summary))

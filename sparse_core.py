@@ -45,7 +45,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 _GRASP_TEMPERATURE = 200.0
 _SYNFLOW_ROUNDS = 100
 
-Batch = tuple[Tensor, Tensor]
+ImagesAndLabels = tuple[Tensor, Tensor]
 
 
 # ---------------------------------------------------------------- densities by layer
@@ -281,7 +281,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def initial_masks(
-    model: nn.Module, density: float, method: str = "igq", *, seed: int = 1, batches: Sequence[Batch] = ()
+    model: nn.Module, density: float, method: str = "igq", *, seed: int = 1, batches: Sequence[ImagesAndLabels] = ()
 ) -> dict[str, Tensor]:
     """First masks (name -> bool, True is live) with ``round(density * total)`` live weights in all.
 
@@ -325,7 +325,10 @@ def global_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tens
     """Keep the highest scores over all layers together, ``round(density * total)`` in all; ties to the earlier layer."""
     _check_density(density)
     flat = torch.cat([score.reshape(-1) for score in scores.values()])
-    kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), round(density * flat.numel()))
+    live = round(density * flat.numel())
+    if live < len(scores):
+        raise ValueError(f"density {density} leaves fewer weights than the network has layers ({len(scores)})")
+    kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), live)
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
@@ -335,7 +338,7 @@ def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
     return uniform(stream(seed, *names), counter).view(weight.shape)
 
 
-def _snip_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _snip_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
     """|w * dL/dw| with the loss summed over all batches."""
     model = copy.deepcopy(model).train()
     weights = prunable(model)
@@ -344,7 +347,7 @@ def _snip_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor
     return {name: (w.detach() * w.grad).abs() for name, w in weights.items() if w.grad is not None}
 
 
-def _grasp_scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
     """w * (H g): how much gradient flow is lost with a weight (kept: the highest), logits divided by 200."""
     model = copy.deepcopy(model).train()
     weights = prunable(model)
@@ -438,6 +441,15 @@ class MaskingConfig:
             raise ValueError("fixed masks cannot adapt their density")
 
 
+def update_is_due(config: MaskingConfig, step: int) -> bool:
+    """Whether the masks change after ``step`` optimizer steps (from 1)."""
+    if config.fixed:
+        return False
+    late = 2 * step > config.total_steps
+    frequency = config.second_frequency if late and config.second_frequency else config.update_frequency
+    return step % frequency == 0
+
+
 class Masking:
     """Keeps a network sparse: masks, their updates, and what is needed to resume them.
 
@@ -462,7 +474,7 @@ class Masking:
         config: MaskingConfig,
         *,
         masks: Mapping[str, Tensor] | None = None,
-        batches: Sequence[Batch] = (),
+        batches: Sequence[ImagesAndLabels] = (),
     ) -> None:
         self.config = config
         self.steps = 0
@@ -491,11 +503,7 @@ class Masking:
 
     def update_due(self) -> bool:
         """Whether the masks change after the step that was just counted."""
-        if self.config.fixed:
-            return False
-        late = 2 * self.steps > self.config.total_steps
-        frequency = self.config.second_frequency if late and self.config.second_frequency else self.config.update_frequency
-        return self.steps % frequency == 0
+        return update_is_due(self.config, self.steps)
 
     @torch.no_grad()
     def apply(self) -> None:

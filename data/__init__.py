@@ -81,6 +81,8 @@ def load_data(
     if cache_dir is not None:
         place = Place(place.root, Path(cache_dir), image_size)
     source = SOURCES[name](place)
+    if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
+        raise InputError(f"{root}: too few images to train, validate and test on")
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
     fits = _nbytes(source.training) + _nbytes(source.test) <= budget
     training = _stored(source.training, device, fits)

@@ -204,6 +204,9 @@ def imagefolder(place: Place) -> Source:
             f"training images have {side[1]}x{side[0]} pixels and test images {test_side[1]}x{test_side[0]}; "
             "--image_size N brings all to one size"
         )
+    scarce = [name for name, count in zip(classes, np.bincount(training.labels), strict=True) if count < 2]
+    if scarce:
+        raise InputError(f"{place.root / 'train' / scarce[0]}: one image; each class needs one to train on and one for validation")
     val = stratified(training.labels, max(len(classes), round(0.1 * len(training.labels))))
     return Source(
         training=ImageSet(train_images, training.labels),

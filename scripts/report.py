@@ -21,10 +21,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders that main_adv.py wrote")
     parser.add_argument("--figure", type=Path, help="where to write the accuracy curves")
     arguments = parser.parse_args()
-    paths = [RunPaths(root) for root in arguments.runs if root.is_dir()]
-    if not paths:
-        raise InputError(f"no run folder among {', '.join(str(root) for root in arguments.runs)}")
-    runs = sorted(((p, read_summary(p)) for p in paths), key=lambda run: _ORDER.index(run[1]["method"]))
+    runs = sorted(((p, read_summary(p)) for p in map(RunPaths, arguments.runs)), key=lambda run: _ORDER.index(run[1]["method"]))
     print(summary_table([summary for _, summary in runs]))
     print("RA, SA and Diff. on the test set, robust gap = training RA - test RA of the final model, in percent; FLOPs: real count")
     if arguments.figure is not None:

@@ -2,6 +2,7 @@ import os
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,17 @@ def test_what_is_saved_is_loaded(tmp_path):
     loaded = load_checkpoint(tmp_path / "c.pth.tar")
     assert torch.equal(loaded.pop("state_dict")["w"], torch.arange(3.0))
     assert loaded == {"format": 1, "epoch": 4, "history": [{"a": 1.5, "b": None}]}
+
+
+def test_numpy_numbers_of_older_code_are_read(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "best_ra": np.float64(51.5), "epoch": np.int64(3)}, tmp_path / "c.pth.tar")
+    assert load_checkpoint(tmp_path / "c.pth.tar")["best_ra"] == 51.5
+
+
+def test_another_format_is_refused(tmp_path):
+    torch.save({"format": 99, "state_dict": {}}, tmp_path / "c.pth.tar")
+    with pytest.raises(InputError, match="format 99"):
+        load_checkpoint(tmp_path / "c.pth.tar")
 
 
 def test_nothing_is_left_beside_the_file(tmp_path):

@@ -92,7 +92,16 @@ def test_fractions_of_the_run():
         ("--arch wideresnet --width 0.5", "--width_factor"),
         ("--device cpu --gpu 0", "no effect with --device cpu"),
         ("--epochs 0", "at least 1"),
-        ("--batch_size 0", "at least 1"),
+        ("--batch_size 1", "at least 2"),
+        ("--decreasing_lr nan", "neither an epoch nor a fraction"),
+        ("--fbp --dynamic_epoch inf", "neither an epoch nor a fraction"),
+        ("--width inf", "finite"),
+        ("--fbp --growth_ratio nan", "finite"),
+        ("--resume_dir x --save_dir y", "names the folder itself"),
+        ("--train_step 0 --train_gamma 5", "--train_step 0"),
+        ("--train_step 0 --attack_mode eval", "--train_step 0"),
+        ("--test_step 0 --test_gamma 5", "--test_step 0"),
+        ("--eval --pretrained x --eval_attack autoattack --train_subset 5", "test images alone"),
         ("--lr 0", "positive"),
         ("--train_eps -1", "negative"),
         ("--train_subset 0", "at least 1"),
@@ -121,8 +130,9 @@ def test_help_shows_groups_defaults_and_units(capsys):
 @pytest.mark.parametrize(
     ("line", "steps", "reason"),
     [
-        ("--fb --epochs 5", 100, "longer than the run of 500 steps"),
-        ("--fbp --epochs 10 --dynamic_epoch 9", 100, "no mask update falls after"),
+        ("--fb --epochs 5", 100, "no mask update falls into the run of 500 steps"),
+        ("--fb --dynamic_fre --epochs 60", 16, "no mask update falls into the run of 960 steps"),
+        ("--fbp --epochs 10 --dynamic_epoch 9", 100, r"the last mask update \(step 900\) comes before --dynamic_epoch 9"),
     ],
 )
 def test_masks_that_would_never_move_are_refused(line, steps, reason):
@@ -133,6 +143,7 @@ def test_masks_that_would_never_move_are_refused(line, steps, reason):
 def test_masks_that_move_are_not_refused():
     for line in ("", "--fix", "--fb", "--fbp --dynamic_fre"):
         refuse_idle_masks(parse(line), 352)
+    refuse_idle_masks(parse("--epochs 20 --update_frequency 100 --fbp --dynamic_epoch 16"), 16)  # step 300 of 320, after 256
 
 
 def test_a_stored_run_fills_in_and_cannot_be_contradicted():
@@ -166,6 +177,18 @@ def test_the_name_covers_what_changes_the_result_and_nothing_else():
     for line in ("--lr 0.2", "--density 0.3", "--seed 2", "--train_subset 100", "--attack_mode eval", "--no-train_randinit", "--fix"):
         assert parse(f"--fb {line}").run_name() != base
     assert parse("--fb --fix").run_name() == parse("--fix").run_name()
+
+
+def test_how_a_run_was_told_to_go_is_not_taken_over():
+    stored = {"resume": True, "device": "cpu", "gpu": 1, "save_dir": "s", "data": "d", "dataset": "cifar10", "epochs": 100}
+    settings = parse("--resume_dir x", stored)
+    assert (settings.resume, settings.device, settings.gpu, settings.save_dir, settings.data) == (False, "auto", None, "runs", "d")
+    assert parse("--eval --pretrained x --gpu 0", stored).gpu == 0
+
+
+def test_other_spellings_of_the_same_are_no_contradiction():
+    stored = {"epochs": 100, "decreasing_lr": "0.5,0.75"}
+    assert parse("--resume_dir x --decreasing_lr 50,75", stored).milestones == (50, 75)
 
 
 def test_settings_from_a_checkpoint_are_checked_too():

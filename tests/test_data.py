@@ -239,6 +239,22 @@ def test_damage_is_named(image_tree, kind, message):
         load_data("imagefolder", image_tree)
 
 
+def test_classes_with_a_single_image_are_named(image_tree):
+    for path in sorted((image_tree / "train" / "bee").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match="bee: one image"):
+        load_data("imagefolder", image_tree)
+
+
+def test_too_few_images_are_refused(tmp_path):
+    write_tinyimagenet(tmp_path, True)
+    for path in list((tmp_path / "train").rglob("*.JPEG")):
+        if not path.stem.endswith("_1"):
+            path.unlink()
+    with pytest.raises(InputError, match="too few images"):
+        load_data("tinyimagenet", tmp_path)
+
+
 def test_a_wrong_path_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_data("imagefolder", tmp_path / "nowhere")

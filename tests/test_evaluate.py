@@ -6,6 +6,7 @@ from torch import nn
 from data.augment import to_float
 from tests import toy
 from utils.attacks import PGD
+from utils.errors import InputError
 from utils.evaluate import auto_attack, epoch_scores, evaluate, final_scores
 
 ATTACK = PGD(8 / 255, 2 / 255, 5)
@@ -61,14 +62,20 @@ def test_every_image_is_reported():
     assert sum(counts) == 40
 
 
-def test_autoattack_is_at_most_pgd():
+@pytest.mark.parametrize("classes", [10, 5])
+def test_autoattack_is_at_most_pgd(classes):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    split = toy.split(8, classes=10)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    split = toy.split(8, classes=classes)
     with torch.no_grad():  # fit it, so that there is something to break
         pixels = to_float(split.images).flatten(1)
-        model[1].weight.copy_((torch.linalg.pinv(pixels) @ F.one_hot(split.labels, 10).float() * 8).T)
+        model[1].weight.copy_((torch.linalg.pinv(pixels) @ F.one_hot(split.labels, classes).float() * 8).T)
     attack = PGD(2 / 255, 0.5 / 255, 10)
     pgd, autoattack = evaluate(model, split, attack), auto_attack(model, split, attack, seed=1)
     assert evaluate(model, split).accuracy > 90
     assert autoattack.accuracy <= pgd.accuracy
+
+
+def test_autoattack_needs_four_classes():
+    with pytest.raises(InputError, match="at least 4 classes"):
+        auto_attack(toy.network(), toy.split(6), ATTACK, seed=1)

@@ -79,6 +79,7 @@ def test_flying_bird_plus_ends_below_its_density(run_adv, tmp_path, monkeypatch)
     assert f"{rows[0]['density']:.4f}" == "0.3000"
     assert rows[1]["density"] < 0.3
     assert [update["prune"] for update in rows[1]["updates"]] == [True, True]
+    assert [update["epoch"] for row in rows for update in row["updates"]] == [1, 1, 2, 2]
     assert rows[1]["inference_flops"] < rows[0]["inference_flops"]
     assert f"density {rows[1]['density']:.4f}" in outcome.out
 
@@ -152,6 +153,8 @@ def test_resuming_a_finished_run_changes_nothing(run_adv, tmp_path):
     assert again.code == 0
     assert "is finished" in again.out
     assert re.findall(r"test RA [\d.]+", again.out) == re.findall(r"test RA [\d.]+", first.out)[-2:]
+    content = load_checkpoint(only_run(tmp_path).checkpoint)
+    assert not content["settings"]["resume"]
     by_path = run_adv("--resume_dir", only_run(tmp_path).root)
     assert "is finished" in by_path.out
     assert files(tmp_path) == before
@@ -220,6 +223,7 @@ def assert_refused(outcome, code, *parts):
         (["--eval", "--pretrained", "nowhere.pth.tar"], "no such checkpoint"),
         (["--resume_dir", "nowhere"], "no such checkpoint"),
         (["--unknown"], "unknown argument"),
+        (["--fix", "--sparse_init", "magnitude", "--width", "0.0625", "--density", "1e-6"], "fewer weights"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(run_adv, tmp_path, monkeypatch, flags, part):
@@ -299,6 +303,14 @@ def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_
 
 def test_a_real_divergence_is_caught(run_adv, tmp_path):
     assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--lr", "1e30"), 3, "the loss became nan", "no checkpoint yet")
+
+
+def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
+    """With one step an epoch the loss is still finite when the weights no longer are."""
+    flags = ["--batch_size", "100", "--lr", "1e30"]
+    outcome = run_adv(*toy.TOY_RUN, *flags, "--save_dir", tmp_path)
+    assert_refused(outcome, 3, "no longer finite after epoch 1, step 1 of 1", "no checkpoint yet")
+    assert not only_run(tmp_path).checkpoint.exists()
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar as numpy_scalar  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from utils.errors import InputError, one_line
 
 FORMAT = 1
+# Plain numbers as numpy writes them, which older code kept beside its weights.
+_NUMPY_SCALARS = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -51,7 +55,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no such checkpoint: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise InputError(f"{path} holds more than tensors and plain values and is not loaded, since that could run code") from error
@@ -60,6 +65,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint, or a broken one ({one_line(error)[:120]})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
+    if content.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{path} has format {content['format']} and this version reads {FORMAT}")
     return content
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
@@ -18,25 +19,24 @@ import torch
 
 from data import DECODED_HERE, SOURCES
 from models import ARCHITECTURES, STAGES, canonical_arch
-from sparse_core import GROWTHS, SCHEDULES, SPARSE_INITS, MaskingConfig
+from sparse_core import GROWTHS, SCHEDULES, SPARSE_INITS, MaskingConfig, update_is_due
 from utils.attacks import NORMS, PGD
 from utils.errors import InputError
 
 DENSE = "dense"  # the method without masks
 
 
-def flag(default: Any, group: str, text: str, *names: str, choices: Sequence[str] = (), result: bool = True) -> Any:
+def flag(default: Any, group: str, text: str, *, choices: Sequence[str] = (), result: bool = True) -> Any:
     """A dataclass field that is also the flag ``--<field>``, spelled with ``_`` or with ``-``.
 
     Args:
         default: value where the flag is not given.
         group: heading in ``--help``.
         text: help line, with the unit.
-        names: other flags for the same field.
         choices: allowed values.
         result: whether it can change the outcome of a run, and so belongs to the run's hash.
     """
-    metadata = {"group": group, "help": text, "names": names, "choices": tuple(choices), "result": result}
+    metadata = {"group": group, "help": text, "choices": tuple(choices), "result": result}
     return field(default=default, metadata=metadata)
 
 
@@ -150,6 +150,14 @@ class Settings:
             seed=self.seed,
         )
 
+    def resolved(self) -> dict[str, Any]:
+        """The fields with different spellings of one meaning made alike."""
+        values = dataclasses.asdict(self)
+        values["decreasing_lr"] = ",".join(str(epoch) for epoch in self.milestones)
+        values["dynamic_epoch"] = str(self.first_adaptive_epoch)
+        values["fb"] = self.method == "fb"  # --fb --fix is the same run as --fix
+        return values
+
     def identity(self) -> dict[str, Any]:
         """What makes this run's result differ from that of another: the settings that are not at their default."""
         values = dataclasses.asdict(self)
@@ -211,7 +219,8 @@ def parse_settings(
     if unknown:
         raise InputError(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
     given = vars(namespace)
-    stored = stored_settings(given)
+    # How a run was told to go (device, --resume, ...) is not what it is; only where its data lies is taken over.
+    stored = {name: value for name, value in stored_settings(given).items() if name in _STORED}
     settings = settings_from({**stored, **given})
     _refuse_contradictions(given, stored, settings)
     _refuse_without_effect(settings, frozenset(given))
@@ -245,7 +254,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[str]:
         title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        spellings = _spellings(f"--{f.name}", *f.metadata["names"])
+        spellings = _spellings(f.name)
         known += spellings
         text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default {f.default})")
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
@@ -260,10 +269,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[str]:
     return known
 
 
-def _spellings(*names: str) -> list[str]:
-    """Each flag with underscores and with dashes, without repeats."""
-    both = [variant for n in names for variant in ("--" + n[2:].replace("-", "_"), "--" + n[2:].replace("_", "-"))]
-    return list(dict.fromkeys(both))
+def _spellings(name: str) -> list[str]:
+    """The flag with underscores and, where that differs, with dashes."""
+    return list(dict.fromkeys(["--" + name, "--" + name.replace("_", "-")]))
 
 
 def _epoch(text: str, epochs: int, name: str) -> int:
@@ -272,7 +280,7 @@ def _epoch(text: str, epochs: int, name: str) -> int:
         value = float(text)
     except ValueError:
         raise InputError(f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run") from None
-    if value < 0 or (value >= 1 and value != int(value)):
+    if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
         raise InputError(f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run")
     return round(value * epochs) if value < 1 else int(value)
 
@@ -283,6 +291,8 @@ _MOVING_MASK = "growth death redistribution death_rate decay_schedule update_fre
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
 _ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
 _TRAINING_ONLY = "resume resume_dir save_dir print_freq".split()
+# What a checkpoint's settings may fill in: what decides the result, and where the data lies.
+_STORED = {f.name for f in dataclasses.fields(Settings) if f.metadata["result"]} | {"data", "cache_dir"}
 # Settings of a run that describe how a network came about; --eval may repeat them and not change them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm test_eps test_step test_gamma test_randinit".split()
@@ -291,7 +301,11 @@ _NOT_NEGATIVE = "momentum weight_decay train_eps train_step train_gamma test_eps
 
 def _check_values(s: Settings) -> None:
     """Values that make no sense in any run."""
-    for name in ("batch_size", "epochs", "print_freq", "update_frequency", "second_frequency", "epoch_range"):
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        _require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} must be finite, not {value}")
+    _require(s.batch_size >= 2, f"--batch_size must be at least 2 (batch norm needs two images), not {s.batch_size}")
+    for name in ("epochs", "print_freq", "update_frequency", "second_frequency", "epoch_range"):
         _require(getattr(s, name) >= 1, f"--{name} must be at least 1, not {getattr(s, name)}")
     for name in ("image_size", "train_subset", "test_subset"):
         value = getattr(s, name)
@@ -316,7 +330,7 @@ def _refuse_contradictions(given: Mapping[str, Any], stored: Mapping[str, Any], 
         if s.eval and name in _EVALUATION:
             continue
         if name in stored:
-            same = getattr(s, name) == getattr(settings_from(stored), name)
+            same = s.resolved()[name] == settings_from(stored).resolved()[name]
             _require(same, f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}")
         elif s.eval and name not in _NETWORK:
             raise InputError(f"--{name} has no effect with --eval")
@@ -338,8 +352,13 @@ def _refuse_without_effect(s: Settings, given: frozenset[str]) -> None:
         _only(given, _TRAINING_ONLY, False, "--eval")
         if s.eval_attack == "autoattack":
             _only(given, ["test_step", "test_gamma", "test_randinit"], False, "--eval_attack autoattack, which has its own steps")
+            _only(given, ["train_subset"], False, "--eval_attack autoattack, which looks at test images alone")
+        _only(given, ["test_gamma"], s.test_step > 0, "--test_step 0")
         return  # flags of the training were compared with the checkpoint's
     _only(given, ["pretrained", "eval_attack"], False, "training; add --eval")
+    _only(given, ["save_dir"], s.resume_dir is None, "--resume_dir, which names the folder itself")
+    _only(given, ["train_gamma", "attack_mode"], s.train_step > 0, "--train_step 0")
+    _only(given, ["test_gamma"], s.test_step > 0, "--test_step 0")
     masked = s.method != DENSE
     _only(given, _ANY_MASK, masked, "a dense run; add --fb, --fbp or --fix")
     _only(given, _MOVING_MASK, not s.fix, "--fix, whose masks do not move")
@@ -362,21 +381,20 @@ def refuse_idle_masks(s: Settings, steps_per_epoch: int) -> None:
     """Refuse a run too short for its masks to change; known once the data is."""
     if s.method not in ("fb", "fbp"):
         return
-    total = s.epochs * steps_per_epoch
+    config = s.masking(steps_per_epoch)
+    due = [step for step in range(1, config.total_steps + 1) if update_is_due(config, step)]
+    frequencies = f"--update_frequency {s.update_frequency}" + (f" and --second_frequency {s.second_frequency}" if s.dynamic_fre else "")
     _require(
-        s.update_frequency <= total,
-        f"--update_frequency {s.update_frequency} is longer than the run of {total} steps, so the masks would never "
+        bool(due),
+        f"with {frequencies} no mask update falls into the run of {config.total_steps} steps, so the masks would never "
         "change; lower it, or ask for static masks with --fix",
     )
-    if s.fbp:
-        config = s.masking(steps_per_epoch)
-        frequency = config.second_frequency or config.update_frequency
-        left = total - s.first_adaptive_epoch * steps_per_epoch
-        _require(
-            left >= min(frequency, config.update_frequency),
-            f"no mask update falls after --dynamic_epoch {s.first_adaptive_epoch}: {left} steps are left and updates are "
-            f"{frequency} steps apart",
-        )
+    first = s.first_adaptive_epoch * steps_per_epoch
+    _require(
+        not s.fbp or due[-1] > first,
+        f"with {frequencies} the last mask update (step {due[-1]}) comes before --dynamic_epoch {s.first_adaptive_epoch} "
+        f"(step {first}), so the density would never adapt",
+    )
 
 
 def _only(given: frozenset[str], names: Sequence[str], allowed: bool, where: str) -> None:

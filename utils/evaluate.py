@@ -13,7 +13,9 @@ from torch import nn
 
 from data import Data, Split, plain_batches
 from utils.attacks import PGD, attack_draws, in_mode, pgd_attack
+from utils.errors import InputError
 
+_AUTOATTACK_CLASSES = 4
 EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
 
 OnBatch = Callable[[int], None]
@@ -103,11 +105,17 @@ def auto_attack(model: nn.Module, split: Split, attack: PGD, *, seed: int) -> Sc
     from pyautoattack import AutoAttack
 
     batches = list(plain_batches(split, EVAL_BATCH))
+    with in_mode(model, False), torch.no_grad():
+        classes = model(batches[0].x[:1]).shape[1]
+    if classes < _AUTOATTACK_CLASSES:
+        raise InputError(f"AutoAttack's targeted losses need at least {_AUTOATTACK_CLASSES} classes and the network has {classes}")
     x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
     with in_mode(model, False), full_precision():
         library = AutoAttack(
             model, norm={"linf": "Linf", "l2": "L2"}[attack.norm], eps=attack.eps, version="standard", seed=seed, device=split.device
         )
+        # Its nine targets a class assume ten classes.
+        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
         adversarial, _ = library.run_standard_evaluation(x.contiguous(), y, batch_size=EVAL_BATCH)
         with torch.no_grad():
             logits = torch.cat([model(part) for part in adversarial.split(EVAL_BATCH)])
@@ -117,10 +125,11 @@ def auto_attack(model: nn.Module, split: Split, attack: PGD, *, seed: int) -> Sc
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 without TF32 for a while, whatever the training used."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Float32 without TF32, and the same kernels every time, for a while; whatever the training used."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        torch.backends.cuda.matmul.allow_tf32 = matmul
