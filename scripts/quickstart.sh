@@ -9,10 +9,18 @@ out=runs/quickstart
 common=(--dataset digits --arch resnet18 --width 0.25 --epochs 20 --decreasing_lr 0.5,0.75 --batch_size 64
     --train_step 5 --train_eps 32 --train_gamma 8 --test_eps 32 --test_gamma 4 --save_dir "$out" --resume)
 masks=(--density 0.2 --update_frequency 20)
+folders=()
+run() {
+    local folder
+    folder=$(.venv/bin/python main_adv.py "${common[@]}" "$@" | tee /dev/stderr |
+        sed -n 's/^writing to //p; s/ is finished:$//p')
+    folders+=("$folder")
+}
+
 SECONDS=0
-.venv/bin/python main_adv.py "${common[@]}"
-.venv/bin/python main_adv.py "${common[@]}" "${masks[@]}" --fb
-.venv/bin/python main_adv.py "${common[@]}" "${masks[@]}" --fbp --dynamic_epoch 0.5
+run
+run "${masks[@]}" --fb
+run "${masks[@]}" --fbp --dynamic_epoch 0.5
 echo "training took $SECONDS s"
 echo
-.venv/bin/python scripts/report.py "$out"/*/ --figure "$out/quickstart.png"
+.venv/bin/python scripts/report.py "${folders[@]}" --figure "$out/quickstart.png"

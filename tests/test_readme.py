@@ -125,7 +125,7 @@ def test_the_quickstart_is_what_its_script_says(run_adv, tmp_path, monkeypatch):
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
     (common,) = re.findall(r"common=\((.*?)\)", script, flags=re.S)
     (masks,) = re.findall(r"masks=\((.*?)\)", script)
-    tails = re.findall(r'main_adv\.py "\$\{common\[@\]\}"(.*)', script)
+    tails = re.findall(r"^run(?! *\()(.*)$", script, flags=re.M)
     assert len(tails) == 3
     monkeypatch.chdir(tmp_path)
     for tail in tails:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar as numpy_scalar  # type: ignore[attr-defined]
+from numpy._core.multiarray import scalar as numpy_scalar
 from torch import Tensor, nn
 
 from utils.errors import InputError, one_line
 
 FORMAT = 1
 # Plain numbers as numpy writes them, which older code kept beside its weights.
-_NUMPY_SCALARS = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
+_NUMPY_SCALARS: list[Any] = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
