@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a table: dense, Flying Bird and Flying Bird+ on scikit-learn's digits, about 3 minutes on 2 cores.
-# The ball is 32/255: at 8/255 every method solves the digits. Run it again and finished runs are read, not repeated; delete runs/quickstart to train anew.
+# The ball is 32/255: at 8/255 every method solves the digits.
+# Run it again and finished runs are read, not repeated; delete runs/quickstart to train anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -9,12 +10,12 @@ out=runs/quickstart
 common=(--dataset digits --arch resnet18 --width 0.25 --epochs 20 --decreasing_lr 0.5,0.75 --batch_size 64
     --train_step 5 --train_eps 32 --train_gamma 8 --test_eps 32 --test_gamma 4 --save_dir "$out" --resume)
 masks=(--density 0.2 --update_frequency 20)
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 folders=()
 run() {
-    local folder
-    folder=$(.venv/bin/python main_adv.py "${common[@]}" "$@" | tee /dev/stderr |
-        sed -n 's/^writing to //p; s/ is finished:$//p')
-    folders+=("$folder")
+    .venv/bin/python main_adv.py "${common[@]}" "$@" | tee "$log"
+    folders+=("$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")")
 }
 
 SECONDS=0
