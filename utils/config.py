@@ -160,10 +160,7 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run's result differ from that of another: the settings that are not at their default."""
-        values = dataclasses.asdict(self)
-        values["decreasing_lr"] = ",".join(str(epoch) for epoch in self.milestones)
-        values["dynamic_epoch"] = str(self.first_adaptive_epoch)
-        values["fb"] = self.method == "fb"  # --fb --fix is the same run as --fix
+        values = self.resolved()
         return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["result"] and values[f.name] != f.default}
 
     def run_name(self) -> str:
