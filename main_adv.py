@@ -23,9 +23,9 @@ from models import build_model
 from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import load_checkpoint, load_weights, network_weights
-from utils.config import Settings, parse_settings, pick_device, refuse_idle_masks
+from utils.config import Settings, cautions, parse_settings, pick_device, refuse_idle_masks
 from utils.engine import EpochResult, learning_rate, set_learning_rate, train_epoch
-from utils.errors import InputError, RunError, run_command
+from utils.errors import InputError, RunError, one_line, run_command
 from utils.evaluate import EpochScores, auto_attack, epoch_scores, evaluate, final_scores
 from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
 from utils.paths import RunPaths
@@ -46,10 +46,15 @@ def main() -> None:
 def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings in the checkpoint that the flags point to, if it has any."""
     if given.get("eval") and given.get("pretrained"):
-        return load_checkpoint(given["pretrained"]).get("settings", {})
-    if given.get("resume_dir"):
-        return load_checkpoint(RunPaths(Path(given["resume_dir"])).checkpoint).get("settings", {})
-    return {}
+        path = Path(given["pretrained"])
+    elif given.get("resume_dir"):
+        path = RunPaths(Path(given["resume_dir"])).checkpoint
+    else:
+        return {}
+    settings = load_checkpoint(path).get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{path}: its settings are not names and values")
+    return settings
 
 
 def load_data_for(settings: Settings, device: torch.device) -> Data:
@@ -134,6 +139,8 @@ class Run:
             return
         self.folder = RunFolder.create(self.paths, self._config())
         self.folder.rewrite_epochs(self.history)
+        if self.history:
+            self._save_best()
         self._announce()
         try:
             for epoch in range(len(self.history), settings.epochs):
@@ -211,18 +218,22 @@ class Run:
     # ---- files
 
     def _save(self) -> None:
-        """Best models first, then the checkpoint, then the metrics line: a crash in between repeats the epoch exactly."""
+        """The checkpoint first: what a crash cuts off after it is made good from it on resume."""
         row = self.history[-1]
-        for key, path in (("val_ra", self.paths.best_ra), ("val_sa", self.paths.best_sa)):
-            if self._best_row(key) is row:
-                self.folder.save(path, self._shared_content())
         optimizer = self.optimizer.state_dict()
         masking = self.masking.state_dict() if self.masking else None
         content = {**self._shared_content(), "optimizer": optimizer, "masking": masking, "history": self.history}
         self.folder.save(self.paths.checkpoint, content)
         self.folder.append_epoch(row)
+        self._save_best()
         if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
             self._draw()
+
+    def _save_best(self) -> None:
+        """Keep the network if the last epoch is the best so far, by validation alone."""
+        for key, path in (("val_ra", self.paths.best_ra), ("val_sa", self.paths.best_sa)):
+            if self._best_row(key) is self.history[-1]:
+                self.folder.save(path, self._shared_content())
 
     def _draw(self) -> None:
         self.folder.write_curves(training_curves(self.history, self.paths.root.name))
@@ -244,10 +255,13 @@ class Run:
         if content.get("network") != self.spec:
             raise InputError(f"{path} was trained on other data: classes, image size or pixel statistics differ")
         load_weights(self.model, network_weights(content, path), path, self.settings.arch)
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.masking is not None:
-            self.masking.load_state_dict(content["masking"])
-        self.history = content["history"]
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.masking is not None:
+                self.masking.load_state_dict(content["masking"])
+            self.history = list(content["history"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
     def _best_row(self, key: str) -> dict[str, Any]:
         return max(self.history, key=lambda row: row[key])  # the first of equals
@@ -275,8 +289,8 @@ class Run:
             f"PGD-{s.train_step} training and PGD-{s.test_step} tests, {start}, on {self.device}"
         )
         self.folder.say(f"writing to {self.paths.root}")
-        if not any(milestone < s.epochs for milestone in s.milestones):
-            self.folder.say(f"note: the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end")
+        for caution in cautions(s, len(self.loader)):
+            self.folder.say(f"note: {caution}")
 
     def _last_good(self) -> str:
         if not self.paths.checkpoint.exists():
@@ -339,7 +353,9 @@ def evaluate_checkpoint(settings: Settings, device: torch.device) -> None:
     spec = content.get("network") or network_spec(settings, data)
     if spec["num_classes"] != len(data.classes):
         raise InputError(f"{settings.pretrained} knows {spec['num_classes']} classes and the data has {len(data.classes)}")
-    model = build_network(spec, device)
+    if len(spec["mean"]) != data.image_shape[0]:
+        raise InputError(f"{settings.pretrained} takes {len(spec['mean'])} channels and the images have {data.image_shape[0]}")
+    model = build_network({**spec, "image_size": min(data.image_shape[1:])}, device)
     load_weights(model, network_weights(content, settings.pretrained), settings.pretrained, spec["arch"])
     attack = settings.test_attack
     if settings.eval_attack == "autoattack":

@@ -174,12 +174,23 @@ def decode_image(path: Path, image_size: int | None) -> np.ndarray:
     """uint8 ``[H, W, 3]`` of one file, resized by area to a square if ``image_size`` is given; ``InputError`` names a bad file."""
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _eight_bits(image, path).convert("RGB")
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)
             return np.asarray(rgb)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image that Pillow can read") from error
     # Pillow raises nearly anything on damaged files, depending on the format.
     except Exception as error:
         raise InputError(f"{path}: corrupt image ({error})") from error
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Pillow would clip deeper pixels to 255 instead of scaling them."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{path}: pixels of type {image.mode} have no known range; save it with 8 or 16 bits a channel")
+    return image

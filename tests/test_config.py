@@ -1,6 +1,7 @@
 import pytest
 
-from utils.config import Settings, parse_settings, pick_device, refuse_idle_masks, settings_from
+from sparse_core import MaskingConfig
+from utils.config import Settings, cautions, parse_settings, pick_device, refuse_idle_masks, settings_from
 from utils.errors import InputError
 
 
@@ -29,6 +30,21 @@ def test_the_papers_sparse_commands():
     assert (masking.prune_ratio, masking.growth_ratio) == (0.4, 0.05)
     assert parse("--fb").masking(352).second_frequency is None
     assert not parse("--fb").masking(352).adaptive
+
+
+def test_every_sparsity_flag_reaches_the_library():
+    line = (
+        "--fbp --density 0.3 --sparse_init erk --growth gradient --death-rate 0.4 --decay-schedule linear --update_frequency 7 "
+        "--dynamic_fre --second_frequency 9 --dynamic_epoch 5 --epoch_range 3 --update_threshold 0.6 --prune_ratio 0.2 "
+        "--growth_ratio 0.1 --seed 8 --epochs 20 --decreasing_lr 10"
+    )
+    assert parse(line).masking(10) == MaskingConfig(
+        density=0.3, total_steps=200, sparse_init="erk", growth="gradient", drop_fraction=0.4, drop_schedule="linear",
+        update_frequency=7, second_frequency=9, adaptive=True, start_epoch=5, epoch_range=3, update_threshold=0.6,
+        prune_ratio=0.2, growth_ratio=0.1, seed=8,
+    )  # fmt: skip
+    assert parse("--fix").masking(10).fixed
+    assert not parse("--fb").masking(10).fixed
 
 
 def test_every_flag_of_the_specification_is_known():
@@ -132,7 +148,6 @@ def test_help_shows_groups_defaults_and_units(capsys):
     [
         ("--fb --epochs 5", 100, "no mask update falls into the run of 500 steps"),
         ("--fb --dynamic_fre --epochs 60", 16, "no mask update falls into the run of 960 steps"),
-        ("--fbp --epochs 10 --dynamic_epoch 9", 100, r"the last mask update \(step 900\) comes before --dynamic_epoch 9"),
     ],
 )
 def test_masks_that_would_never_move_are_refused(line, steps, reason):
@@ -143,7 +158,19 @@ def test_masks_that_would_never_move_are_refused(line, steps, reason):
 def test_masks_that_move_are_not_refused():
     for line in ("", "--fix", "--fb", "--fbp --dynamic_fre"):
         refuse_idle_masks(parse(line), 352)
-    refuse_idle_masks(parse("--epochs 20 --update_frequency 100 --fbp --dynamic_epoch 16"), 16)  # step 300 of 320, after 256
+
+
+def test_what_stays_idle_unasked_is_said():
+    """With --dynamic_fre and its default frequency no update falls into the second half of a short run."""
+    line = "--fbp --density 0.2 --dynamic_fre --epochs 12 --dynamic_epoch 0.5 --decreasing_lr 0.5,0.75 --update_frequency 20"
+    refuse_idle_masks(parse(line), 40)
+    (caution,) = cautions(parse(line), 40)
+    assert "the last mask update is at step 240 and Flying Bird+ adapts after step 240" in caution
+    assert not cautions(parse(f"{line} --second_frequency 20"), 40)
+    assert not cautions(parse("--epochs 20 --decreasing_lr 10 --update_frequency 100 --fbp --dynamic_epoch 16"), 16)  # step 300 of 320
+    assert not cautions(parse("--fbp --dynamic_fre"), 352)
+    assert "density stays" in cautions(parse("--fbp --epochs 2 --decreasing_lr 1 --dynamic_epoch 1 --update_frequency 2"), 4)[0]
+    assert "never falls" in cautions(parse("--epochs 20"), 352)[0]
 
 
 def test_a_stored_run_fills_in_and_cannot_be_contradicted():

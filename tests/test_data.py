@@ -61,7 +61,10 @@ def test_cifar_splits_by_order(monkeypatch):
         assert loaded.val.indices.tolist() == list(range(45, 50))
         assert loaded.augmentation == Augmentation(4, flip=True, rotation=rotation)
         assert torch.equal(loaded.train.images, torch.from_numpy(pixels))
-    assert loaded.mean == (0.5071, 0.4865, 0.4409)
+        assert (loaded.mean, loaded.std) == {
+            "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+            "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        }[name]
 
 
 def test_svhn_is_channels_last_here_and_does_not_flip(monkeypatch):
@@ -72,6 +75,8 @@ def test_svhn_is_channels_last_here_and_does_not_flip(monkeypatch):
     assert not set(svhn.train.indices.tolist()) & set(svhn.val.indices.tolist())
     assert torch.equal(svhn.train.images.permute(0, 3, 1, 2), torch.from_numpy(pixels))
     assert svhn.augmentation == Augmentation(4)
+    order = np.random.RandomState(10).permutation(40)
+    assert svhn.val.indices.tolist() == sorted(order[36:])
 
 
 def test_torchvision_reads_what_lies_in_the_folder(tmp_path, monkeypatch):
@@ -135,7 +140,8 @@ def test_tinyimagenet_has_the_papers_split(tmp_path, annotations):
     assert tiny.train.labels.tolist() == [0] * 10 + [1] * 10
     assert sorted(tiny.test.labels.tolist()) == [0, 0, 1, 1]
     assert tiny.image_shape == (3, 64, 64)
-    assert tiny.mean == (0.4802, 0.4481, 0.3975)
+    assert (tiny.mean, tiny.std) == ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
+    assert tiny.augmentation == Augmentation(4, flip=True)
 
 
 @pytest.mark.parametrize("line", ["val_0.JPEG", "../secret.JPEG\tn01", "val_0.JPEG\tn99"])
@@ -189,6 +195,19 @@ def test_grey_and_palette_images_become_rgb(image_tree):
     folder = load_data("imagefolder", image_tree)
     assert (folder.train.images[0] == 77).all()
     assert len(folder.train) + len(folder.val) == 61
+
+
+def test_deeper_pixels_are_scaled_and_not_clipped(image_tree):
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(ramp).save(image_tree / "train" / "ant" / "000.png")
+    folder = load_data("imagefolder", image_tree)
+    assert torch.equal(folder.train.images[0, ..., 0], torch.from_numpy((ramp // 257).astype(np.uint8)))
+
+
+def test_pixels_without_a_known_range_are_refused(image_tree):
+    Image.fromarray(np.zeros((16, 16), np.float32)).save(image_tree / "train" / "ant" / "000.tiff")
+    with pytest.raises(InputError, match=r"000\.tiff: pixels of type F"):
+        load_data("imagefolder", image_tree)
 
 
 def damage(kind, root):

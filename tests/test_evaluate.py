@@ -54,6 +54,8 @@ def test_epoch_and_final_scores_agree():
     assert final.train_ra == evaluate(model, data.train, ATTACK).accuracy
     assert final.robust_gap == final.train_ra - final.test_ra
     assert epoch.val_loss == evaluate(model, data.val, ATTACK).loss
+    assert (epoch.val_sa, epoch.val_ra) == (evaluate(model, data.val).accuracy, evaluate(model, data.val, ATTACK).accuracy)
+    assert evaluate(model, data.val, ATTACK).loss != evaluate(model, data.test, ATTACK).loss
 
 
 def test_every_image_is_reported():
@@ -74,6 +76,25 @@ def test_autoattack_is_at_most_pgd(classes):
     pgd, autoattack = evaluate(model, split, attack), auto_attack(model, split, attack, seed=1)
     assert evaluate(model, split).accuracy > 90
     assert autoattack.accuracy <= pgd.accuracy
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autoattack_in_an_empty_ball_is_clean_accuracy(norm):
+    torch.manual_seed(0)
+    model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), toy.split(6, classes=10)
+    tiny = auto_attack(model, split, PGD(1e-7, 1e-8, 1, norm), seed=1)
+    assert tiny.accuracy == evaluate(model, split).accuracy
+
+
+def test_reported_figures_are_full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    seen = set()
+    model = toy.network()
+    model.register_forward_pre_hook(lambda *_: seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
+    before = torch.backends.cudnn.allow_tf32
+    final_scores(model, toy.data(6), ATTACK, seed=1)
+    assert seen == {(False, False)}
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, before)
 
 
 def test_autoattack_needs_four_classes():

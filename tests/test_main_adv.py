@@ -11,13 +11,19 @@ import pytest
 import torch
 
 import main_adv
-from sparse_core import SPARSE_INITS
+import utils.engine
+from models import build_model
+from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
+from utils.attacks import PGD
 from utils.checkpoint import load_checkpoint
+from utils.evaluate import EpochScores
+from utils.flops import layer_costs, paper_inference, real_inference
 from utils.metrics import read_epochs, read_summary
 from utils.paths import RunPaths
 
 FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
+LONGER = ["--epochs", "5", "--decreasing_lr", "3"]  # Flying Bird+ compares epochs, so it takes some to have a verdict
 
 
 def only_run(save_dir):
@@ -71,8 +77,6 @@ def test_flying_bird_keeps_its_density_exactly_and_moves_its_masks(run_adv, tmp_
 
 
 def test_flying_bird_plus_ends_below_its_density(run_adv, tmp_path, monkeypatch):
-    from sparse_core import DensityController, Verdict
-
     monkeypatch.setattr(DensityController, "decide", lambda self, epoch: Verdict(prune=epoch >= self.start_epoch))
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *FBP)
     rows = read_epochs(only_run(tmp_path))
@@ -82,6 +86,71 @@ def test_flying_bird_plus_ends_below_its_density(run_adv, tmp_path, monkeypatch)
     assert [update["epoch"] for row in rows for update in row["updates"]] == [1, 1, 2, 2]
     assert rows[1]["inference_flops"] < rows[0]["inference_flops"]
     assert f"density {rows[1]['density']:.4f}" in outcome.out
+
+
+def test_flying_bird_plus_follows_the_verdict_of_its_own_metrics(run_adv, tmp_path):
+    assert run_adv(*toy.TOY_RUN, *LONGER, "--save_dir", tmp_path, *FBP).code == 0
+    rows = read_epochs(only_run(tmp_path))
+    masking = load_checkpoint(only_run(tmp_path).checkpoint)["masking"]
+    assert masking["gaps"] == [row["train_ra"] - row["val_ra"] for row in rows]
+    assert masking["val_losses"] == [row["val_loss"] for row in rows]
+    controller, seen = DensityController(start_epoch=1), []
+    for epoch, row in enumerate(rows):
+        verdict = controller.decide(epoch)
+        seen += [verdict.prune or verdict.grow] * len(row["updates"])
+        assert all((update["prune"], update["grow"]) == (verdict.prune, verdict.grow) for update in row["updates"])
+        controller.observe(train_ra=row["train_ra"], val_ra=row["val_ra"], val_loss=row["val_loss"])
+    assert any(seen)
+    assert rows[-1]["density"] != rows[0]["density"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode):
+    original, seen = main_adv.train_epoch, []
+
+    def spy(model, optimizer, batches, **options):
+        seen.append(({k: optimizer.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")}, options))
+        return original(model, optimizer, batches, **options)
+
+    monkeypatch.setattr(main_adv, "train_epoch", spy)
+    flags = "--train_eps 5 --train_step 2 --train_gamma 3 --lr 0.05 --momentum 0.8 --weight_decay 0.001".split()
+    assert run_adv(*toy.TOY_RUN, *flags, "--attack_mode", mode, "--save_dir", tmp_path).code == 0
+    assert [group["lr"] for group, _ in seen] == pytest.approx([0.05, 0.005])
+    for group, options in seen:
+        assert (group["momentum"], group["weight_decay"]) == (0.8, 0.001)
+        assert options["attack"] == PGD(5 / 255, 3 / 255, 2)
+        assert options["attack_training"] == (mode == "train")
+
+
+def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
+    """Validation RA is best in epoch 2, validation SA in epoch 1, the test's in the last."""
+    scores = [EpochScores(90, 10, 2.0, 1, 1, 0.1), EpochScores(50, 40, 2.0, 2, 2, 0.1), EpochScores(60, 30, 2.0, 99, 99, 0.1)]
+    remaining = iter(scores)
+    monkeypatch.setattr(main_adv, "epoch_scores", lambda *arguments, **options: next(remaining))
+    run_adv(*toy.TOY_RUN, "--epochs", 3, "--save_dir", tmp_path)
+    paths = only_run(tmp_path)
+    assert load_checkpoint(paths.best_ra)["epoch"] == 2
+    assert load_checkpoint(paths.best_sa)["epoch"] == 1
+    summary = read_summary(paths)
+    assert (summary["best"]["epoch"], summary["best"]["val_ra"], summary["final"]["epoch"]) == (2, 40, 3)
+
+
+def test_the_summary_is_of_the_two_networks_it_names(run_adv, tmp_path):
+    assert run_adv(*toy.TOY_RUN, *LONGER, "--save_dir", tmp_path, *FBP).code == 0
+    paths = only_run(tmp_path)
+    rows, summary, masks = read_epochs(paths), read_summary(paths), load_checkpoint(paths.checkpoint)["masking"]["masks"]
+    best, final = summary["best"], summary["final"]
+    assert (final["test_ra"], final["test_sa"]) == (rows[-1]["test_ra"], rows[-1]["test_sa"])
+    chosen = rows[best["epoch"] - 1]
+    assert (best["test_ra"], best["test_sa"], best["val_ra"]) == (chosen["test_ra"], chosen["test_sa"], max(r["val_ra"] for r in rows))
+    model = build_model("resnet18", 10, width=0.0625, mean=[0.3], std=[0.3])
+    costs, live = layer_costs(model, (1, 8, 8)), {name: int(mask.sum()) for name, mask in masks.items()}
+    real, paper = summary["flops"]["real"], summary["flops"]["paper"]
+    assert real["inference"] == real_inference(costs, live) == rows[-1]["inference_flops"]
+    assert real["training"] == 3 * 2 * 100 * sum(row["inference_flops"] for row in rows)
+    assert paper["inference"] == paper_inference(costs, live) < paper_inference(costs)
+    assert paper["training"] == 3 * 2 * 100 * 5 * paper["inference"]
+    assert summary["layer_densities"] == {name: live[name] / masks[name].numel() for name in live}
 
 
 @pytest.mark.parametrize("start", SPARSE_INITS)
@@ -118,32 +187,41 @@ def test_other_networks_and_norms_train_on_image_folders(run_adv, tmp_path, imag
     assert outcome.code == 0, outcome.err
 
 
-def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["between epochs", "mid-epoch", "after the checkpoint"])
+def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeypatch, moment):
     def state(save_dir):
-        content = load_checkpoint(only_run(save_dir).checkpoint)
-        rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(only_run(save_dir))]
-        return content["state_dict"], content["optimizer"], content["masking"], rows
+        paths = only_run(save_dir)
+        content, best = load_checkpoint(paths.checkpoint), load_checkpoint(paths.best_ra)
+        rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
+        summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings")}
+        return content["state_dict"], content["optimizer"], content["masking"], (rows, best["epoch"], summary)
 
-    flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient"]
-    run_adv(*flags, "--save_dir", tmp_path / "whole")
-    original = main_adv.Run._run_epoch
+    flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient", "--epochs", 3]
+    assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
+    owner, name = {
+        "between epochs": (main_adv.Run, "_run_epoch"),
+        "mid-epoch": (utils.engine, "train_step"),
+        "after the checkpoint": (main_adv.Run, "_save_best"),
+    }[moment]
+    original, calls = getattr(owner, name), []
 
-    def cut(self, epoch):
-        if epoch == 1:
+    def cut(*arguments, **options):
+        calls.append(1)
+        if len(calls) == (7 if moment == "mid-epoch" else 2):
             raise KeyboardInterrupt
-        original(self, epoch)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(main_adv.Run, "_run_epoch", cut)
+    monkeypatch.setattr(owner, name, cut)
     assert run_adv(*flags, "--save_dir", tmp_path / "cut").code == 130
-    monkeypatch.setattr(main_adv.Run, "_run_epoch", original)
+    monkeypatch.setattr(owner, name, original)
     assert run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume").code == 0
-    (weights, optimizer, masking, rows), (weights2, optimizer2, masking2, rows2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    (weights, optimizer, masking, rest), (weights2, optimizer2, masking2, rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
     assert all(torch.equal(weights[name], weights2[name]) for name in weights)
     momenta = [[s["momentum_buffer"] for s in o["state"].values()] for o in (optimizer, optimizer2)]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
     assert all(torch.equal(masking["masks"][name], masking2["masks"][name]) for name in masking["masks"])
     assert masking["events"] == masking2["events"]
-    assert rows == rows2
+    assert rest == rest2
 
 
 def test_resuming_a_finished_run_changes_nothing(run_adv, tmp_path):
@@ -176,14 +254,18 @@ def test_eval_gives_the_numbers_the_run_printed(run_adv, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, tmp_path):
+def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, tmp_path, monkeypatch):
     run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
     state = load_checkpoint(only_run(tmp_path / "runs").best_ra)["state_dict"]
     torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "paper.pth.tar")
     common = ["--eval", "--pretrained", tmp_path / "paper.pth.tar", "--width", 0.0625, "--train_subset", 50, "--test_subset", 60]
     assert run_adv(*common, "--test_step", 2).code == 0
+    seen = []
+    original = main_adv.final_scores
+    monkeypatch.setattr(main_adv, "final_scores", lambda m, d, attack, **o: seen.append(attack) or original(m, d, attack, **o))
     outcome = run_adv(*common, "--test_step", 2, "--eval_attack", "cw")
     assert "CW-2" in outcome.out
+    assert [(attack.loss, attack.steps, attack.eps) for attack in seen] == [("margin", 2, 8 / 255)]
     wrong = run_adv("--eval", "--pretrained", tmp_path / "paper.pth.tar")
     assert wrong.code == 2
     assert "conv1.weight has shape" in wrong.err
@@ -261,6 +343,24 @@ def test_checkpoints_of_another_architecture_are_refused(run_adv, tmp_path):
     assert_refused(run_adv("--eval", "--pretrained", tmp_path / "wrong.pth.tar"), 2, "not a checkpoint of this resnet34")
 
 
+def test_eval_refuses_what_the_network_cannot_take(run_adv, tmp_path, image_tree):
+    flags = ["--dataset", "imagefolder", "--data", image_tree, "--image_size", 32, "--arch", "vgg11", "--width", 0.0625]
+    flags += ["--epochs", 1, "--train_step", 1, "--test_step", 1, "--save_dir", tmp_path / "r"]
+    assert run_adv(*flags).code == 0
+    path = only_run(tmp_path / "r").best_ra
+    assert_refused(run_adv("--eval", "--pretrained", path, "--image_size", 16), 2, "vgg11 cannot take 16x16")
+
+
+def test_checkpoints_with_odd_contents_are_refused(run_adv, tmp_path):
+    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
+    paths = only_run(tmp_path / "runs")
+    content = load_checkpoint(paths.checkpoint)
+    torch.save({**content, "settings": "none"}, tmp_path / "odd.pth.tar")
+    assert_refused(run_adv("--eval", "--pretrained", tmp_path / "odd.pth.tar"), 2, "settings are not names and values")
+    torch.save({k: v for k, v in content.items() if k != "optimizer"}, paths.checkpoint)
+    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", "--resume"), 2, "cannot be resumed from")
+
+
 def test_resume_refuses_other_data(run_adv, tmp_path, image_tree):
     flags = [
         "--dataset",
@@ -282,8 +382,6 @@ def test_resume_refuses_other_data(run_adv, tmp_path, image_tree):
 
 
 def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_adv, tmp_path, monkeypatch):
-    import utils.engine
-
     original, steps = utils.engine.train_step, []
 
     def poisoned(*arguments, **options):
@@ -313,18 +411,31 @@ def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
     assert not only_run(tmp_path).checkpoint.exists()
 
 
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run_adv, tmp_path, monkeypatch):
     """A limit on the size of files meets a write as a full disk does."""
+    original = main_adv.Run._run_epoch
+
+    def stop_after_one(self, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        original(self, epoch)
+
+    monkeypatch.setattr(main_adv.Run, "_run_epoch", stop_after_one)
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 130
+    paths = only_run(tmp_path)
+    before = files(tmp_path)[paths.checkpoint]
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
         "import main_adv; from utils.errors import run_command; sys.exit(run_command(main_adv.main))"
     )
-    result = subprocess.run([sys.executable, "-c", script, *toy.TOY_RUN, "--save_dir", str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, *toy.TOY_RUN, "--save_dir", str(tmp_path), "--resume"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 3
     assert len(result.stderr.strip().splitlines()) == 1
     assert "File too large" in result.stderr
-    assert not [name for name in os.listdir(only_run(tmp_path).root) if name.startswith(".")]
+    assert files(tmp_path)[paths.checkpoint] == before
+    assert not [name for name in os.listdir(paths.root) if name.startswith(".")]
 
 
 def test_ctrl_c_is_one_line_and_can_be_resumed(tmp_path):

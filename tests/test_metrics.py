@@ -70,3 +70,14 @@ def test_display_is_plain_lines_without_a_terminal(folder, capsys):
     captured = capsys.readouterr()
     assert captured.out == "epoch 1/2 step 5/10  loss 2.000  acc 30.00  1000 img/s\n"
     assert captured.err == ""
+
+
+def test_display_is_a_bar_on_a_terminal(folder, monkeypatch):
+    shown = metrics.tqdm(total=100, disable=False)
+    monkeypatch.setattr(metrics, "tqdm", lambda **options: shown)
+    with EpochDisplay(folder, "epoch 1/2", 100) as display:
+        display.training(Progress(5, 10, 2.0, 30.0, 1000.0))
+        assert (shown.n, shown.postfix) == (50, "loss 2.000  acc 30.00")
+        display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
+    assert (shown.n, shown.postfix) == (100, "loss 1.500  acc 40.00")
+    assert not folder.paths.log.exists()

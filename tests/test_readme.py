@@ -42,7 +42,7 @@ def smaller(arguments):
         if not skip and argument not in flags:
             kept.append(argument)
         skip = argument in flags
-    small = "--epochs 2 --batch_size 15 --train_step 1 --test_step 1 --decreasing_lr 1"
+    small = "--epochs 3 --batch_size 15 --train_step 1 --test_step 1 --decreasing_lr 1"
     small += " --depth_factor 10 --width_factor 1" if "wideresnet" in kept else " --width 0.0625"
     small += " --update_frequency 2" if {"--fb", "--fbp"} & set(kept) else ""
     small += " --second_frequency 1" if "--dynamic_fre" in kept else ""

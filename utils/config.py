@@ -335,7 +335,7 @@ def _refuse_contradictions(given: Mapping[str, Any], stored: Mapping[str, Any], 
 
 def _refuse_without_effect(s: Settings, given: frozenset[str]) -> None:
     """Flags that were given and could not take effect."""
-    _require(not s.reset, "--reset has no meaning in the paper's method (its code reads it nowhere); leave it out")
+    _require(not s.reset, "--reset has no meaning in the paper's method; leave it out")
     _require(s.fb + s.fbp < 2, "--fb and --fbp are two methods; choose one")
     _require(not (s.fbp and s.fix), "--fbp adapts the masks and --fix keeps them; choose one")
     _only(given, ["data"], s.dataset != "digits", "--dataset digits, which needs no folder; which data set is it?")
@@ -376,22 +376,37 @@ def _refuse_without_effect(s: Settings, given: frozenset[str]) -> None:
 
 def refuse_idle_masks(s: Settings, steps_per_epoch: int) -> None:
     """Refuse a run too short for its masks to change; known once the data is."""
-    if s.method not in ("fb", "fbp"):
-        return
+    if s.method in ("fb", "fbp"):
+        _require(
+            bool(_update_steps(s, steps_per_epoch)),
+            f"with {_frequencies(s)} no mask update falls into the run of {s.epochs * steps_per_epoch} steps, so the masks would "
+            "never change; lower it, or ask for static masks with --fix",
+        )
+
+
+def cautions(s: Settings, steps_per_epoch: int) -> list[str]:
+    """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
+    found = []
+    if not any(milestone < s.epochs for milestone in s.milestones):
+        found.append(f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end")
+    if s.fbp:
+        # A verdict needs two finished epochs to compare.
+        last, first = _update_steps(s, steps_per_epoch)[-1], max(s.first_adaptive_epoch, 2) * steps_per_epoch
+        if last <= first:
+            found.append(
+                f"with {_frequencies(s)} the last mask update is at step {last} and Flying Bird+ adapts after step {first}, "
+                "so the density stays as it is"
+            )
+    return found
+
+
+def _update_steps(s: Settings, steps_per_epoch: int) -> list[int]:
     config = s.masking(steps_per_epoch)
-    due = [step for step in range(1, config.total_steps + 1) if update_is_due(config, step)]
-    frequencies = f"--update_frequency {s.update_frequency}" + (f" and --second_frequency {s.second_frequency}" if s.dynamic_fre else "")
-    _require(
-        bool(due),
-        f"with {frequencies} no mask update falls into the run of {config.total_steps} steps, so the masks would never "
-        "change; lower it, or ask for static masks with --fix",
-    )
-    first = s.first_adaptive_epoch * steps_per_epoch
-    _require(
-        not s.fbp or due[-1] > first,
-        f"with {frequencies} the last mask update (step {due[-1]}) comes before --dynamic_epoch {s.first_adaptive_epoch} "
-        f"(step {first}), so the density would never adapt",
-    )
+    return [step for step in range(1, config.total_steps + 1) if update_is_due(config, step)]
+
+
+def _frequencies(s: Settings) -> str:
+    return f"--update_frequency {s.update_frequency}" + (f" and --second_frequency {s.second_frequency}" if s.dynamic_fre else "")
 
 
 def _only(given: frozenset[str], names: Sequence[str], allowed: bool, where: str) -> None:
