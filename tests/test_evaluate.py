@@ -86,8 +86,16 @@ def test_autoattack_in_an_empty_ball_is_clean_accuracy(norm):
     assert tiny.accuracy == evaluate(model, split).accuracy
 
 
-def test_reported_figures_are_full_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture
+def tf32_allowed():
+    # No monkeypatch: the switch cannot be deleted, which is how that would put it back.
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_reported_figures_are_full_float32(tf32_allowed):
     seen = set()
     model = toy.network()
     model.register_forward_pre_hook(lambda *_: seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)))
