@@ -86,8 +86,8 @@ def network_spec(settings: Settings, data: Data) -> dict[str, Any]:
 def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) -> nn.Module:
     try:
         model = build_model(**spec, seed=seed)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except (ValueError, RuntimeError) as error:  # a size it cannot have, or more memory than there is
+        raise InputError(f"this network cannot be built ({one_line(error)})") from error
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -104,7 +104,9 @@ class Run:
         self.paths = RunPaths(Path(settings.resume_dir or Path(settings.save_dir) / settings.run_name()))
         resuming = settings.resume or settings.resume_dir is not None
         if self.paths.holds_a_run() and not resuming:
-            raise InputError(f"{self.paths.root} already holds this run; --resume goes on with it, --save_dir starts elsewhere")
+            raise InputError(
+                f"{self.paths.root} already holds a run with these settings; --resume goes on with it, another --save_dir starts elsewhere"
+            )
         self.data = load_data_for(settings, device)
         self.spec = network_spec(settings, self.data)
         self.model = build_network(self.spec, device, settings.seed)
@@ -148,6 +150,8 @@ class Run:
             self._finish()
         except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
             raise RunError(f"{error}; {self._last_good()}") from error
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"out of memory on {self.device}, a smaller --batch_size needs less; {self._last_good()}") from error
         except KeyboardInterrupt:
             self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
             raise
@@ -289,6 +293,8 @@ class Run:
             f"PGD-{s.train_step} training and PGD-{s.test_step} tests, {start}, on {self.device}"
         )
         self.folder.say(f"writing to {self.paths.root}")
+        if s.resume and not self.history:
+            self.folder.say("note: nothing to resume there, this run starts anew")
         for caution in cautions(s, len(self.loader)):
             self.folder.say(f"note: {caution}")
 

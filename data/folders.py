@@ -51,7 +51,7 @@ def image_files(folder: Path) -> list[Path]:
 
 def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> Files:
     """Files of every class folder under ``root``, by class, then name. Raises ``InputError`` for a folder that
-    is not one of ``classes`` and for an empty one."""
+    is not one of ``classes``, for an empty one, and for a class without one."""
     number = {name: i for i, name in enumerate(classes)}
     paths: list[Path] = []
     labels: list[int] = []
@@ -66,6 +66,9 @@ def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> 
             raise InputError(f"{folder}: no images of this class")
         paths += found
         labels += [number[name]] * len(found)
+    missing = sorted(set(classes) - {classes[label] for label in set(labels)})
+    if missing:
+        raise InputError(f"{root}: no folder for the class {missing[0]}")
     return Files(paths, np.asarray(labels, dtype=np.int64))
 
 

@@ -54,8 +54,10 @@ class Place:
 def stratified(labels: np.ndarray, n: int) -> np.ndarray:
     """Sorted rows of ``n`` images, classes in their proportions (largest remainders), by a fixed permutation."""
     classes, counts = np.unique(labels, return_counts=True)
-    if not len(classes) <= n <= len(labels):
-        raise InputError(f"cannot take {n} of {len(labels)} images of {len(classes)} classes, at least one a class")
+    if n > len(labels):
+        raise InputError(f"cannot take {n} of {len(labels)} images")
+    if n < len(classes):
+        raise InputError(f"{n} images cannot hold at least one of each of {len(classes)} classes")
     exact = counts * (n / len(labels))
     quota = np.maximum(np.floor(exact).astype(int), 1)
     for position in np.argsort(quota - exact, kind="stable"):

@@ -41,7 +41,7 @@ def test_stratified_takes_exact_counts_in_proportion():
     assert (rows == stratified(labels, 50)).all()
     assert np.bincount(labels[stratified(labels, 7)]).tolist() == [4, 2, 1]
     assert np.bincount(labels[stratified(labels, 3)]).tolist() == [1, 1, 1]
-    with pytest.raises(InputError, match="at least one a class"):
+    with pytest.raises(InputError, match="at least one of each"):
         stratified(labels, 2)
     with pytest.raises(InputError, match="cannot take 101"):
         stratified(labels, 101)
@@ -223,6 +223,8 @@ def damage(kind, root):
     elif kind == "empty class":
         for path in (train / "cow").iterdir():
             path.unlink()
+    elif kind == "missing class":
+        (root / "test" / "cow").rename(root / "cow")
     elif kind == "unknown class":
         (root / "test" / "elk").mkdir()
     elif kind == "no test":
@@ -245,6 +247,7 @@ def damage(kind, root):
         ("truncated", r"bee/003\.png: corrupt image"),
         ("link", r"bee/003\.png: missing image"),
         ("empty class", r"cow: no images of this class"),
+        ("missing class", r"test: no folder for the class cow"),
         ("unknown class", r"elk: this class does not appear"),
         ("no test", r"neither a folder test nor val"),
         ("odd size", r"bee/003\.png: 20x16 pixels where others have 16x16"),

@@ -305,6 +305,8 @@ def assert_refused(outcome, code, *parts):
         (["--eval", "--pretrained", "nowhere.pth.tar"], "no such checkpoint"),
         (["--resume_dir", "nowhere"], "no such checkpoint"),
         (["--unknown"], "unknown argument"),
+        (["--width", "1000"], "cannot be built"),
+        (["--save_dir", ""], "must not be empty"),
         (["--fix", "--sparse_init", "magnitude", "--width", "0.0625", "--density", "1e-6"], "fewer weights"),
     ],
 )
@@ -324,7 +326,7 @@ def test_a_corrupt_image_is_named_and_nothing_is_written(run_adv, tmp_path, imag
 def test_a_run_is_never_overwritten(run_adv, tmp_path):
     run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     before = files(tmp_path)
-    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path), 2, "already holds this run", "--resume")
+    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path), 2, "already holds a run", "--resume")
     assert files(tmp_path) == before
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy._core.multiarray import scalar as numpy_scalar
 from torch import Tensor, nn
 
-from utils.errors import InputError, one_line
+from utils.errors import InputError
 
 FORMAT = 1
 # Plain numbers as numpy writes them, which older code kept beside its weights.
@@ -58,11 +58,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             raise InputError(f"{path} holds more than tensors and plain values and is not loaded, since that could run code") from error
         raise InputError(f"{path} is not a checkpoint, or a broken one") from error
     except Exception as error:  # a damaged archive fails in as many ways as zip, pickle and storage can
-        raise InputError(f"{path} is not a checkpoint, or a broken one ({one_line(error)[:120]})") from error
+        raise InputError(f"{path} is not a checkpoint, or a broken one") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
     if content.get("format", FORMAT) != FORMAT:

@@ -189,7 +189,7 @@ def pick_device(settings: Settings) -> torch.device:
     return torch.device("cuda", number)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse with errors on one line and a suggestion for a flag it does not know."""
 
     def error(self, message: str) -> NoReturn:
@@ -210,7 +210,7 @@ def parse_settings(
     Raises:
         InputError: unknown flags, bad values, flags that could not take effect or contradict the checkpoint.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = OneLineParser(description=description, allow_abbrev=False)
     known = _add_flags(parser)
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -314,6 +314,7 @@ def _check_values(s: Settings) -> None:
     _require(0 < s.density <= 1, f"--density is the kept fraction and lies in (0, 1], not {s.density:g}")
     _require(0 < s.death_rate <= 1, f"--death-rate lies in (0, 1], not {s.death_rate:g}")
     _require(0 < s.update_threshold <= 1, f"--update_threshold lies in (0, 1], not {s.update_threshold:g}")
+    _require(s.save_dir != "", "--save_dir must not be empty")
     _require(s.milestones == tuple(sorted(s.milestones)), f"--decreasing_lr {s.decreasing_lr}: epochs must not fall")
     _require(s.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
 
@@ -357,7 +358,7 @@ def _refuse_without_effect(s: Settings, given: frozenset[str]) -> None:
     _only(given, ["train_gamma", "attack_mode"], s.train_step > 0, "--train_step 0")
     _only(given, ["test_gamma"], s.test_step > 0, "--test_step 0")
     masked = s.method != DENSE
-    _only(given, _ANY_MASK, masked, "a dense run; add --fb, --fbp or --fix")
+    _only(given, _ANY_MASK, masked, "a dense run, which has no masks; see --fb, --fbp and --fix")
     _only(given, _MOVING_MASK, not s.fix, "--fix, whose masks do not move")
     _only(given, _ADAPTIVE, s.fbp, "this method; only --fbp adapts the density")
     _only(given, ["second_frequency"], s.dynamic_fre, "no --dynamic_fre")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,13 +20,19 @@ class RunError(Exception):
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run) or 130 (Ctrl-C)."""
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 130 (Ctrl-C) or 141 (closed pipe)."""
     try:
         command()
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 3
+    except BrokenPipeError:  # the reader of a pipe left, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:

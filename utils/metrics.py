@@ -96,8 +96,10 @@ def read_summary(paths: RunPaths) -> dict[str, Any]:
     """``summary.json``; ``InputError`` if the run is not finished."""
     try:
         return json.loads(paths.summary.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{paths.root} is no finished run ({error})") from error
+    except OSError as error:
+        raise InputError(f"{paths.root} is not the folder of a finished run: it has no {paths.summary.name}") from error
+    except ValueError as error:
+        raise InputError(f"{paths.summary} cannot be read ({error})") from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:
