@@ -1,12 +1,13 @@
 import pytest
 
 from sparse_core import MaskingConfig
-from utils.config import Settings, cautions, parse_settings, pick_device, refuse_idle_masks, settings_from
+from utils.config import parse_settings, pick_device, settings_from
+from utils.config_adv import AdversarialSettings, cautions, refuse_idle_masks
 from utils.errors import InputError
 
 
 def parse(line, stored=None):
-    return parse_settings(line.split(), "test", lambda given: stored or {})
+    return parse_settings(AdversarialSettings, line.split(), "test", lambda given: stored or {})
 
 
 def test_defaults_are_the_papers():
@@ -192,7 +193,7 @@ def test_a_stored_run_fills_in_and_cannot_be_contradicted():
 
 def test_the_run_name_is_stable():
     """A change here means that nobody's --resume finds its folder any more."""
-    assert Settings().run_name() == "dense_resnet18_digits_e200_s1_44136fa3"
+    assert AdversarialSettings().run_name() == "dense_resnet18_digits_e200_s1_44136fa3"
     settings = parse("--dataset cifar10 --density 0.1 --fbp --dynamic_fre --seed 3")
     assert settings.run_name() == "fbp_resnet18_cifar10_d0.1_e200_s3_d2634cf8"
 
@@ -219,9 +220,9 @@ def test_other_spellings_of_the_same_are_no_contradiction():
 
 
 def test_settings_from_a_checkpoint_are_checked_too():
-    assert settings_from({"lr": 0.3, "unknown": 1}).lr == 0.3
+    assert settings_from(AdversarialSettings, {"lr": 0.3, "unknown": 1}).lr == 0.3
     with pytest.raises(InputError, match="unknown architecture"):
-        settings_from({"arch": "resnet19"})
+        settings_from(AdversarialSettings, {"arch": "resnet19"})
 
 
 # ---------------------------------------------------------------- devices

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,10 +7,11 @@ import torch.nn.functional as F
 from data import Augmentation, Batch, TrainLoader
 from tests import toy
 from utils.attacks import PGD
-from utils.engine import learning_rate, set_learning_rate, train_epoch, train_step
+from utils.engine import Plan, cyclic_rate, learning_rate, set_learning_rate, train_epoch, train_step
 from utils.errors import RunError
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
+PLAN = Plan(epochs=10, attack=ATTACK, attack_training=True, seed=1, lr=0.1, milestones=())
 
 
 def parts(seed=0):
@@ -18,14 +21,36 @@ def parts(seed=0):
 
 def epoch(model, optimizer, split, **options):
     loader = TrainLoader(split, 5, Augmentation(1), seed=1)
-    defaults = {"epoch": 0, "steps": len(loader), "seed": 1, "attack": ATTACK}
-    return train_epoch(model, optimizer, loader.epoch(0), **(defaults | options))
+    given = {f.name: options.pop(f.name) for f in dataclasses.fields(Plan) if f.name in options}
+    plan = dataclasses.replace(PLAN, **given)
+    return train_epoch(model, optimizer, loader.epoch(0), **({"plan": plan, "epoch": 0, "steps": len(loader)} | options))
 
 
 def test_learning_rate_falls_tenfold_at_each_milestone():
     rates = [learning_rate(epoch, 0.1, (2, 4)) for epoch in range(6)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     assert learning_rate(7, 0.1, ()) == 0.1
+
+
+def test_the_cycle_rises_for_two_fifths_and_falls_to_nothing():
+    assert [cyclic_rate(fraction, 0.2) for fraction in (0.0, 0.2, 0.4, 0.7, 1.0)] == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0])
+    plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=5)
+    rates = [plan.rate(epoch, step, 20) for epoch in range(5) for step in range(20)]
+    assert max(rates) == pytest.approx(0.2, rel=0.02)
+    assert rates.index(max(rates)) in (39, 40)
+    assert 0 < rates[0] < 0.005
+    assert 0 < rates[-1] < 0.005
+    assert PLAN.rate(3, 5, 20) == 0.1
+
+
+def test_every_step_has_the_rate_of_the_plan():
+    model, optimizer = parts()
+    rates = []
+    optimizer.register_step_pre_hook(lambda optimizer, arguments, options: rates.append(optimizer.param_groups[0]["lr"]))
+    plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=2)
+    epoch(model, optimizer, toy.split(20), **dataclasses.asdict(plan) | {"attack": ATTACK})
+    assert rates == [plan.rate(0, step, 4) for step in range(4)]
+    assert len(set(rates)) == 4
 
 
 def test_set_learning_rate():
@@ -69,12 +94,11 @@ def test_training_learns_and_counts():
 
 def test_mean_loss_and_accuracy_weigh_uneven_batches_by_images():
     model, optimizer = parts()
-    set_learning_rate(optimizer, 0.0)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     model[1].momentum = 0.0
     split = toy.split(7)
-    result = epoch(model, optimizer, split, attack=None)
+    result = epoch(model, optimizer, split, attack=None, lr=0.0)
     losses, right = [], 0
     for batch in TrainLoader(split, 5, Augmentation(1), seed=1).epoch(0):
         logits = model.train()(batch.x)
@@ -114,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_its_step(print_freq, named):
             yield batch
 
     with pytest.raises(RunError, match=rf"nan in epoch 4, step {named} of 4"):
-        train_epoch(model, optimizer, poisoned(), epoch=3, steps=4, seed=1, attack=ATTACK, print_freq=print_freq)
+        train_epoch(model, optimizer, poisoned(), plan=PLAN, epoch=3, steps=4, print_freq=print_freq)
 
 
 def test_progress_comes_at_its_frequency_and_at_the_end():

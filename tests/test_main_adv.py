@@ -12,6 +12,7 @@ import torch
 
 import main_adv
 import utils.engine
+import utils.run
 from models import build_model
 from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
@@ -106,27 +107,27 @@ def test_flying_bird_plus_follows_the_verdict_of_its_own_metrics(run_adv, tmp_pa
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode):
-    original, seen = main_adv.train_epoch, []
+    original, seen = utils.run.train_epoch, []
 
     def spy(model, optimizer, batches, **options):
         seen.append(({k: optimizer.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")}, options))
         return original(model, optimizer, batches, **options)
 
-    monkeypatch.setattr(main_adv, "train_epoch", spy)
+    monkeypatch.setattr(utils.run, "train_epoch", spy)
     flags = "--train_eps 5 --train_step 2 --train_gamma 3 --lr 0.05 --momentum 0.8 --weight_decay 0.001".split()
     assert run_adv(*toy.TOY_RUN, *flags, "--attack_mode", mode, "--save_dir", tmp_path).code == 0
     assert [group["lr"] for group, _ in seen] == pytest.approx([0.05, 0.005])
     for group, options in seen:
         assert (group["momentum"], group["weight_decay"]) == (0.8, 0.001)
-        assert options["attack"] == PGD(5 / 255, 3 / 255, 2)
-        assert options["attack_training"] == (mode == "train")
+        assert options["plan"].attack == PGD(5 / 255, 3 / 255, 2)
+        assert options["plan"].attack_training == (mode == "train")
 
 
 def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
     """Validation RA is best in epoch 2, validation SA in epoch 1, the test's in the last."""
     scores = [EpochScores(90, 10, 2.0, 1, 1, 0.1), EpochScores(50, 40, 2.0, 2, 2, 0.1), EpochScores(60, 30, 2.0, 99, 99, 0.1)]
     remaining = iter(scores)
-    monkeypatch.setattr(main_adv, "epoch_scores", lambda *arguments, **options: next(remaining))
+    monkeypatch.setattr(utils.run, "epoch_scores", lambda *arguments, **options: next(remaining))
     run_adv(*toy.TOY_RUN, "--epochs", 3, "--save_dir", tmp_path)
     paths = only_run(tmp_path)
     assert load_checkpoint(paths.best_ra)["epoch"] == 2
@@ -199,9 +200,9 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
     flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient", "--epochs", 3]
     assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
     owner, name = {
-        "between epochs": (main_adv.Run, "_run_epoch"),
+        "between epochs": (utils.run.Run, "adversarial_epoch"),
         "mid-epoch": (utils.engine, "train_step"),
-        "after the checkpoint": (main_adv.Run, "_save_best"),
+        "after the checkpoint": (utils.run.Run, "_save_best"),
     }[moment]
     original, calls = getattr(owner, name), []
 
@@ -415,14 +416,14 @@ def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run_adv, tmp_path, monkeypatch):
     """A limit on the size of files meets a write as a full disk does."""
-    original = main_adv.Run._run_epoch
+    original = utils.run.Run.adversarial_epoch
 
-    def stop_after_one(self, epoch):
+    def stop_after_one(self, epoch, title):
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(self, epoch, title)
 
-    monkeypatch.setattr(main_adv.Run, "_run_epoch", stop_after_one)
+    monkeypatch.setattr(utils.run.Run, "adversarial_epoch", stop_after_one)
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 130
     paths = only_run(tmp_path)
     before = files(tmp_path)[paths.checkpoint]

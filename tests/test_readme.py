@@ -102,9 +102,10 @@ def test_evaluation_commands(command, run_adv, toy_data):
 def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):
     """At full size nothing is trained here; the settings are checked, not the time."""
     from utils.config import parse_settings
+    from utils.config_adv import AdversarialSettings
 
     for command in TRAINING:
-        assert parse_settings(arguments_of(command), "", lambda given: {}).epochs in (12, 200)
+        assert parse_settings(AdversarialSettings, arguments_of(command), "", lambda given: {}).epochs in (12, 200)
 
 
 def test_the_library_snippet_runs(capsys):

@@ -43,6 +43,11 @@ class PGD:
             raise ValueError("eps, step_size and steps must not be negative")
 
 
+def fgsm_rs(eps: float) -> PGD:
+    """One step of 1.25 eps from a uniform start, projected (Wong, Rice and Kolter, "Fast is better than free", 2020)."""
+    return PGD(eps, 1.25 * eps, 1, "linf", random_start=True)
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Summed over the batch, so that an image's perturbation does not depend on the batch size."""
     return F.cross_entropy(logits, y, reduction="sum")

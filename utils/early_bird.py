@@ -53,8 +53,11 @@ class EarlyBird:
         packed = _pack(mask)
         self._distances.append([_differing(packed, earlier) / mask.numel() for earlier in self._masks])
         self._masks.append(packed)
-        recent = self.distances[-1][-(self.window - 1) :] if self.window > 1 else []
-        return len(self._masks) >= self.window and all(distance <= self.tolerance for distance in recent)
+        return len(self._masks) >= self.window and all(distance <= self.tolerance for distance in self.recent())
+
+    def recent(self) -> list[float]:
+        """How far the newest mask is from those before it in the window, as many as there are."""
+        return self._distances[-1][-(self.window - 1) :] if self._distances and self.window > 1 else []
 
     @property
     def distances(self) -> list[list[float]]:

@@ -39,6 +39,42 @@ class Progress:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One training from its first step to its last: what it sees and at which rate.
+
+    Attributes:
+        epochs: how many.
+        attack: None trains on the images as they are.
+        attack_training: craft in train mode (the paper's way) or eval mode.
+        seed: of the order, the augmentation and the attack's starts.
+        lr: rate at the start, or the peak of a cycle.
+        milestones: epochs at which the rate is divided by ten; None rises to ``lr`` and falls to 0 over the whole training.
+    """
+
+    epochs: int
+    attack: PGD | None
+    attack_training: bool
+    seed: int
+    lr: float
+    milestones: tuple[int, ...] | None
+
+    @property
+    def attack_steps(self) -> int:
+        return 0 if self.attack is None else self.attack.steps
+
+    def rate(self, epoch: int, step: int, steps: int) -> float:
+        """The learning rate at ``step`` of ``steps`` in ``epoch``, all counted from 0."""
+        if self.milestones is not None:
+            return learning_rate(epoch, self.lr, self.milestones)
+        return cyclic_rate((epoch + (step + 0.5) / steps) / self.epochs, self.lr)
+
+
+def cyclic_rate(fraction: float, peak: float) -> float:
+    """Up from 0 and down to 0 in straight lines over ``fraction`` 0 to 1 of a training, with the peak at two fifths."""
+    return peak * min(fraction / 0.4, (1 - fraction) / 0.6)
+
+
 def learning_rate(epoch: int, initial: float, milestones: Sequence[int]) -> float:
     """The rate during ``epoch`` (from 0): a tenth of the one before from each milestone on."""
     return initial * 0.1 ** sum(epoch >= milestone for milestone in milestones)
@@ -85,11 +121,9 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     *,
+    plan: Plan,
     epoch: int,
     steps: int,
-    seed: int,
-    attack: PGD | None,
-    attack_training: bool = True,
     masking: Masking | None = None,
     print_freq: int = 50,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -98,7 +132,8 @@ def train_epoch(
 
     Args:
         batches: the epoch's batches, ``steps`` of them.
-        epoch, seed: key of the attack's random starts.
+        plan: the attack and the learning rate.
+        epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random starts.
         masking: stepped after each update.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
             once a second too, so that slow steps show.
@@ -109,8 +144,10 @@ def train_epoch(
     model.train()
     start = looked_at = time.perf_counter()
     tally = _Tally(steps)
+    key = (plan.seed, "attack", epoch)
     for step, batch in enumerate(batches):
-        loss, right = train_step(model, optimizer, batch, attack=attack, attack_training=attack_training, key=(seed, "attack", epoch))
+        set_learning_rate(optimizer, plan.rate(epoch, step, steps))
+        loss, right = train_step(model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key)
         if masking is not None:
             masking.step()
         tally.add(loss, right, len(batch.y))

@@ -65,9 +65,9 @@ class RunFolder:
         with self._writing(self.paths.summary):
             write_atomically(self.paths.summary, _json(summary))
 
-    def write_curves(self, figure: Figure) -> None:
-        with self._writing(self.paths.curves):
-            write_figure(self.paths.curves, figure)
+    def write_picture(self, path: Path, figure: Figure) -> None:
+        with self._writing(path):
+            write_figure(path, figure)
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

@@ -41,6 +41,16 @@ class RunPaths:
         return self.root / "net_train.png"
 
     @property
+    def stage1(self) -> Path:
+        """Robust Bird: the dense network that the ticket was drawn from."""
+        return self.root / "model_stage1.pth.tar"
+
+    @property
+    def distances(self) -> Path:
+        """Robust Bird: how the masks of stage 1 differ, epoch by epoch."""
+        return self.root / "mask_distances.png"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

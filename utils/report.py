@@ -7,13 +7,24 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 Row = Mapping[str, Any]
 
-METHOD_NAMES = {"dense": "Dense", "fb": "Flying Bird", "fbp": "Flying Bird+", "static": "Static"}
+METHOD_NAMES = {
+    "dense": "Dense",
+    "rb": "Robust Bird",
+    "rb-channel": "Robust Bird, channels",
+    "fb": "Flying Bird",
+    "fbp": "Flying Bird+",
+    "static": "Static",
+    "oneshot": "One-shot",
+    "oneshot-channel": "One-shot, channels",
+}
 _SERIES = (
     ("train_ra", "training RA", "tab:orange", "-"),
+    ("train_sa", "training SA", "tab:orange", ":"),
     ("val_ra", "validation RA", "tab:blue", "-"),
     ("test_ra", "test RA", "tab:green", "-"),
     ("val_sa", "validation SA", "tab:blue", ":"),
@@ -22,34 +33,73 @@ _SERIES = (
 
 
 def training_curves(rows: Sequence[Row], title: str) -> Figure:
-    """Accuracies (percent) by epoch; Flying Bird+'s prune epochs as black lines and its grow epochs as red ones."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Accuracies (percent) by epoch, a panel a stage; Flying Bird+'s prune epochs as black lines and its grow epochs as red ones."""
+    stages = sorted({row.get("stage", 2) for row in rows})
+    panels = [[row for row in rows if row.get("stage", 2) == stage] for stage in stages]
+    figure = Figure(figsize=(8 + 2 * (len(panels) - 1), 5), layout="constrained")
+    # Wide enough for its labels, however few epochs a stage has.
+    widths = [max(len(panel), len(rows) / 4) for panel in panels]
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0], panels, strict=True):
+        _draw_curves(axes, panel)
+        handles |= _handles(axes)
+        if len(panels) > 1:
+            axes.set_title(f"stage {panel[0]['stage']}")
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    return figure
+
+
+def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance: float, ticket: int | None) -> Figure:
+    """The early-bird picture: in what fraction of the positions the masks of two epochs differ, for all pairs.
+
+    Args:
+        distances: row e holds those of epoch e to the epochs before it, as ``EarlyBird.distances``.
+        window, tolerance: of the early bird, for the title.
+        ticket: the epoch (from 1) whose mask was drawn, if one was; a frame shows the window it closes.
+    """
+    n = len(distances)
+    matrix = [[0.0 if i == j else distances[max(i, j)][min(i, j)] for j in range(n)] for i in range(n)]
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.add_subplot()
-    _draw_curves(axes, rows)
-    axes.set_title(title)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    image = axes.imshow(matrix, origin="lower", extent=(0.5, n + 0.5, 0.5, n + 0.5), cmap="viridis", vmin=0.0)
+    figure.colorbar(image, label="fraction of positions that differ")
+    if ticket is not None:
+        size = min(window, ticket)
+        corner = ticket - size + 0.5
+        axes.add_patch(Rectangle((corner, corner), size, size, fill=False, edgecolor="white", linewidth=2.0))
+    axes.set_title(f"masks of stage 1, window {window}, tolerance {tolerance:g}" + (f", ticket after epoch {ticket}" if ticket else ""))
+    for axis, label in ((axes.xaxis, axes.set_xlabel), (axes.yaxis, axes.set_ylabel)):
+        label("epoch")
+        axis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def compared_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
-    """One panel a run, on one scale: ``runs`` are titles with the lines of ``metrics.jsonl``."""
+    """One panel a run, on one scale: ``runs`` are titles with the lines of ``metrics.jsonl``; of Robust Bird stage 2."""
     figure = Figure(figsize=(4.2 * len(runs), 4.6), layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for axes, (title, rows) in zip(panels, runs, strict=True):
-        _draw_curves(axes, rows)
+        _draw_curves(axes, [row for row in rows if row.get("stage", 2) == 2])
         axes.set_title(title)
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        handles |= _handles(axes)
     for axes in panels[1:]:
         axes.set_ylabel("")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
+def _handles(axes: Axes) -> dict[str, Any]:
+    return dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+
+
 def _draw_curves(axes: Axes, rows: Sequence[Row]) -> None:
     epochs = [row["epoch"] for row in rows]
+    marker = "." if len(rows) == 1 else None  # a line of one point is invisible
     for key, label, colour, style in _SERIES:
-        axes.plot(epochs, [row[key] for row in rows], style, color=colour, label=label, linewidth=1.6)
+        if rows and key in rows[0]:
+            axes.plot(epochs, [row[key] for row in rows], style, color=colour, label=label, linewidth=1.6, marker=marker)
     for verdict, colour, offset in (("prune", "black", -0.12), ("grow", "red", 0.12)):
         marked = [row["epoch"] for row in rows if any(update[verdict] for update in row["updates"])]
         for number, epoch in enumerate(marked):
@@ -90,9 +140,10 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def summary_text(summary: Row) -> str:
     """The end of a run in a few lines."""
-    best, final, flops = summary["best"], summary["final"], summary["flops"]
+    best, final, flops, first = summary["best"], summary["final"], summary["flops"], summary.get("stage1")
     return "\n".join(
         [
+            *([_ticket_text(first)] if first else []),
             f"best model (epoch {best['epoch']}, by validation RA):  test RA {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}"
             f"  training RA {best['train_ra']:.2f}",
             f"final model (epoch {final['epoch']}):  test RA {final['test_ra']:.2f}  test SA {final['test_sa']:.2f}"
@@ -103,3 +154,10 @@ def summary_text(summary: Row) -> str:
             f"FLOPs paper:  training {flops['paper']['training']:.4g}  inference {flops['paper']['inference']:.4g} an image",
         ]
     )
+
+
+def _ticket_text(first: Row) -> str:
+    if first["pretrained"] is not None:
+        return f"ticket drawn from {first['pretrained']}"
+    emerged = "emerged" if first["emerged"] else "was drawn"
+    return f"ticket {emerged} after {first['epochs']} epochs of {first['kind']} (validation SA {first['val_sa']:.2f})"

@@ -1,0 +1,21 @@
+"""Robust Bird's baseline: as train_eb.py, with the ticket drawn after exactly --epochs1 epochs instead of when it emerges.
+
+python train_base.py --stage1 sgd --epochs1 50 --arch resnet18 --data data/cifar10 --pruning unstructured --density 0.2
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.config_rb import TicketSettings
+from utils.errors import run_command
+from utils.robust_bird import main as two_stages
+
+
+def main() -> None:
+    two_stages(TicketSettings, (__doc__ or "").splitlines()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

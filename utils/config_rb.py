@@ -1,0 +1,171 @@
+"""Settings of the Robust Bird scripts: ``train_eb.py`` (the ticket when it emerges) and ``train_base.py`` (after ``--epochs1``)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from utils.config import STAGE_KINDS, CommonSettings, flag, only, require
+from utils.early_bird import KINDS, TOLERANCES, EarlyBird
+from utils.engine import Plan
+from utils.errors import InputError
+from utils.seeding import stream
+
+# What in the path of the data names the data set, the longer names first.
+_IN_PATHS = {"cifar100": "cifar100", "cifar-100": "cifar100", "cifar10": "cifar10", "cifar-10": "cifar10", "tiny": "tinyimagenet"}
+_IN_PATHS |= {"svhn": "svhn"}
+_OF_STAGE_1 = "stage1 epochs1 stage1_ra eb_window eb_tolerance".split()
+
+
+@dataclass(frozen=True)
+class TicketSettings(CommonSettings):
+    """Everything ``train_base.py`` can be told: the ticket is drawn after exactly ``--epochs1`` epochs."""
+
+    script: ClassVar[str] = "train_base.py"
+    early_stop: ClassVar[bool] = False
+    method_name: ClassVar[str] = "oneshot"
+
+    # run
+    print_freq: int = flag(100, "run", "steps between progress lines", result=False)
+    # training
+    decreasing_lr: str = flag("50,150", "training", "epochs of a stage at which it is divided by 10; fractions of the stage too")
+    # stages
+    stage1: str = flag("sgd", "stages", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS)
+    epochs1: int = flag(200, "stages", "most epochs of stage 1")
+    stage1_ra: bool = flag(False, "stages", "test RA in stage 1 too, which clean training does not need", result=False)
+    stage1_pretrained: str | None = flag(None, "stages", "checkpoint of a dense network to prune instead of training one")
+    stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
+    epochs2: int = flag(200, "stages", "epochs of stage 2")
+    # sparsity
+    pruning: str = flag("unstructured", "sparsity", "single weights, or channels that are really removed", choices=KINDS)
+    density: float = flag(0.2, "sparsity", "kept fraction of the weights, or of the channels")
+
+    @property
+    def method(self) -> str:
+        """``rb`` or ``oneshot``, with ``-channel`` where channels are removed."""
+        return self.method_name + ("-channel" if self.pruning == "channel" else "")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The kinds of the stages that are trained."""
+        return (self.stage2,) if self.stage1_pretrained is not None else (self.stage1, self.stage2)
+
+    @property
+    def plan1(self) -> Plan:
+        # Draws of its own: the second stage sees what a dense run of main_adv.py with this seed sees.
+        return self.plan(self.stage1, self.epochs1, stream(self.seed, "stage1"))
+
+    @property
+    def plan2(self) -> Plan:
+        return self.plan(self.stage2, self.epochs2, self.seed)
+
+    def early_bird(self) -> EarlyBird:
+        """What watches the masks of stage 1."""
+        return EarlyBird(self.density, kind=self.pruning)
+
+    def resolved(self) -> dict[str, Any]:
+        one, two = (",".join(map(str, self.milestones_in(epochs))) for epochs in (self.epochs1, self.epochs2))
+        return {**super().resolved(), "decreasing_lr": one if one == two else f"{one}; {two}"}
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        if self.stage1_pretrained is not None:  # what lies in the file counts, not where it lies
+            found["stage1_pretrained"] = _digest(self.stage1_pretrained)
+        return found
+
+    def name_parts(self) -> list[str]:
+        epochs = f"e{self.epochs2}" if self.stage1_pretrained is not None else f"e{self.epochs1}-{self.epochs2}"
+        return [f"d{self.density:g}", epochs]
+
+    # ---- what is refused, and what is said
+
+    @classmethod
+    def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The data set that the path of the data names, as in the paper's script, unless ``--dataset`` says it."""
+        if "data" not in given or "dataset" in given:
+            return {}
+        path = str(given["data"]).lower()
+        for part, dataset in _IN_PATHS.items():
+            if part in path:
+                return {"dataset": dataset}
+        raise InputError(f"--data {given['data']} names no data set this script knows; --dataset says which it is")
+
+    def check_values(self) -> None:
+        super().check_values()
+        self.check_numbers(at_least_one=["epochs1", "epochs2"])
+        require(0 < self.density <= 1, f"--density is the kept fraction and lies in (0, 1], not {self.density:g}")
+        for epochs in (self.epochs1, self.epochs2):
+            self.check_milestones(epochs)
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        super().refuse_idle(given)
+        if self.stage1_pretrained is not None:
+            only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
+        kinds = set(self.stages)
+        require("fast" not in kinds or self.norm == "linf", "--norm l2 has no effect with a stage fast, whose step is along the sign")
+        only(given, ["train_step", "train_gamma", "train_randinit", "attack_mode"], "pgd" in kinds, f"no stage pgd in {_plus(self.stages)}")
+        only(given, ["train_eps"], kinds != {"sgd"}, "stages on clean images")
+        only(given, ["lr", "decreasing_lr"], kinds != {"fast"}, "stages fast, whose learning rate follows a cycle of its own")
+        if "decreasing_lr" in given:
+            longest = self.epochs2 if self.stage1_pretrained is not None else max(self.epochs1, self.epochs2)
+            late = f"--decreasing_lr {self.decreasing_lr} lies past the end of {longest} epochs"
+            require(all(milestone < longest for milestone in self.milestones_in(longest)), late)
+
+    def cautions(self) -> list[str]:
+        """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
+        found = []
+        if self.density == 1:
+            found.append("--density 1 keeps everything, so nothing is pruned and both stages train the dense network")
+        if self.stage2 != "fast" and not any(milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)):
+            found.append(f"the learning rate of stage 2 never falls, --decreasing_lr {self.decreasing_lr} lies past its end")
+        return found
+
+
+@dataclass(frozen=True)
+class EarlyBirdSettings(TicketSettings):
+    """Everything ``train_eb.py`` can be told: stage 1 ends when the ticket has emerged."""
+
+    script: ClassVar[str] = "train_eb.py"
+    early_stop: ClassVar[bool] = True
+    method_name: ClassVar[str] = "rb"
+
+    eb_window: int = flag(5, "stages", "epochs whose masks must agree for a ticket, the newest included")
+    eb_tolerance: float | None = flag(None, "stages", "largest fraction of differing positions (default: .08, with channels .1)")
+
+    def early_bird(self) -> EarlyBird:
+        return EarlyBird(self.density, self.eb_window, self.eb_tolerance, self.pruning)
+
+    def resolved(self) -> dict[str, Any]:
+        usual = self.eb_tolerance == TOLERANCES[self.pruning]
+        return {**super().resolved(), "eb_tolerance": None if usual else self.eb_tolerance}
+
+    def check_values(self) -> None:
+        super().check_values()
+        self.check_numbers(at_least_one=["eb_window"])
+        tolerance = self.eb_tolerance
+        require(tolerance is None or 0 <= tolerance <= 1, f"--eb_tolerance is a fraction and lies in [0, 1], not {tolerance}")
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        super().refuse_idle(given)
+        short = f"--eb_window {self.eb_window} masks cannot come together in --epochs1 {self.epochs1} epochs, so no ticket could emerge"
+        require("eb_window" not in given or self.eb_window <= self.epochs1, short)
+
+    def cautions(self) -> list[str]:
+        found = super().cautions()
+        if self.stage1_pretrained is None and self.eb_window > self.epochs1:
+            found.append(f"no ticket can emerge: it takes --eb_window {self.eb_window} masks and stage 1 has {self.epochs1} epochs")
+        return found
+
+
+def _plus(kinds: tuple[str, ...]) -> str:
+    return " + ".join(kinds)
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"--stage1_pretrained {path} cannot be read ({error.strerror or error})") from error

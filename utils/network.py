@@ -1,0 +1,58 @@
+"""Networks by their description: what settings and data ask for, what a checkpoint carries, channels removed included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import Data
+from models import build_model
+from utils.checkpoint import load_weights, network_weights
+from utils.config import CommonSettings
+from utils.errors import InputError, one_line
+from utils.slimming import slim
+
+
+def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
+    """What ``build_network`` needs to make this network again; every checkpoint carries it."""
+    return {
+        "arch": settings.arch,
+        "num_classes": len(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "width": settings.width,
+        "depth_factor": settings.depth_factor,
+        "width_factor": settings.width_factor,
+        "image_size": min(data.image_shape[1:]),
+    }
+
+
+def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) -> nn.Module:
+    """A fresh network on ``device``.
+
+    Args:
+        spec: arguments of ``build_model``, and for a network without some of its channels ``kept``: the channels
+            that stay, by batch norm (``utils.slimming``).
+        device: where it goes, channels-last.
+        seed: of its weights.
+
+    Raises:
+        InputError: a network that cannot be built so.
+    """
+    kept = spec.get("kept")
+    try:
+        model = build_model(**{name: value for name, value in spec.items() if name != "kept"}, seed=seed)
+        model = model if kept is None else slim(model, kept)
+    except (ValueError, RuntimeError) as error:  # a size it cannot have, or more memory than there is
+        raise InputError(f"this network cannot be built ({one_line(error)})") from error
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def network_of(content: Mapping[str, Any], path: object, spec: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """The network that a checkpoint's ``content`` (from ``path``) holds, built by ``spec``; ``InputError`` if it is another one."""
+    model = build_network(spec, device)
+    load_weights(model, network_weights(content, str(path)), str(path), spec["arch"])
+    return model

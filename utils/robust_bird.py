@@ -1,0 +1,238 @@
+"""The two stages of Robust Bird in one run: find a ticket in cheap training, prune to it, train it adversarially (SPEC 7)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_core import Masking, MaskingConfig, initial_masks
+from utils import flops
+from utils.checkpoint import load_checkpoint
+from utils.config import parse_settings, pick_device
+from utils.config_rb import TicketSettings
+from utils.engine import EpochResult
+from utils.errors import InputError
+from utils.evaluate import evaluate
+from utils.network import build_network, network_of
+from utils.report import mask_distances
+from utils.run import Row, Run, Stage, settings_of_run
+from utils.slimming import kept_channels, slim
+
+
+def main(kind: type[TicketSettings], description: str) -> None:
+    """A Robust Bird script with the settings ``kind``."""
+
+    def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return settings_of_run(kind.script, given["resume_dir"]) if given.get("resume_dir") else {}
+
+    settings = parse_settings(kind, sys.argv[1:], description, stored_settings)
+    RobustBirdRun(settings, pick_device(settings)).train()
+
+
+class RobustBirdRun(Run):
+    """Stage 1 on the dense network until its ticket is drawn, stage 2 on the ticket."""
+
+    settings: TicketSettings
+
+    # ---- where it begins, or goes on
+
+    def first_stage(self) -> Stage:
+        settings = self.settings
+        self.early_bird = settings.early_bird()
+        model = build_network(self.spec, self.device, settings.seed)
+        self._refuse_what_cannot_be_pruned(model)
+        if settings.stage1_pretrained is not None:
+            model = self._pretrained(settings.stage1_pretrained)
+        return self._on_dense_weights(Stage(model, self.data, settings.plan1, settings))
+
+    def stage_of(self, content: Mapping[str, Any]) -> Stage:
+        settings = self.settings
+        self.early_bird = settings.early_bird()
+        dense = {name: value for name, value in self.spec.items() if name != "kept"}
+        stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings))
+        if content["stage"] == 2:
+            return self._second_stage(build_network(self.spec, self.device), content["masking"] and content["masking"]["masks"])
+        self.early_bird.load_state_dict(content["early_bird"])
+        return stage
+
+    def _on_dense_weights(self, stage: Stage) -> Stage:
+        """Remember what the dense network costs; the ticket is compared with it."""
+        self.number = 1
+        self.dense_costs = stage.costs
+        return stage
+
+    def _refuse_what_cannot_be_pruned(self, model: nn.Module) -> None:
+        """Known from the start, so that nobody trains a stage for it."""
+        settings = self.settings
+        try:
+            if settings.pruning == "channel":
+                kept_channels(model, settings.density)
+            else:
+                initial_masks(model, settings.density, "magnitude")
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def _pretrained(self, path: str) -> nn.Module:
+        content = load_checkpoint(path)
+        if (content.get("network") or {}).get("kept") is not None:
+            raise InputError(f"--stage1_pretrained {path} is a network whose channels were already removed; a dense one is needed")
+        return network_of(content, path, self.spec, self.device)
+
+    @property
+    def epochs(self) -> int:
+        return self.settings.epochs2
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in self.history if row["stage"] == 2]
+
+    @property
+    def rows1(self) -> list[Row]:
+        return [row for row in self.history if row["stage"] == 1]
+
+    def headline(self) -> str:
+        s, kept = self.settings, "channels" if self.settings.pruning == "channel" else "weights"
+        if self.history:
+            now = f"going on after stage {self.history[-1]['stage']} epoch {self.history[-1]['epoch']}"
+        elif s.stage1_pretrained is not None:
+            now = f"pruning {s.stage1_pretrained}"
+        else:
+            now = f"{s.stage1} for {'at most ' if s.early_stop else ''}{s.epochs1} epochs"
+        what = f"{s.method} at density {s.density:g} of the {kept}: {self.where_and_what()}"
+        return f"{what}, {now}, then {s.stage2} for {s.epochs2}, on {self.device}"
+
+    def cautions(self) -> Sequence[str]:
+        return self.settings.cautions() if self.number == 1 else ()
+
+    def further_state(self) -> dict[str, Any]:
+        # The masks of stage 1 have served once the ticket is drawn; their distances are in the history.
+        return {"stage": self.number, "early_bird": self.early_bird.state_dict() if self.number == 1 else None}
+
+    def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
+        return {"stage": self.number, **super().common_row(epoch, trained, seconds)}
+
+    # ---- the two stages
+
+    def train_stages(self) -> None:
+        settings = self.settings
+        if self.number == 1:
+            if settings.stage1_pretrained is None:
+                self._find_ticket()
+            self._prune()
+        for epoch in range(len(self.rows), settings.epochs2):
+            self.adversarial_epoch(epoch, f"stage 2 epoch {epoch + 1}/{settings.epochs2}")
+
+    def _find_ticket(self) -> None:
+        while not self._ticket_is_drawn():
+            self._epoch_of_stage_1(len(self.history))
+        self.folder.write_picture(self.paths.distances, self._picture())
+        self.folder.save(self.paths.stage1, self.network_content())
+        last, tolerance = self.rows1[-1], self.early_bird.tolerance
+        if last["ticket"]:
+            found = f"the ticket emerged after epoch {last['epoch']}"
+        elif self.settings.early_stop:
+            found = f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on with the mask of its last epoch"
+        else:
+            found = f"the ticket is drawn after epoch {last['epoch']}"
+        recent = self.early_bird.recent()
+        distances = f" (its mask differs from those before in at most {max(recent):.4f}, tolerance {tolerance:g})" if recent else ""
+        self.folder.say(found + distances)
+
+    def _ticket_is_drawn(self) -> bool:
+        rows = self.rows1
+        return bool(rows) and (len(rows) == self.settings.epochs1 or (self.settings.early_stop and rows[-1]["ticket"]))
+
+    def _epoch_of_stage_1(self, epoch: int) -> None:
+        """Train, look at the clean validation images, draw the mask, record."""
+        title, start = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}", time.perf_counter()
+        trained = self.train_epoch(epoch, title)
+        looked = time.perf_counter()
+        if self.settings.stage1_ra:
+            scores = self.attacked_scores(title)
+            measured = {"val_sa": scores.val_sa, "val_ra": scores.val_ra, "val_loss": scores.val_loss}
+            measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
+        else:
+            clean = evaluate(self.stage.model, self.data.val)
+            measured = {"val_sa": clean.accuracy, "val_loss": clean.loss}
+        self.refuse_broken_network(epoch, measured["val_loss"])
+        measured["eval_seconds"] = time.perf_counter() - looked
+        emerged = self.early_bird.observe(self.stage.model)
+        drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
+        self.history.append({**self.common_row(epoch, trained, time.perf_counter() - start), **measured, **drawn})
+        self.save()
+        self.say_epoch(title)
+
+    def _prune(self) -> None:
+        """From the weights of stage 1, without rewinding, to the ticket with a fresh optimizer."""
+        settings, model = self.settings, self.stage.model
+        if settings.density == 1:
+            self.folder.say("warning: --density 1 keeps everything, nothing is pruned")
+        elif settings.pruning == "channel":
+            kept, spared = kept_channels(model, settings.density)
+            for name in spared:
+                self.folder.say(f"note: {name} would have lost all of its channels and keeps its largest one")
+            self.spec = {**self.spec, "kept": kept}
+            weights = slim(model, kept).state_dict()
+            model = build_network(self.spec, self.device)  # as a resumed run builds it, so that not even strides differ
+            model.load_state_dict(weights)
+        masks = initial_masks(model, settings.density, "magnitude") if settings.pruning == "unstructured" and settings.density < 1 else None
+        self.stage = self._second_stage(model, masks)
+        self._say_pruned()
+
+    def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
+        settings = self.settings
+        self.number = 2
+        stage = Stage(model, self.data, settings.plan2, settings, {cost.name: cost.weights for cost in self.dense_costs})
+        if masks is not None:
+            steps = settings.epochs2 * stage.steps
+            config = MaskingConfig(settings.density, steps, sparse_init="magnitude", fixed=True, seed=settings.seed)
+            stage.masking = Masking(stage.model, stage.optimizer, config, masks=masks)
+        return stage
+
+    def _say_pruned(self) -> None:
+        live, figures = self.stage.live_counts(), self.stage.figures()
+        dense = flops.real_inference(self.dense_costs)
+        channels = ""
+        if "kept" in self.spec:
+            channels = f"{sum(map(len, self.spec['kept'].values()))} batch norm channels, "
+        self.folder.say(
+            f"pruned: {channels}{sum(live.values())} weights stay (density {figures['density']:.4f}), "
+            f"{figures['inference_flops']:.4g} FLOPs an image, {figures['inference_flops'] / dense:.3f} of the dense network's"
+        )
+        for name in [name for name, count in live.items() if count == 0]:
+            self.folder.say(f"note: {name} lost all of its weights")
+
+    # ---- report
+
+    def draw(self) -> None:
+        super().draw()
+        if self.number == 1 and self.rows1:
+            self.folder.write_picture(self.paths.distances, self._picture())
+
+    def _picture(self) -> Any:
+        rows = self.rows1
+        ticket = rows[-1]["epoch"] if self._ticket_is_drawn() else None
+        return mask_distances([row["mask_distances"] for row in rows], self.early_bird.window, self.early_bird.tolerance, ticket)
+
+    def summary(self) -> Row:
+        settings, rows = self.settings, self.rows1
+        first: Row = {"kind": settings.stage1, "epochs": len(rows), "pretrained": settings.stage1_pretrained}
+        if rows:
+            last = rows[-1]
+            first |= {"emerged": last["ticket"], "val_sa": last["val_sa"], "seconds": sum(row["seconds"] for row in rows)}
+        kept = {name: len(channels) for name, channels in self.spec.get("kept", {}).items()}
+        return {**super().summary(), "stage1": first, "channels": kept}
+
+    def flops(self) -> dict[str, dict[str, int]]:
+        """Both counts of the ticket, with what stage 1 took added to the training."""
+        counts, rows = super().flops(), self.rows1
+        images, steps = len(self.data.train), self.settings.plan1.attack_steps
+        counts["real"]["training"] += flops.real_training([row["inference_flops"] for row in rows], images, steps)
+        dense = flops.paper_inference(self.dense_costs)
+        counts["paper"]["training"] += flops.paper_training(dense, images, steps, len(rows))
+        return counts

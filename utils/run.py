@@ -1,0 +1,395 @@
+"""One training in one folder: what ``main_adv.py`` and the Robust Bird scripts share.
+
+A run trains one stage after the other; the last is the adversarial one that its figures are of. Every epoch leaves a
+checkpoint and a line of metrics, so that a cut run goes on where its last epoch ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import Data, TrainLoader, load_data
+from sparse_core import Masking
+from utils import flops
+from utils.checkpoint import load_checkpoint, load_weights, network_weights
+from utils.config import CommonSettings
+from utils.engine import EpochResult, Plan, train_epoch
+from utils.errors import InputError, RunError, one_line
+from utils.evaluate import EpochScores, epoch_scores, final_scores
+from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
+from utils.network import network_of, network_spec
+from utils.paths import RunPaths
+from utils.report import summary_text, training_curves
+
+_SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
+
+Row = dict[str, Any]
+
+
+def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
+    return load_data(
+        settings.dataset,
+        settings.data,
+        device=device,
+        image_size=settings.image_size,
+        train_subset=settings.train_subset,
+        test_subset=settings.test_subset,
+        cache_dir=settings.cache_dir,
+    )
+
+
+def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
+    """The settings of the run in a folder; ``InputError`` if another script made it."""
+    path = RunPaths(Path(resume_dir)).checkpoint
+    content = load_checkpoint(path)
+    script = content.get("script", settings_script)
+    if script != settings_script:
+        raise InputError(f"{path} is of a run of {script}, which resumes it")
+    return settings_in(content, path)
+
+
+def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:
+    settings = content.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{path}: its settings are not names and values")
+    return settings
+
+
+class Stage:
+    """A network in training: its optimizer, its masks if it has any, and what one image costs it.
+
+    Args:
+        model: trained in place.
+        data: its training split is used.
+        plan: epochs, attack and learning rate.
+        settings: batch size, momentum and weight decay.
+        dense: weights of each prunable layer before channels were removed; the network's own by default.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, plan: Plan, settings: CommonSettings, dense: Mapping[str, int] | None = None) -> None:
+        self.model = model
+        self.plan = plan
+        self.loader = TrainLoader(data.train, settings.batch_size, data.augmentation, plan.seed)
+        rate = plan.rate(0, 0, len(self.loader))
+        self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        self.masking: Masking | None = None
+        self.costs = flops.layer_costs(model, data.image_shape)
+        self._dense = dense or {cost.name: cost.weights for cost in self.costs}
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch."""
+        return len(self.loader)
+
+    def train_epoch(self, epoch: int, print_freq: int, on_progress: Any) -> EpochResult:
+        return train_epoch(
+            self.model,
+            self.optimizer,
+            self.loader.epoch(epoch),
+            plan=self.plan,
+            epoch=epoch,
+            steps=self.steps,
+            masking=self.masking,
+            print_freq=print_freq,
+            on_progress=on_progress,
+        )
+
+    def live_counts(self) -> dict[str, int]:
+        """Live weights of each prunable layer."""
+        return self.masking.live_counts() if self.masking else {cost.name: cost.weights for cost in self.costs}
+
+    def figures(self) -> Row:
+        """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""
+        live = self.live_counts()
+        density = sum(live.values()) / sum(self._dense.values())
+        return {
+            "density": density,
+            "explored": self.masking.explored_fraction() if self.masking else density,
+            "layer_densities": {name: live[name] / self._dense[name] for name in live} if density < 1 else {},
+            "inference_flops": flops.real_inference(self.costs, live),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "masking": self.masking.state_dict() if self.masking else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.masking is not None:
+            self.masking.load_state_dict(state["masking"])
+
+
+class Run(ABC):
+    """One run, from its first epoch or from where its folder stands. A script says what its stages are."""
+
+    stage: Stage
+
+    def __init__(self, settings: CommonSettings, device: torch.device) -> None:
+        """Build everything and check it against the data; nothing is written before ``train``."""
+        self.settings = settings
+        self.device = device
+        self.paths = RunPaths(Path(settings.resume_dir or Path(settings.save_dir) / settings.run_name()))
+        resuming = settings.resume or settings.resume_dir is not None
+        if self.paths.holds_a_run() and not resuming:
+            raise InputError(
+                f"{self.paths.root} already holds a run with these settings; --resume goes on with it, another --save_dir starts elsewhere"
+            )
+        self.data = load_data_for(settings, device)
+        self.spec = network_spec(settings, self.data)
+        self.history: list[Row] = []
+        self.drawn_at = float("-inf")
+        if resuming and self.paths.checkpoint.exists():
+            self._restore(load_checkpoint(self.paths.checkpoint))
+        else:
+            self.stage = self.first_stage()
+
+    # ---- what a script says
+
+    @abstractmethod
+    def first_stage(self) -> Stage:
+        """The stage a fresh run begins with."""
+
+    def stage_of(self, content: Mapping[str, Any]) -> Stage:
+        """The stage a checkpoint was left in; its states are loaded afterwards."""
+        return self.first_stage()
+
+    @abstractmethod
+    def train_stages(self) -> None:
+        """Train from where ``history`` ends to the end."""
+
+    @abstractmethod
+    def headline(self) -> str:
+        """What begins, in a line."""
+
+    def cautions(self) -> Sequence[str]:
+        """What the settings leave idle."""
+        return ()
+
+    def further_state(self) -> dict[str, Any]:
+        """What the script's checkpoints hold beyond stage and history."""
+        return {}
+
+    @property
+    @abstractmethod
+    def epochs(self) -> int:
+        """Epochs of the last stage."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """The epochs of the last stage: the run's figures are of these."""
+        return self.history
+
+    # ---- epochs
+
+    def train(self) -> None:
+        if self.paths.summary.exists() and len(self.rows) == self.epochs:
+            print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
+            return
+        self.folder = RunFolder.create(self.paths, self._config())
+        self.folder.rewrite_epochs(self.history)
+        if self.rows:
+            self._save_best()
+        self._announce()
+        try:
+            self.train_stages()
+            self._finish()
+        except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
+            raise RunError(f"{error}; {self._last_good()}") from error
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"out of memory on {self.device}, a smaller --batch_size needs less; {self._last_good()}") from error
+        except KeyboardInterrupt:
+            self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
+            raise
+
+    def adversarial_epoch(self, epoch: int, title: str) -> None:
+        """Train, test and record one epoch (from 0) of the last stage."""
+        stage, start = self.stage, time.perf_counter()
+        trained = self.train_epoch(epoch, title)
+        scores = self.attacked_scores(title)
+        self.refuse_broken_network(epoch, scores.val_loss)
+        if stage.masking is not None:
+            stage.masking.observe(train_ra=trained.accuracy, val_ra=scores.val_ra, val_loss=scores.val_loss)
+        self.history.append(self._adversarial_row(epoch, trained, scores, time.perf_counter() - start))
+        self.save()
+        self._save_best()
+        self.say_epoch(title)
+
+    def say_epoch(self, title: str) -> None:
+        """The last epoch's figures in a line, as far as it has them."""
+        row = self.history[-1]
+        figures = [f"{title}  lr {row['lr']:g}  loss {row['train_loss']:.3f}"]
+        for part in ("train", "val", "test"):
+            measured = [f"{kind.upper()} {row[f'{part}_{kind}']:.2f}" for kind in ("ra", "sa") if f"{part}_{kind}" in row]
+            figures += [f"{part} {' '.join(measured)}"] if measured else []
+        figures += [f"density {row['density']:.4f}", f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s"]
+        self.folder.say("  ".join(figures))
+
+    def train_epoch(self, epoch: int, title: str) -> EpochResult:
+        with EpochDisplay(self.folder, title, len(self.data.train), self.settings.print_freq) as display:
+            return self.stage.train_epoch(epoch, self.settings.print_freq, display.training)
+
+    def attacked_scores(self, title: str) -> EpochScores:
+        """Validation and test, clean and attacked."""
+        with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
+            return epoch_scores(self.stage.model, self.data, self.settings.test_attack, seed=self.settings.seed, on_batch=display.images)
+
+    def refuse_broken_network(self, epoch: int, val_loss: float) -> None:
+        """The losses of an epoch are those before each update; this looks at what its last update left."""
+        finite = all(bool(value.isfinite().all()) for value in self.stage.model.state_dict().values())
+        if not (finite and math.isfinite(val_loss)):
+            steps = self.stage.steps
+            raise RunError(f"the network was no longer finite after epoch {epoch + 1}, step {steps} of {steps}")
+
+    def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
+        """What every line of ``metrics.jsonl`` has; epochs count from 1 there, accuracies are in percent."""
+        stage = self.stage
+        return {
+            "epoch": epoch + 1,
+            "lr": stage.plan.rate(epoch, 0, stage.steps),
+            "train_loss": trained.loss,
+            "train_sa" if stage.plan.attack is None else "train_ra": trained.accuracy,
+            **stage.figures(),
+            "updates": [{**e, "epoch": epoch + 1} for e in stage.masking.events if e["epoch"] == epoch] if stage.masking else [],
+            "images_per_second": trained.images / trained.seconds,
+            "train_seconds": trained.seconds,
+            "seconds": seconds,
+        }
+
+    def _adversarial_row(self, epoch: int, trained: EpochResult, scores: EpochScores, seconds: float) -> Row:
+        measured = dataclasses.asdict(scores)
+        return {
+            **self.common_row(epoch, trained, seconds),
+            "eval_seconds": measured.pop("seconds"),
+            **measured,
+        }
+
+    # ---- files
+
+    def save(self) -> None:
+        """The checkpoint first: what a crash cuts off after it is made good from it on resume."""
+        content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state()}
+        self.folder.save(self.paths.checkpoint, content)
+        self.folder.append_epoch(self.history[-1])
+        if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def _save_best(self) -> None:
+        """Keep the network if the last epoch is the best so far, by validation alone."""
+        for key, path in (("val_ra", self.paths.best_ra), ("val_sa", self.paths.best_sa)):
+            if self._best_row(key) is self.history[-1]:
+                self.folder.save(path, self.network_content())
+
+    def _best_row(self, key: str) -> Row:
+        return max(self.rows, key=lambda row: row[key])  # the first of equals
+
+    def draw(self) -> None:
+        self.folder.write_picture(self.paths.curves, training_curves(self.history, self.paths.root.name))
+        self.drawn_at = time.monotonic()
+
+    def network_content(self) -> dict[str, Any]:
+        """The network as it is, and which it is: what every checkpoint of this run holds."""
+        last = self.history[-1] if self.history else {}
+        return {
+            "state_dict": self.stage.model.state_dict(),
+            "network": self.spec,
+            "script": self.settings.script,
+            "settings": dataclasses.asdict(self.settings),
+            "epoch": last.get("epoch", 0),
+            "val_ra": last.get("val_ra"),
+            "val_sa": last.get("val_sa"),
+        }
+
+    def _restore(self, content: Mapping[str, Any]) -> None:
+        path, spec = self.paths.checkpoint, content.get("network")
+        if not isinstance(spec, Mapping) or {name: value for name, value in spec.items() if name != "kept"} != self.spec:
+            raise InputError(f"{path} was trained on other data: classes, image size or pixel statistics differ")
+        self.spec = dict(spec)
+        try:
+            self.history = list(content["history"])
+            self.stage = self.stage_of(content)
+            load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
+            self.stage.load_state_dict(content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
+
+    def _config(self) -> Row:
+        data = self.data
+        images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+        return {
+            "method": self.settings.method,
+            "settings": dataclasses.asdict(self.settings),
+            "milestones": self.settings.milestones_in(self.epochs),
+            "network": self.spec,
+            "classes": data.classes,
+            "images": images,
+            "steps_per_epoch": self.stage.steps,
+            **environment(self.device),
+        }
+
+    def _announce(self) -> None:
+        self.folder.say(self.headline())
+        self.folder.say(f"writing to {self.paths.root}")
+        if self.settings.resume and not self.history:
+            self.folder.say("note: nothing to resume there, this run starts anew")
+        for caution in self.cautions():
+            self.folder.say(f"note: {caution}")
+
+    def where_and_what(self) -> str:
+        """Network, data and tests, for the headline."""
+        s, data = self.settings, self.data
+        return f"{s.arch} on {s.dataset} ({len(data.train)} / {len(data.val)} / {len(data.test)} images), PGD-{s.test_step} tests"
+
+    def _last_good(self) -> str:
+        if not self.paths.checkpoint.exists():
+            return "no epoch was finished, so there is no checkpoint yet"
+        stage = f"stage {self.history[-1]['stage']}, " if self.history and "stage" in self.history[-1] else ""
+        return f"the last good checkpoint is {self.paths.checkpoint} ({stage}epoch {self.history[-1]['epoch'] if self.history else 0})"
+
+    # ---- report
+
+    def _finish(self) -> None:
+        self.draw()
+        summary = self.summary()
+        self.folder.write_summary(summary)
+        self.folder.say(summary_text(summary))
+        self.folder.say(f"everything is in {self.paths.root}")
+
+    def summary(self) -> Row:
+        settings, last = self.settings, self.rows[-1]
+        stored = load_checkpoint(self.paths.best_ra)
+        best = network_of(stored, self.paths.best_ra, self.spec, self.device)
+        scores = {}
+        for name, model in (("best", best), ("final", self.stage.model)):
+            with EpochDisplay(self.folder, f"{name} model", len(self.data.test) + len(self.data.train)) as display:
+                scores[name] = final_scores(model, self.data, settings.test_attack, seed=settings.seed, on_batch=display.images)
+        return {
+            "method": settings.method,
+            "run": self.paths.root.name,
+            "settings": dataclasses.asdict(settings),
+            "best": {"epoch": stored["epoch"], "val_ra": stored["val_ra"], **dataclasses.asdict(scores["best"])},
+            "final": {"epoch": last["epoch"], "val_ra": last["val_ra"], **dataclasses.asdict(scores["final"])},
+            "diff": scores["best"].test_ra - scores["final"].test_ra,
+            "robust_gap": scores["final"].robust_gap,
+            "density": last["density"],
+            "layer_densities": last["layer_densities"],
+            "explored": last["explored"],
+            "flops": self.flops(),
+            "seconds": sum(row["seconds"] for row in self.history),
+        }
+
+    def flops(self) -> dict[str, dict[str, int]]:
+        """Both counts for the last stage."""
+        images, steps, by_epoch = len(self.data.train), self.stage.plan.attack_steps, [row["inference_flops"] for row in self.rows]
+        paper = flops.paper_inference(self.stage.costs, self.stage.live_counts())
+        return {
+            "real": {"inference": by_epoch[-1], "training": flops.real_training(by_epoch, images, steps)},
+            "paper": {"inference": paper, "training": flops.paper_training(paper, images, steps, self.epochs)},
+        }
