@@ -110,8 +110,9 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
     original, seen = utils.run.train_epoch, []
 
     def spy(model, optimizer, batches, **options):
+        result = original(model, optimizer, batches, **options)
         seen.append(({k: optimizer.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")}, options))
-        return original(model, optimizer, batches, **options)
+        return result
 
     monkeypatch.setattr(utils.run, "train_epoch", spy)
     flags = "--train_eps 5 --train_step 2 --train_gamma 3 --lr 0.05 --momentum 0.8 --weight_decay 0.001".split()

@@ -2,7 +2,10 @@ import subprocess
 import sys
 
 from tests import toy
-from utils.report import METHOD_NAMES, compared_curves, summary_table, summary_text, training_curves
+from utils.config_adv import AdversarialSettings
+from utils.config_rb import EarlyBirdSettings, TicketSettings
+from utils.early_bird import KINDS
+from utils.report import METHOD_NAMES, compared_curves, mask_distances, summary_table, summary_text, training_curves
 
 
 def row(epoch, prune=False, grow=False):
@@ -40,6 +43,34 @@ def test_curves_mark_prune_epochs_black_and_grow_epochs_red():
     assert list(axes.lines[0].get_ydata()) == [10, 20, 30, 40]
 
 
+def stage_rows():
+    first = {"train_sa": 10.0, "val_sa": 20.0, "updates": []}
+    return [{"stage": 1, "epoch": 1, **first}, {"stage": 1, "epoch": 2, **first}, *({"stage": 2, **r} for r in ROWS)]
+
+
+def test_two_stages_have_a_panel_each_and_compared_curves_show_the_second():
+    one, two = training_curves(stage_rows(), "title").axes
+    assert (one.get_title(), two.get_title()) == ("stage 1", "stage 2")
+    assert [line.get_label() for line in one.lines] == ["training SA", "validation SA"]
+    assert list(one.lines[0].get_xdata()) == [1, 2]
+    assert list(two.lines[0].get_ydata()) == [10, 20, 30, 40]
+    (axes,) = compared_curves([("Robust Bird", stage_rows())]).axes
+    assert list(axes.lines[0].get_ydata()) == [10, 20, 30, 40]
+
+
+def test_the_mask_distances_are_symmetric_and_the_ticket_is_framed():
+    figure = mask_distances([[], [0.3], [0.4, 0.1]], window=2, tolerance=0.2, drawn=3, emerged=True)
+    axes = figure.axes[0]
+    matrix = axes.images[0].get_array()
+    assert matrix.tolist() == [[0.0, 0.3, 0.4], [0.3, 0.0, 0.1], [0.4, 0.1, 0.0]]
+    (frame,) = axes.patches
+    assert (frame.get_xy(), frame.get_width()) == ((1.5, 1.5), 2)
+    assert "ticket after epoch 3" in axes.get_title()
+    late = mask_distances([[], [0.3]], window=5, tolerance=0.2, drawn=2, emerged=False)
+    assert "no ticket, drawn after epoch 2" in late.axes[0].get_title()
+    assert not mask_distances([[]], window=5, tolerance=0.2, drawn=None, emerged=False).axes[0].patches
+
+
 def test_compared_curves_have_a_panel_a_run():
     figure = compared_curves([("Dense", ROWS[:1]), ("Flying Bird+", ROWS)])
     assert [axes.get_title() for axes in figure.axes] == ["Dense", "Flying Bird+"]
@@ -61,7 +92,9 @@ def test_the_end_of_a_run_names_every_figure():
 
 
 def test_every_method_has_a_name():
-    assert set(METHOD_NAMES) == {"dense", "fb", "fbp", "static"}
+    methods = {AdversarialSettings(**flags).method for flags in ({}, {"fb": True}, {"fbp": True}, {"fix": True})}
+    methods |= {kind(pruning=pruning).method for kind in (EarlyBirdSettings, TicketSettings) for pruning in KINDS}
+    assert set(METHOD_NAMES) == methods
 
 
 def test_the_script_makes_a_table_and_a_picture(run_adv, tmp_path):

@@ -45,18 +45,21 @@ def training_curves(rows: Sequence[Row], title: str) -> Figure:
         handles |= _handles(axes)
         if len(panels) > 1:
             axes.set_title(f"stage {panel[0]['stage']}")
+        if panel is not panels[0]:
+            axes.set_ylabel("")
     figure.suptitle(title)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     return figure
 
 
-def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance: float, ticket: int | None) -> Figure:
+def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance: float, drawn: int | None, emerged: bool) -> Figure:
     """The early-bird picture: in what fraction of the positions the masks of two epochs differ, for all pairs.
 
     Args:
         distances: row e holds those of epoch e to the epochs before it, as ``EarlyBird.distances``.
         window, tolerance: of the early bird, for the title.
-        ticket: the epoch (from 1) whose mask was drawn, if one was; a frame shows the window it closes.
+        drawn: the epoch (from 1) whose mask was drawn, if one was; a frame shows the window it closes.
+        emerged: whether the masks in that window agreed.
     """
     n = len(distances)
     matrix = [[0.0 if i == j else distances[max(i, j)][min(i, j)] for j in range(n)] for i in range(n)]
@@ -64,11 +67,13 @@ def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance:
     axes = figure.add_subplot()
     image = axes.imshow(matrix, origin="lower", extent=(0.5, n + 0.5, 0.5, n + 0.5), cmap="viridis", vmin=0.0)
     figure.colorbar(image, label="fraction of positions that differ")
-    if ticket is not None:
-        size = min(window, ticket)
-        corner = ticket - size + 0.5
+    title = f"masks of stage 1, window {window}, tolerance {tolerance:g}"
+    if drawn is not None:
+        title += f", {'ticket' if emerged else 'no ticket, drawn'} after epoch {drawn}"
+        size = min(window, drawn)
+        corner = drawn - size + 0.5
         axes.add_patch(Rectangle((corner, corner), size, size, fill=False, edgecolor="white", linewidth=2.0))
-    axes.set_title(f"masks of stage 1, window {window}, tolerance {tolerance:g}" + (f", ticket after epoch {ticket}" if ticket else ""))
+    axes.set_title(title, fontsize="medium")
     for axis, label in ((axes.xaxis, axes.set_xlabel), (axes.yaxis, axes.set_ylabel)):
         label("epoch")
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -130,7 +135,11 @@ def _method_name(summary: Row) -> str:
 def _cells(s: Row) -> list[str]:
     best, final, flops = s["best"], s["final"], s["flops"]["real"]
     figures = [best["test_ra"], final["test_ra"], s["diff"], best["test_sa"], final["test_sa"], s["robust_gap"]]
-    return [*(f"{x:.2f}" for x in figures), f"{s['density']:.4f}", f"{flops['training']:.3g}", f"{flops['inference']:.3g}"]
+    return [*map(_percent, figures), f"{s['density']:.4f}", f"{flops['training']:.3g}", f"{flops['inference']:.3g}"]
+
+
+def _percent(x: float) -> str:
+    return f"{round(x, 2) + 0.0:.2f}"  # never -0.00
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -148,7 +157,7 @@ def summary_text(summary: Row) -> str:
             f"  training RA {best['train_ra']:.2f}",
             f"final model (epoch {final['epoch']}):  test RA {final['test_ra']:.2f}  test SA {final['test_sa']:.2f}"
             f"  training RA {final['train_ra']:.2f}",
-            f"Diff. (best - final RA) {summary['diff']:.2f}  robust generalization gap {summary['robust_gap']:.2f}"
+            f"Diff. (best - final RA) {_percent(summary['diff'])}  robust generalization gap {_percent(summary['robust_gap'])}"
             f"  density {summary['density']:.4f}",
             f"FLOPs real:   training {flops['real']['training']:.4g}  inference {flops['real']['inference']:.4g} an image",
             f"FLOPs paper:  training {flops['paper']['training']:.4g}  inference {flops['paper']['inference']:.4g} an image",

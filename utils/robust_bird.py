@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from sparse_core import Masking, MaskingConfig, initial_masks
@@ -214,10 +215,11 @@ class RobustBirdRun(Run):
         if self.number == 1 and self.rows1:
             self.folder.write_picture(self.paths.distances, self._picture())
 
-    def _picture(self) -> Any:
-        rows = self.rows1
-        ticket = rows[-1]["epoch"] if self._ticket_is_drawn() else None
-        return mask_distances([row["mask_distances"] for row in rows], self.early_bird.window, self.early_bird.tolerance, ticket)
+    def _picture(self) -> Figure:
+        rows, watched = self.rows1, self.early_bird
+        drawn = rows[-1]["epoch"] if self._ticket_is_drawn() else None
+        distances = [row["mask_distances"] for row in rows]
+        return mask_distances(distances, watched.window, watched.tolerance, drawn, emerged=rows[-1]["ticket"])
 
     def summary(self) -> Row:
         settings, rows = self.settings, self.rows1

@@ -1,0 +1,94 @@
+"""What the benchmarks share: a network and a batch by their options, and work timed in turns."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Batch
+from models import ARCHITECTURES, build_model
+from utils.attacks import PGD
+from utils.engine import train_step
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every benchmark; ``--quick`` is for ``parse``."""
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--arch", default="resnet18", choices=ARCHITECTURES)
+    flags.add_argument("--width", type=float, default=1.0)
+    flags.add_argument("--batch_size", type=int, default=128)
+    flags.add_argument("--side", type=int, default=32, help="of the images, in pixels")
+    flags.add_argument("--channels", type=int, default=3, help="of the images")
+    flags.add_argument("--train_step", type=int, default=10)
+    flags.add_argument("--repeats", type=int, default=5)
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--json", action="store_true", help="one line of JSON")
+    flags.add_argument("--quick", action="store_true", help="the quickstart's network on 8x8 images, a few seconds")
+    return flags
+
+
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    options = flags.parse_args()
+    if options.quick:
+        options.width, options.batch_size, options.side, options.channels, options.repeats = 0.25, 64, 8, 1, 9
+    return options
+
+
+def network(options: argparse.Namespace) -> nn.Module:
+    """A fresh network, in train mode, channels-last."""
+    mean, std = [0.5] * options.channels, [0.25] * options.channels
+    width = {} if options.arch == "wideresnet" else {"width": options.width}
+    return placed(build_model(options.arch, 10, mean=mean, std=std, **width), options)
+
+
+def placed(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """In train mode on the device, channels-last."""
+    return model.to(options.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+
+def random_batch(options: argparse.Namespace) -> Batch:
+    x = torch.rand(options.batch_size, options.channels, options.side, options.side, device=options.device)
+    y = torch.randint(0, 10, (options.batch_size,), device=options.device)
+    return Batch(x.to(memory_format=torch.channels_last), y, torch.arange(options.batch_size, device=options.device))
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
+    """One PGD training step, as a function to time."""
+    attack = PGD(8 / 255, 2 / 255, options.train_step)
+    return lambda: train_step(model, optimizer, batch, attack=attack, attack_training=True, key=(1, "attack", 0))
+
+
+def setting(options: argparse.Namespace) -> str:
+    size = f"{options.arch} x{options.width:g}, batch {options.batch_size}, {options.side}x{options.side}"
+    return f"{size}, PGD-{options.train_step}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def alternate(work: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats + 1):
+        for name, run in work.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
