@@ -22,7 +22,7 @@ from utils.attacks import in_mode
 from utils.checkpoint import load_checkpoint
 from utils.flops import layer_costs, real_inference
 from utils.network import network_of
-from utils.slimming import kept_channels, slim
+from utils.slimming import kept_channels, slim, usual_floor
 
 DENSITIES = (0.5, 0.35, 0.2)
 
@@ -32,7 +32,7 @@ def main() -> None:
     flags.add_argument("--stage1", help="checkpoint of a dense network; it also says what the network is")
     options = timing.parse(flags)
     dense = trained(options) if options.stage1 else with_random_scales(timing.network(options))
-    networks = {"dense": dense} | {f"channels {d:g}": timing.placed(slim(dense, kept_channels(dense, d)[0]), options) for d in DENSITIES}
+    networks = {"dense": dense} | {f"channels {density:g}": slimmed(dense, density, options) for density in DENSITIES}
     batch = timing.random_batch(options)
     work: dict[str, Callable[[], object]] = {}
     for name, model in networks.items():
@@ -50,6 +50,11 @@ def main() -> None:
             f"{name:14s} step {step:9.1f} ms  {medians['dense: step'] / step:5.2f}x   inference {forward:8.2f} ms"
             f"  {medians['dense: inference'] / forward:5.2f}x   FLOPs {flops['dense'] / flops[name]:5.2f}x fewer"
         )
+
+
+def slimmed(dense: nn.Module, density: float, options: argparse.Namespace) -> nn.Module:
+    """As ``train_eb.py --pruning channel`` makes it."""
+    return timing.placed(slim(dense, kept_channels(dense, density, usual_floor(density))[0]), options)
 
 
 def with_random_scales(model: nn.Module) -> nn.Module:

@@ -28,6 +28,18 @@ def run_adv(monkeypatch, capsys):
 
 
 @pytest.fixture
+def run_eb(monkeypatch, capsys):
+    """The same for Robust-Bird/train_eb.py."""
+    return toy.Command("train_eb", monkeypatch, capsys)
+
+
+@pytest.fixture
+def run_base(monkeypatch, capsys):
+    """The same for Robust-Bird/train_base.py."""
+    return toy.Command("train_base", monkeypatch, capsys)
+
+
+@pytest.fixture
 def image_tree(tmp_path) -> Path:
     """An image folder with three classes: ``train/<class>`` of 20 and ``test/<class>`` of 8 images, 16x16."""
     return toy.write_image_tree(tmp_path / "images")

@@ -25,6 +25,7 @@ def commands(program):
     return [line.split("  #")[0] for line in lines if line.startswith(program)]
 
 
+BIRD = commands("python Robust-Bird/")
 TRAINING = [c for c in commands("python main_adv.py") if "--eval" not in c]
 EVALUATION = [c for c in commands("python main_adv.py") if "--eval" in c]
 
@@ -35,7 +36,9 @@ def arguments_of(command):
 
 def smaller(arguments):
     """The same command on tiny data, two epochs and a thin network; masks move at every second step."""
-    flags = dict.fromkeys("--epochs --train_subset --batch_size --train_step --test_step --save_dir --decreasing_lr".split())
+    flags = dict.fromkeys(
+        "--epochs --epochs1 --epochs2 --train_subset --batch_size --train_step --test_step --save_dir --decreasing_lr".split()
+    )
     flags |= dict.fromkeys("--width --depth_factor --width_factor --update_frequency --second_frequency --dynamic_epoch".split())
     kept, skip = [], False
     for argument in arguments:
@@ -70,8 +73,9 @@ def toy_data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_readme_has_the_papers_three_commands():
+def test_the_readme_has_the_papers_commands():
     assert len(TRAINING) == 9
+    assert len(BIRD) == 4
     assert len(EVALUATION) == 3
 
 
@@ -85,6 +89,45 @@ def test_training_commands(command, run_adv, toy_data):
         assert len(masking["events"]) >= 2
     else:
         assert masking is None or not masking["events"]
+
+
+@pytest.fixture
+def run_bird(run_eb, run_base):
+    return {"train_eb.py": run_eb, "train_base.py": run_base}
+
+
+def smaller_bird(arguments):
+    """A ticket after the second epoch at the latest, and one epoch of stage 2."""
+    small = smaller(arguments)
+    index = small.index("--epochs")
+    small[index : index + 2] = ["--epochs2", "3"] if "--stage1_pretrained" in arguments else ["--epochs1", "2", "--epochs2", "3"]
+    return [flag.replace("0.0625", "0.125") for flag in small]  # a tenth of the weights must be more than one a layer
+
+
+@pytest.mark.parametrize("command", BIRD)
+def test_robust_bird_commands(command, run_bird, toy_data):
+    script = Path(shlex.split(command)[1]).name
+    if "--stage1_pretrained" in command:
+        first = arguments_of(BIRD[0])
+        assert run_bird["train_eb.py"](*smaller_bird(first), "--save_dir", "experiment/rb").code == 0
+        (run,) = (toy_data / "experiment" / "rb").iterdir()
+        run.rename(run.with_name("RUN"))
+    outcome = run_bird[script](*smaller_bird(arguments_of(command)), "--save_dir", "out")
+    assert outcome.code == 0, outcome.err
+    assert "pruned: " in outcome.out
+    (run,) = (toy_data / "out").iterdir()
+    content = load_checkpoint(run / "checkpoint.pth.tar")
+    assert ("kept" in content["network"]) == ("channel" in command)
+    assert (content["masking"] is None) == ("channel" in command)
+
+
+def test_robust_birds_commands_parse_as_they_stand(monkeypatch):
+    from utils.config import parse_settings
+    from utils.config_rb import EarlyBirdSettings, TicketSettings
+
+    for command in BIRD:
+        kind = TicketSettings if "train_base" in command else EarlyBirdSettings
+        assert parse_settings(kind, arguments_of(command), "", lambda given: {}).epochs2 == 200
 
 
 @pytest.mark.parametrize("command", EVALUATION)
@@ -121,19 +164,28 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_the_quickstart_is_what_its_script_says(run_adv, tmp_path, monkeypatch):
-    """Its three commands, with the epochs cut; the script itself takes minutes."""
+def test_the_quickstart_is_what_its_script_says(run_adv, run_eb, tmp_path, monkeypatch):
+    """Its five commands, with the epochs cut; the script itself takes minutes."""
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
     (common,) = re.findall(r"common=\((.*?)\)", script, flags=re.S)
-    (masks,) = re.findall(r"masks=\((.*?)\)", script)
-    tails = re.findall(r"^run(?! *\()(.*)$", script, flags=re.M)
-    assert len(tails) == 3
+    tails = re.findall(r"^run (.*)$", script, flags=re.M)
+    assert [tail.split()[0] for tail in tails] == ["main_adv.py", *["Robust-Bird/train_eb.py"] * 2, *["main_adv.py"] * 2]
     monkeypatch.chdir(tmp_path)
     for tail in tails:
-        flags = shlex.split(common.replace("$out", "out") + tail.replace('"${masks[@]}"', masks))
-        flags[flags.index("--epochs") + 1] = "4"
+        program, *flags = shlex.split(tail + " " + common.replace("$out", "out"))
+        for name in ("--epochs", "--epochs1", "--epochs2"):
+            if name in flags:
+                flags[flags.index(name) + 1] = "4"
         flags[flags.index("--width") + 1] = "0.0625"
-        flags += ["--train_subset", "200", *(["--update_frequency", "2"] if "fb" in tail else [])]
-        outcome = run_adv(*flags)
+        flags += [
+            "--train_subset",
+            "200",
+            "--test_subset",
+            "100",
+            "--test_step",
+            "2",
+            *(["--update_frequency", "2"] if "fb" in tail else []),
+        ]
+        outcome = (run_adv if program == "main_adv.py" else run_eb)(*flags)
         assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 5

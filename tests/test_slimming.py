@@ -72,25 +72,44 @@ def test_the_widths_alone_rebuild_the_network(arch):
 def test_the_largest_scales_stay_and_the_full_network_is_left_alone():
     model = network("resnet18")
     before = copy.deepcopy(model.state_dict())
-    kept, spared = kept_channels(model, 0.3)
+    kept, helped = kept_channels(model, 0.3)
     slim(model, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     scales = {name: m.weight.abs() for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     stay = torch.cat([scales[name][channels] for name, channels in kept.items()])
     gone = torch.cat([s[[c not in kept[name] for c in range(len(s))]] for name, s in scales.items()])
-    assert not spared
+    assert not helped
     assert len(stay) == round(0.3 * sum(len(s) for s in scales.values()))
     assert stay.min() >= gone.max()
 
 
-def test_a_layer_keeps_its_largest_channel_and_says_so():
+@pytest.mark.parametrize(("floor", "stays"), [(0.0, 1), (0.1, 3), (0.3, 9)])
+def test_a_layer_keeps_its_floor_and_the_others_give_for_it(floor, stays):
     model = network("resnet18")
     with torch.no_grad():
         model.layer2[0].bn2.weight.mul_(1e-6)
-    kept, spared = kept_channels(model, 0.3)
-    assert spared == ["layer2.0.bn2"]
-    assert kept["layer2.0.bn2"] == [int(model.layer2[0].bn2.weight.abs().argmax())]
+    kept, helped = kept_channels(model, 0.3, floor)
+    scale = model.layer2[0].bn2.weight.abs()
+    assert helped["layer2.0.bn2"] == 0
+    assert kept["layer2.0.bn2"] == sorted(scale.topk(stays).indices.tolist())
+    norms = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(map(len, kept.values())) == round(0.3 * sum(norms))
     slim(model, kept).eval()(torch.rand(1, 3, 32, 32))
+
+
+def test_where_the_floor_does_not_bite_it_changes_nothing():
+    model = network("vgg16")
+    assert kept_channels(model, 0.5, 0.1) == kept_channels(model, 0.5)
+    assert kept_channels(model, 0.5, 0.1)[1] == {}
+
+
+def test_densities_and_floors_that_cannot_be_are_refused():
+    model = network("resnet18")
+    with pytest.raises(ValueError, match="fewer channels than the network has batch norms"):
+        kept_channels(model, 1e-6)
+    for floor in (-0.1, 0.6, float("nan")):
+        with pytest.raises(ValueError, match="floor"):
+            kept_channels(model, 0.5, floor)
 
 
 def test_what_cannot_be_slimmed_is_refused():

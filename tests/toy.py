@@ -20,6 +20,12 @@ TOY_RUN = (
     "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
     "--train_step 1 --test_step 1"
 ).split()
+# Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained for two epochs.
+TOY_BIRD = (
+    "--dataset digits --width 0.0625 --epochs1 4 --epochs2 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
+    "--train_step 1 --test_step 1"
+).split()
+EASY_TICKET = "--eb_window 2 --eb_tolerance 1".split()
 TOY_MASKS = "--density 0.3 --update_frequency 2".split()
 
 

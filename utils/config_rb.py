@@ -13,6 +13,7 @@ from utils.early_bird import KINDS, TOLERANCES, EarlyBird
 from utils.engine import Plan
 from utils.errors import InputError
 from utils.seeding import stream
+from utils.slimming import usual_floor
 
 # What in the path of the data names the data set, the longer names first.
 _IN_PATHS = {"cifar100": "cifar100", "cifar-100": "cifar100", "cifar10": "cifar10", "cifar-10": "cifar10", "tiny": "tinyimagenet"}
@@ -42,6 +43,9 @@ class TicketSettings(CommonSettings):
     # sparsity
     pruning: str = flag("unstructured", "sparsity", "single weights, or channels that are really removed", choices=KINDS)
     density: float = flag(0.2, "sparsity", "kept fraction of the weights, or of the channels")
+    channel_floor: float | None = flag(
+        None, "sparsity", "least kept fraction of each layer's channels (default: .1, at most half the density)"
+    )
 
     @property
     def method(self) -> str:
@@ -62,13 +66,19 @@ class TicketSettings(CommonSettings):
     def plan2(self) -> Plan:
         return self.plan(self.stage2, self.epochs2, self.seed)
 
+    @property
+    def floor(self) -> float:
+        """Least kept fraction of each layer's channels."""
+        return usual_floor(self.density) if self.channel_floor is None else self.channel_floor
+
     def early_bird(self) -> EarlyBird:
         """What watches the masks of stage 1."""
         return EarlyBird(self.density, kind=self.pruning)
 
     def resolved(self) -> dict[str, Any]:
         one, two = (",".join(map(str, self.milestones_in(epochs))) for epochs in (self.epochs1, self.epochs2))
-        return {**super().resolved(), "decreasing_lr": one if one == two else f"{one}; {two}"}
+        floor = None if self.floor == usual_floor(self.density) else self.floor
+        return {**super().resolved(), "decreasing_lr": one if one == two else f"{one}; {two}", "channel_floor": floor}
 
     def identity(self) -> dict[str, Any]:
         found = super().identity()
@@ -97,6 +107,8 @@ class TicketSettings(CommonSettings):
         super().check_values()
         self.check_numbers(at_least_one=["epochs1", "epochs2"])
         require(0 < self.density <= 1, f"--density is the kept fraction and lies in (0, 1], not {self.density:g}")
+        fits = f"--channel_floor {self.floor:g} lies in [0, --density {self.density:g}]: no layer can keep more than its share for sure"
+        require(0 <= self.floor <= self.density, fits)
         for epochs in (self.epochs1, self.epochs2):
             self.check_milestones(epochs)
 
@@ -104,6 +116,7 @@ class TicketSettings(CommonSettings):
         super().refuse_idle(given)
         if self.stage1_pretrained is not None:
             only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
+        only(given, ["channel_floor"], self.pruning == "channel", "--pruning unstructured")
         kinds = set(self.stages)
         require("fast" not in kinds or self.norm == "linf", "--norm l2 has no effect with a stage fast, whose step is along the sign")
         only(given, ["train_step", "train_gamma", "train_randinit", "attack_mode"], "pgd" in kinds, f"no stage pgd in {_plus(self.stages)}")

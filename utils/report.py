@@ -167,6 +167,6 @@ def summary_text(summary: Row) -> str:
 
 def _ticket_text(first: Row) -> str:
     if first["pretrained"] is not None:
-        return f"ticket drawn from {first['pretrained']}"
+        return f"ticket drawn from {first['pretrained']}, whose training is not in the FLOPs"
     emerged = "emerged" if first["emerged"] else "was drawn"
     return f"ticket {emerged} after {first['epochs']} epochs of {first['kind']} (validation SA {first['val_sa']:.2f})"

@@ -72,7 +72,7 @@ class RobustBirdRun(Run):
         settings = self.settings
         try:
             if settings.pruning == "channel":
-                kept_channels(model, settings.density)
+                kept_channels(model, settings.density, settings.floor)
             else:
                 initial_masks(model, settings.density, "magnitude")
         except ValueError as error:
@@ -134,12 +134,12 @@ class RobustBirdRun(Run):
         self.folder.write_picture(self.paths.distances, self._picture())
         self.folder.save(self.paths.stage1, self.network_content())
         last, tolerance = self.rows1[-1], self.early_bird.tolerance
-        if last["ticket"]:
-            found = f"the ticket emerged after epoch {last['epoch']}"
-        elif self.settings.early_stop:
-            found = f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on with the mask of its last epoch"
-        else:
+        if not self.settings.early_stop:
             found = f"the ticket is drawn after epoch {last['epoch']}"
+        elif last["ticket"]:
+            found = f"the ticket emerged after epoch {last['epoch']}"
+        else:
+            found = f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on with the mask of its last epoch"
         recent = self.early_bird.recent()
         distances = f" (its mask differs from those before in at most {max(recent):.4f}, tolerance {tolerance:g})" if recent else ""
         self.folder.say(found + distances)
@@ -174,9 +174,9 @@ class RobustBirdRun(Run):
         if settings.density == 1:
             self.folder.say("warning: --density 1 keeps everything, nothing is pruned")
         elif settings.pruning == "channel":
-            kept, spared = kept_channels(model, settings.density)
-            for name in spared:
-                self.folder.say(f"note: {name} would have lost all of its channels and keeps its largest one")
+            kept, helped = kept_channels(model, settings.density, settings.floor)
+            for name, count in helped.items():
+                self.folder.say(f"note: {name} would have kept {count} channels and keeps its {len(kept[name])} largest (--channel_floor)")
             self.spec = {**self.spec, "kept": kept}
             weights = slim(model, kept).state_dict()
             model = build_network(self.spec, self.device)  # as a resumed run builds it, so that not even strides differ
@@ -225,8 +225,8 @@ class RobustBirdRun(Run):
         settings, rows = self.settings, self.rows1
         first: Row = {"kind": settings.stage1, "epochs": len(rows), "pretrained": settings.stage1_pretrained}
         if rows:
-            last = rows[-1]
-            first |= {"emerged": last["ticket"], "val_sa": last["val_sa"], "seconds": sum(row["seconds"] for row in rows)}
+            seconds = sum(row["seconds"] for row in rows)
+            first |= {"emerged": settings.early_stop and rows[-1]["ticket"], "val_sa": rows[-1]["val_sa"], "seconds": seconds}
         kept = {name: len(channels) for name, channels in self.spec.get("kept", {}).items()}
         return {**super().summary(), "stage1": first, "channels": kept}
 

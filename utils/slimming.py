@@ -11,6 +11,7 @@ its channels from the stream, and a stream loses the channels that nobody reads,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,28 +19,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_core import global_masks
+from sparse_core import global_masks, grow_highest
 
 Kept = Mapping[str, Sequence[int]]
 
 
-def kept_channels(model: nn.Module, density: float) -> tuple[dict[str, list[int]], list[str]]:
+def kept_channels(model: nn.Module, density: float, floor: float = 0.0) -> tuple[dict[str, list[int]], dict[str, int]]:
     """The channels of each batch norm with the largest |scale| over all of them together.
+
+    Scales of different depths are not quite comparable: early in training the whole last norm, which the classifier
+    reads, may lie below everything else. So every norm keeps its ``floor``, and the others give for it.
 
     Args:
         model: a network of this project with batch norms; not changed.
         density: kept fraction of all channels, in (0, 1].
+        floor: least kept fraction of each norm's channels, in [0, density]; one channel always stays.
 
     Returns:
-        Channels that stay by name of the batch norm, ascending; and the norms that would have lost all of
-        their channels and keep their largest one, which the density then exceeds by that much.
+        Channels that stay by name of the batch norm, ascending, ``round(density * total)`` in all unless the floors
+        together are more; and for the norms that the floor helped how many channels they would have kept without it.
+
+    Raises:
+        ValueError: a density that leaves fewer channels than there are batch norms, or below the floor.
     """
     scales = {name: module.weight.detach().abs() for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    masks = global_masks(scales, density)
-    spared = [name for name, mask in masks.items() if not mask.any()]
-    for name in spared:
-        masks[name][scales[name].argmax()] = True
-    return {name: mask.nonzero().squeeze(1).tolist() for name, mask in masks.items()}, spared
+    if not 0 <= floor <= density:
+        raise ValueError(f"the floor {floor:g} is a fraction of each layer's channels and at most the density {density:g}")
+    if round(density * sum(scale.numel() for scale in scales.values())) < len(scales):
+        raise ValueError(f"density {density:g} leaves fewer channels than the network has batch norms ({len(scales)})")
+    plain = {name: int(mask.sum()) for name, mask in global_masks(scales, density).items()}
+    floors = {name: max(1, math.floor(floor * scale.numel())) for name, scale in scales.items()}
+    secured = {name: _largest(scale, floors[name]) for name, scale in scales.items()}
+    masks = global_masks({name: scale.masked_fill(secured[name], torch.inf) for name, scale in scales.items()}, density)
+    kept = {name: (mask | secured[name]).nonzero().squeeze(1).tolist() for name, mask in masks.items()}
+    return kept, {name: count for name, count in plain.items() if count < floors[name]}
+
+
+def usual_floor(density: float) -> float:
+    """A tenth of a layer is enough to go on with; half of the density leaves the ranking a say where nearly all must go."""
+    return min(0.1, density / 2)
+
+
+def _largest(scale: Tensor, n: int) -> Tensor:
+    """Where the ``n`` largest are, ties to the earlier channel."""
+    return grow_highest(scale, torch.zeros_like(scale, dtype=torch.bool), n)
 
 
 @torch.no_grad()
