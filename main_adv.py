@@ -18,10 +18,10 @@ from data import calibration_batches
 from sparse_core import Masking
 from utils.checkpoint import load_checkpoint
 from utils.config import parse_settings, pick_device
-from utils.config_adv import DENSE, AdversarialSettings, cautions, refuse_idle_masks
+from utils.config_adv import DENSE, AdversarialSettings, cautions, evaluation_settings, refuse_idle_masks
 from utils.errors import InputError, run_command
 from utils.evaluate import auto_attack, evaluate, final_scores
-from utils.network import build_network, network_of, network_spec
+from utils.network import build_network, network_of, network_spec, spec_in
 from utils.run import Run, Stage, load_data_for, settings_in, settings_of_run
 
 
@@ -37,7 +37,8 @@ def main() -> None:
 def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings in the checkpoint that the flags point to, if it has any."""
     if given.get("eval") and given.get("pretrained"):
-        return settings_in(load_checkpoint(given["pretrained"]), given["pretrained"])
+        content = load_checkpoint(given["pretrained"])
+        return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
     return settings_of_run(AdversarialSettings.script, given["resume_dir"]) if given.get("resume_dir") else {}
 
 
@@ -83,7 +84,7 @@ def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device) -> 
     assert path is not None
     content = load_checkpoint(path)
     data = load_data_for(settings, device)
-    spec = content.get("network") or network_spec(settings, data)
+    spec = spec_in(content, path) or network_spec(settings, data)
     if spec["num_classes"] != len(data.classes):
         raise InputError(f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}")
     if len(spec["mean"]) != data.image_shape[0]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 
 import timing
@@ -20,8 +21,9 @@ from torch import nn
 
 from utils.attacks import in_mode
 from utils.checkpoint import load_checkpoint
+from utils.errors import InputError, run_command
 from utils.flops import layer_costs, real_inference
-from utils.network import network_of
+from utils.network import network_of, spec_in
 from utils.slimming import kept_channels, slim, usual_floor
 
 DENSITIES = (0.5, 0.35, 0.2)
@@ -68,7 +70,10 @@ def with_random_scales(model: nn.Module) -> nn.Module:
 def trained(options: argparse.Namespace) -> nn.Module:
     """The network of ``--stage1``; its size and images replace those of the flags."""
     content = load_checkpoint(options.stage1)
-    spec = content["network"]
+    spec = spec_in(content, options.stage1)
+    if spec is None or "kept" in spec:
+        raise InputError(f"{options.stage1} does not hold a dense network of ours, as model_stage1.pth.tar of a Robust Bird run does")
+    options.classes = spec["num_classes"]
     options.arch, options.width, options.side, options.channels = spec["arch"], spec["width"], spec["image_size"], len(spec["mean"])
     return timing.placed(network_of(content, options.stage1, spec, torch.device(options.device)), options)
 
@@ -82,4 +87,4 @@ def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -37,10 +37,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
-    options = flags.parse_args()
-    if options.quick:
-        options.width, options.batch_size, options.side, options.channels, options.repeats = 0.25, 64, 8, 1, 9
-    return options
+    if flags.parse_known_args()[0].quick:
+        flags.set_defaults(width=0.25, batch_size=64, side=8, channels=1, repeats=9)
+    return flags.parse_args()
 
 
 def network(options: argparse.Namespace) -> nn.Module:
@@ -57,7 +56,7 @@ def placed(model: nn.Module, options: argparse.Namespace) -> nn.Module:
 
 def random_batch(options: argparse.Namespace) -> Batch:
     x = torch.rand(options.batch_size, options.channels, options.side, options.side, device=options.device)
-    y = torch.randint(0, 10, (options.batch_size,), device=options.device)
+    y = torch.randint(0, getattr(options, "classes", 10), (options.batch_size,), device=options.device)
     return Batch(x.to(memory_format=torch.channels_last), y, torch.arange(options.batch_size, device=options.device))
 
 

@@ -18,7 +18,7 @@ _ORDER = list(METHOD_NAMES)
 
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders that main_adv.py wrote")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders of finished runs")
     parser.add_argument("--figure", type=Path, help="where to write the accuracy curves")
     arguments = parser.parse_args()
     runs = sorted(((p, read_summary(p)) for p in map(RunPaths, arguments.runs)), key=lambda run: _ORDER.index(run[1]["method"]))

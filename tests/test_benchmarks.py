@@ -14,7 +14,7 @@ def test_masks_cost_little_beside_a_step():
     assert max(ms.values()) < 2 * step
 
 
-def test_removed_channels_are_timed_beside_the_dense_network(tmp_path):
+def test_removed_channels_are_timed_beside_the_dense_network():
     """At this size a step is calls, not arithmetic, so only what is printed is looked at; the target is for 32x32 images."""
     command = [sys.executable, "benchmarks/slimming.py", "--quick", "--repeats", "1", "--device", "cpu", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)

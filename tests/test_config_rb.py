@@ -40,6 +40,7 @@ def test_every_flag_of_the_specification_is_known():
         ("cifar-100-python", "cifar100"),
         ("tiny-imagenet-200", "tinyimagenet"),
         ("data/svhn", "svhn"),
+        ("/home/destiny/svhn", "svhn"),
     ],
 )
 def test_the_data_set_is_guessed_from_the_path(path, dataset):
@@ -67,11 +68,16 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--stage1_pretrained x --stage1 pgd", "skips stage 1"),
         ("--stage1_pretrained x --eb_window 3", "skips stage 1"),
         ("--stage1 fast --norm l2", "--norm l2"),
-        ("--stage2 fast --train_step 5", "no stage pgd in sgd \\+ fast"),
+        ("--stage2 fast --train_step 5", "sgd and fast, only with pgd"),
         ("--stage2 sgd --train_eps 4", "clean images"),
         ("--stage1 fast --stage2 fast --lr 0.3", "cycle of its own"),
         ("--stage1_pretrained x --stage2 fast --decreasing_lr 5", "cycle of its own"),
         ("--epochs1 20 --epochs2 30 --decreasing_lr 10,30", "past the end of 30 epochs"),
+        ("--stage1 fast --epochs1 4 --epochs2 1 --decreasing_lr 2", "past the end of 1 epochs"),
+        ("--epochs1 2 --stage2 fast --epochs2 21 --decreasing_lr 20", "past the end of 2 epochs"),
+        ("--epochs1 4 --eb_tolerance 0.1", "no ticket could emerge"),
+        ("--eb_window 1 --eb_tolerance 0.1", "compares nothing"),
+        ("--pruning channel --density 1 --channel_floor 0.5", "removes nothing"),
         ("--decreasing_lr 20,10", "must not fall"),
         ("--fb", "unknown argument"),
         ("--eval", "unknown argument"),
@@ -120,7 +126,7 @@ def test_the_run_name_is_stable():
 
 def test_the_name_covers_what_changes_the_result_and_nothing_else(tmp_path):
     base = parse("").run_name()
-    for line in ("--save_dir x", "--print_freq 3", "--stage1_ra", "--eb_tolerance 0.08", "--decreasing_lr 0.25,0.75"):
+    for line in ("--save_dir x", "--print_freq 3", "--eb_tolerance 0.08", "--decreasing_lr 0.25,0.75"):
         assert parse(line).run_name() == base
     for line in ("--eb_tolerance 0.1", "--eb_window 4", "--stage1 fast", "--epochs1 100", "--pruning channel", "--density 0.3"):
         assert parse(line).run_name() != base

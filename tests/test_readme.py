@@ -97,7 +97,7 @@ def run_bird(run_eb, run_base):
 
 
 def smaller_bird(arguments):
-    """A ticket after the second epoch at the latest, and one epoch of stage 2."""
+    """A ticket after the second epoch at the latest, and a short stage 2."""
     small = smaller(arguments)
     index = small.index("--epochs")
     small[index : index + 2] = ["--epochs2", "3"] if "--stage1_pretrained" in arguments else ["--epochs1", "2", "--epochs2", "3"]

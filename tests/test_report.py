@@ -59,16 +59,25 @@ def test_two_stages_have_a_panel_each_and_compared_curves_show_the_second():
 
 
 def test_the_mask_distances_are_symmetric_and_the_ticket_is_framed():
-    figure = mask_distances([[], [0.3], [0.4, 0.1]], window=2, tolerance=0.2, drawn=3, emerged=True)
+    figure = mask_distances([[], [0.3], [0.4, 0.1]], drawn=3, watched=(2, 0.2, True))
     axes = figure.axes[0]
     matrix = axes.images[0].get_array()
     assert matrix.tolist() == [[0.0, 0.3, 0.4], [0.3, 0.0, 0.1], [0.4, 0.1, 0.0]]
     (frame,) = axes.patches
     assert (frame.get_xy(), frame.get_width()) == ((1.5, 1.5), 2)
     assert "ticket after epoch 3" in axes.get_title()
-    late = mask_distances([[], [0.3]], window=5, tolerance=0.2, drawn=2, emerged=False)
+    late = mask_distances([[], [0.3]], drawn=2, watched=(5, 0.2, False))
     assert "no ticket, drawn after epoch 2" in late.axes[0].get_title()
-    assert not mask_distances([[]], window=5, tolerance=0.2, drawn=None, emerged=False).axes[0].patches
+    assert not mask_distances([[]], drawn=None, watched=(5, 0.2, False)).axes[0].patches
+    unwatched = mask_distances([[], [0.3]], drawn=2, watched=None).axes[0]
+    assert unwatched.get_title() == "masks of stage 1, drawn after epoch 2"
+    assert not unwatched.patches
+
+
+def test_curves_skip_epochs_that_have_no_such_figure():
+    rows = [{"epoch": 1, "val_sa": 1.0, "updates": []}, {"epoch": 2, "val_sa": 2.0, "val_ra": 3.0, "updates": []}]
+    (axes,) = training_curves(rows, "title").axes
+    assert [line.get_label() for line in axes.lines] == ["validation RA", "validation SA"]
 
 
 def test_compared_curves_have_a_panel_a_run():

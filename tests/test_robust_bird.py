@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils.engine
 import utils.run
 from models import build_model
 from sparse_core import initial_masks
@@ -85,6 +86,7 @@ def test_both_stages_are_in_the_metrics_and_the_second_in_the_summary(run_eb, tm
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     config = json.loads(paths.config.read_text())
     assert config["settings"]["epochs1"] == 4
+    assert "kept" not in config["network"]
 
 
 @pytest.mark.parametrize("stage1", ["sgd", "pgd", "fast"])
@@ -130,7 +132,7 @@ def test_stage_2_goes_on_from_the_weights_of_stage_1(run_eb, tmp_path, monkeypat
         first = stage1_network(only_run(tmp_path / pruning))
         expected = first.state_dict()
         if pruning == "channel":
-            expected = slim(first, kept_channels(first, 0.5)[0]).state_dict()
+            expected = slim(first, kept_channels(first, 0.5, floor=0.1)[0]).state_dict()
         else:
             masks = initial_masks(first, 0.5, "magnitude")
             expected = {name: value * masks[name] if name in masks else value for name, value in expected.items()}
@@ -155,6 +157,7 @@ def test_channels_are_gone_and_the_checkpoint_knows_its_widths(run_eb, run_adv, 
     best = summary["best"]
     assert f"test RA (PGD-1) {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}" in evaluated.out
     assert summary["method"] == "rb-channel"
+    assert json.loads(paths.config.read_text())["network"] == content["network"]
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "vgg11", "wideresnet"])
@@ -176,9 +179,9 @@ def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
     flags = "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100 --test_subset 60 --train_step 1 --test_step 1"
     flags = [*flags.split(), "--stage1_pretrained", tmp_path / "dense.pth.tar", "--pruning", "channel", "--density", 0.5]
     outcome = run_eb(*flags, "--channel_floor", 0, "--save_dir", tmp_path / "one")
-    assert "note: bn would have kept 0 channels and keeps its 1 largest (--channel_floor)" in outcome.out
+    assert "note: bn would have kept 0 of its channels and keeps its 1 largest" in outcome.out
     outcome = run_eb(*flags, "--save_dir", tmp_path / "tenth")
-    assert "note: bn would have kept 0 channels and keeps its 3 largest (--channel_floor)" in outcome.out
+    assert "note: bn would have kept 0 of its channels and keeps its 3 largest" in outcome.out
 
 
 # ---------------------------------------------------------------- when the ticket is drawn
@@ -244,13 +247,15 @@ def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, tmp_path):
         *flags.split(), "--stage1_pretrained", tmp_path / "moved.pth.tar", "--save_dir", tmp_path / "0", "--density", 0.3, "--resume"
     )
     assert "is finished" in again.out
-    assert read_summary(one)["stage1"]["epochs"] == 0
+    summary = read_summary(one)
+    assert (summary["stage1"]["epochs"], summary["stage1"]["kind"]) == (0, None)
+    assert summary["flops"]["real"]["training"] == 3 * 2 * 100 * summary["flops"]["real"]["inference"]
 
 
 def test_robust_accuracy_in_stage_1_on_request(run_eb, tmp_path):
     assert run_eb(*BIRD, "--stage1_ra", "--save_dir", tmp_path).code == 0
     rows = read_epochs(only_run(tmp_path))
-    assert all({"val_ra", "test_ra", "test_sa"} <= row.keys() for row in rows)
+    assert all({"val_ra", "val_loss", "test_ra", "test_sa"} <= row.keys() for row in rows)
 
 
 def test_fast_is_one_large_step_in_eval_mode_on_a_cycle(run_eb, tmp_path, monkeypatch):
@@ -275,20 +280,27 @@ def test_fast_is_one_large_step_in_eval_mode_on_a_cycle(run_eb, tmp_path, monkey
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("pruning", ["unstructured", "channel"])
-@pytest.mark.parametrize("cut_after", [1, 2, 3])
-def test_resume_equals_the_run_that_was_never_stopped(run_eb, tmp_path, monkeypatch, pruning, cut_after):
-    """Cut within stage 1, between the stages (the ticket drawn, nothing of stage 2 saved) and within stage 2."""
+RESUMED = {
+    "weights": ["--density", 0.5],
+    "channels": ["--density", 0.5, "--pruning", "channel"],
+    "fast": ["--stage1", "fast", "--stage1_ra"],
+}
 
-    def state(save_dir):
-        paths = only_run(save_dir)
-        content = load_checkpoint(paths.checkpoint)
-        rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
-        summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings", "stage1")}
-        return content["state_dict"], content["network"], rows, summary
 
-    flags = [*BIRD, "--pruning", pruning, "--density", 0.5]
-    assert run_eb(*flags, "--save_dir", tmp_path / "whole").code == 0
+def state(save_dir):
+    """All that a run leaves, but for times and what it was told."""
+    paths = only_run(save_dir)
+    content = load_checkpoint(paths.checkpoint)
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
+    summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings")}
+    summary["stage1"].pop("seconds", None)
+    first = load_checkpoint(paths.stage1)["state_dict"] if paths.stage1.exists() else {}
+    return {**content["state_dict"], **{f"stage 1 {name}": value for name, value in first.items()}}, (content["network"], rows, summary)
+
+
+def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
+    """The flags as they are, and cut after some epochs and resumed; both must end alike. Returns what the cut run said."""
+    assert run(*flags, "--save_dir", tmp_path / "whole").code == 0
     original, calls = utils.run.Run.train_epoch, []
 
     def cut(self, epoch, title):
@@ -298,19 +310,58 @@ def test_resume_equals_the_run_that_was_never_stopped(run_eb, tmp_path, monkeypa
         return original(self, epoch, title)
 
     monkeypatch.setattr(utils.run.Run, "train_epoch", cut)
-    stopped = run_eb(*flags, "--save_dir", tmp_path / "cut")
+    stopped = run(*flags, "--save_dir", tmp_path / "cut")
     assert stopped.code == 130
-    assert f"(stage {1 if cut_after < 3 else 2}, epoch {cut_after if cut_after < 3 else 1})" in stopped.out
     monkeypatch.setattr(utils.run.Run, "train_epoch", original)
-    resumed = run_eb("--resume_dir", only_run(tmp_path / "cut").root)
+    resumed = run("--resume_dir", only_run(tmp_path / "cut").root)
     assert resumed.code == 0, resumed.err
-    (weights, network, *rest), (weights2, network2, *rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    (weights, rest), (weights2, rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    assert weights.keys() == weights2.keys()
     assert all(torch.equal(weights[name], weights2[name]) for name in weights)
-    assert network == network2
     assert rest == rest2
     before = files(tmp_path / "cut")
-    assert "is finished" in run_eb(*flags, "--save_dir", tmp_path / "cut", "--resume").out
+    assert "is finished" in run(*flags, "--save_dir", tmp_path / "cut", "--resume").out
     assert files(tmp_path / "cut") == before
+    return stopped.out
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("cut_after", [1, 2, 3])
+def test_resume_equals_the_run_that_was_never_stopped(run_eb, tmp_path, monkeypatch, kind, cut_after):
+    """Cut within stage 1, between the stages (the ticket drawn, nothing of stage 2 saved) and within stage 2."""
+    said = cut_and_resume(run_eb, [*BIRD, *RESUMED[kind]], tmp_path, monkeypatch, cut_after)
+    assert f"(stage {1 if cut_after < 3 else 2}, epoch {cut_after if cut_after < 3 else 1})" in said
+
+
+def test_the_base_script_resumes_too(run_base, tmp_path, monkeypatch):
+    cut_and_resume(run_base, toy.TOY_BIRD, tmp_path, monkeypatch, 2)
+
+
+def test_a_pruned_network_resumes_without_the_file_it_came_from(run_eb, run_adv, tmp_path, monkeypatch):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
+    flags = "--dataset digits --width 0.0625 --epochs2 3 --batch_size 25 --train_subset 100 --test_subset 60 --train_step 1 --test_step 1"
+    source = tmp_path / "dense.pth.tar"
+    source.write_bytes(only_run(tmp_path / "dense").checkpoint.read_bytes())
+    cut_and_resume(run_eb, [*flags.split(), "--stage1_pretrained", source, "--density", 0.3], tmp_path, monkeypatch, 1)
+    source.unlink()
+    assert "is finished" in run_eb("--resume_dir", only_run(tmp_path / "cut").root).out
+
+
+def test_a_mask_that_is_gone_is_missed_at_once(run_eb, tmp_path, monkeypatch):
+    original = utils.run.Run.train_epoch
+
+    def cut(self, epoch, title):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch, title)
+
+    monkeypatch.setattr(utils.run.Run, "train_epoch", cut)
+    assert run_eb(*toy.TOY_BIRD, "--save_dir", tmp_path).code == 130
+    paths = only_run(tmp_path)
+    assert [path.name for path in sorted(paths.mask(1).parent.iterdir())] == ["epoch_0001.pth.tar", "epoch_0002.pth.tar"]
+    paths.mask(1).unlink()
+    outcome = run_eb("--resume_dir", paths.root)
+    assert (outcome.code, "epoch_0001.pth.tar" in outcome.err) == (2, True)
 
 
 # ---------------------------------------------------------------- bad input
@@ -346,7 +397,54 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
     assert (outcome.code, "channels were already removed" in outcome.err) == (2, True)
     outcome = run_eb(*common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "slim").stage1)
     assert (outcome.code, "not a checkpoint of this resnet18" in outcome.err) == (2, True)
+    sparse = load_checkpoint(only_run(tmp_path / "slim").stage1)
+    for value in sparse["state_dict"].values():
+        if value.dim() > 1:
+            value[torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) < 0.8] = 0
+    torch.save(sparse, tmp_path / "sparse.pth.tar")
+    outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "sparse.pth.tar", "--density", 0.5)
+    assert (outcome.code, "is sparse already" in outcome.err) == (2, True)
+    sparse["state_dict"]["conv1.weight"][0] = float("nan")
+    torch.save(sparse, tmp_path / "nan.pth.tar")
+    outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "nan.pth.tar")
+    assert (outcome.code, "not finite" in outcome.err) == (2, True)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("network", ["resnet18", {"arch": "resnet18"}, {"kept": []}])
+def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv, tmp_path, network):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
+    content = load_checkpoint(only_run(tmp_path / "runs").checkpoint)
+    content["network"] = {**content["network"], **network} if network == {"kept": []} else network
+    torch.save(content, tmp_path / "odd.pth.tar")
+    for outcome in (
+        run_eb("--dataset", "digits", "--width", 0.0625, "--stage1_pretrained", tmp_path / "odd.pth.tar", "--save_dir", tmp_path / "no"),
+        run_adv("--eval", "--pretrained", tmp_path / "odd.pth.tar"),
+    ):
+        assert outcome.code == 2
+        assert "does not say which" in outcome.err
+    assert not (tmp_path / "no").exists()
+
+
+def test_eval_takes_what_it_needs_of_a_robust_bird_run(run_eb, run_adv, tmp_path):
+    """Its milestones make no sense in the epochs of main_adv.py, and are not asked for."""
+    assert run_eb(*BIRD, "--decreasing_lr", "0.5,3", "--epochs2", 4, "--save_dir", tmp_path).code == 0
+    path = only_run(tmp_path).best_ra
+    assert run_adv("--eval", "--pretrained", path).code == 0
+    assert run_adv("--eval", "--pretrained", path, "--lr", 0.1).code == 2
+
+
+def test_a_failure_names_its_stage(run_eb, tmp_path, monkeypatch):
+    original = utils.engine.train_step
+
+    def poisoned(*arguments, attack, **options):
+        loss, right = original(*arguments, attack=attack, **options)
+        return (loss if attack is None else loss * float("nan")), right
+
+    monkeypatch.setattr(utils.engine, "train_step", poisoned)
+    outcome = run_eb(*BIRD, "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "stage 2: the loss became nan in epoch 1, step 1 of 4; the last good checkpoint is" in outcome.err
 
 
 def test_a_run_is_resumed_by_the_script_that_made_it(run_eb, run_base, run_adv, tmp_path):

@@ -162,7 +162,7 @@ class CommonSettings:
 
     def check_milestones(self, epochs: int) -> None:
         milestones = self.milestones_in(epochs)
-        require(milestones == tuple(sorted(milestones)), f"--decreasing_lr {self.decreasing_lr}: epochs must not fall")
+        require(milestones == tuple(sorted(milestones)), f"--decreasing_lr {self.decreasing_lr}: epochs must not fall (of {epochs})")
 
     def refuse_idle(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for flags that were given and could not take effect."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,6 +157,13 @@ class AdversarialSettings(CommonSettings):
 
     def is_idle_unless_stored(self, name: str) -> bool:
         return self.eval and name not in _NETWORK
+
+
+def evaluation_settings(script: object, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a checkpoint's settings those that ``--eval`` takes over: all of a run of ``main_adv.py``, of another script what is common."""
+    if script in (None, AdversarialSettings.script):
+        return stored
+    return {name: value for name, value in stored.items() if name in {*_NETWORK, *_EVALUATION, "data", "cache_dir"}}
 
 
 def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:

@@ -18,6 +18,7 @@ from utils.slimming import usual_floor
 # What in the path of the data names the data set, the longer names first.
 _IN_PATHS = {"cifar100": "cifar100", "cifar-100": "cifar100", "cifar10": "cifar10", "cifar-10": "cifar10", "tiny": "tinyimagenet"}
 _IN_PATHS |= {"svhn": "svhn"}
+_OF_PGD = "train_step train_gamma train_randinit attack_mode".split()
 _OF_STAGE_1 = "stage1 epochs1 stage1_ra eb_window eb_tolerance".split()
 
 
@@ -35,8 +36,8 @@ class TicketSettings(CommonSettings):
     decreasing_lr: str = flag("50,150", "training", "epochs of a stage at which it is divided by 10; fractions of the stage too")
     # stages
     stage1: str = flag("sgd", "stages", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS)
-    epochs1: int = flag(200, "stages", "most epochs of stage 1")
-    stage1_ra: bool = flag(False, "stages", "test RA in stage 1 too, which clean training does not need", result=False)
+    epochs1: int = flag(200, "stages", "epochs of stage 1")
+    stage1_ra: bool = flag(False, "stages", "measure RA, and the test set, in stage 1 too, which its clean training does not need")
     stage1_pretrained: str | None = flag(None, "stages", "checkpoint of a dense network to prune instead of training one")
     stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
     epochs2: int = flag(200, "stages", "epochs of stage 2")
@@ -97,10 +98,10 @@ class TicketSettings(CommonSettings):
         """The data set that the path of the data names, as in the paper's script, unless ``--dataset`` says it."""
         if "data" not in given or "dataset" in given:
             return {}
-        path = str(given["data"]).lower()
-        for part, dataset in _IN_PATHS.items():
-            if part in path:
-                return {"dataset": dataset}
+        for folder in reversed(Path(str(given["data"]).lower()).parts):
+            for part, dataset in _IN_PATHS.items():
+                if part in folder:
+                    return {"dataset": dataset}
         raise InputError(f"--data {given['data']} names no data set this script knows; --dataset says which it is")
 
     def check_values(self) -> None:
@@ -117,13 +118,15 @@ class TicketSettings(CommonSettings):
         if self.stage1_pretrained is not None:
             only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
         only(given, ["channel_floor"], self.pruning == "channel", "--pruning unstructured")
+        only(given, ["channel_floor"], self.density < 1, "--density 1, which removes nothing")
         kinds = set(self.stages)
         require("fast" not in kinds or self.norm == "linf", "--norm l2 has no effect with a stage fast, whose step is along the sign")
-        only(given, ["train_step", "train_gamma", "train_randinit", "attack_mode"], "pgd" in kinds, f"no stage pgd in {_plus(self.stages)}")
+        only(given, _OF_PGD, "pgd" in kinds, f"{' and '.join(self.stages)}, only with pgd")
         only(given, ["train_eps"], kinds != {"sgd"}, "stages on clean images")
         only(given, ["lr", "decreasing_lr"], kinds != {"fast"}, "stages fast, whose learning rate follows a cycle of its own")
         if "decreasing_lr" in given:
-            longest = self.epochs2 if self.stage1_pretrained is not None else max(self.epochs1, self.epochs2)
+            epochs = (self.epochs2,) if self.stage1_pretrained is not None else (self.epochs1, self.epochs2)
+            longest = max(count for count, kind in zip(epochs, self.stages, strict=True) if kind != "fast")
             late = f"--decreasing_lr {self.decreasing_lr} lies past the end of {longest} epochs"
             require(all(milestone < longest for milestone in self.milestones_in(longest)), late)
 
@@ -145,6 +148,7 @@ class EarlyBirdSettings(TicketSettings):
     early_stop: ClassVar[bool] = True
     method_name: ClassVar[str] = "rb"
 
+    epochs1: int = flag(200, "stages", "most epochs of stage 1")
     eb_window: int = flag(5, "stages", "epochs whose masks must agree for a ticket, the newest included")
     eb_tolerance: float | None = flag(None, "stages", "largest fraction of differing positions (default: .08, with channels .1)")
 
@@ -164,7 +168,8 @@ class EarlyBirdSettings(TicketSettings):
     def refuse_idle(self, given: frozenset[str]) -> None:
         super().refuse_idle(given)
         short = f"--eb_window {self.eb_window} masks cannot come together in --epochs1 {self.epochs1} epochs, so no ticket could emerge"
-        require("eb_window" not in given or self.eb_window <= self.epochs1, short)
+        require(not {"eb_window", "eb_tolerance"} & given or self.eb_window <= self.epochs1, short)
+        only(given, ["eb_tolerance"], self.eb_window > 1, "--eb_window 1, which compares nothing")
 
     def cautions(self) -> list[str]:
         found = super().cautions()
@@ -173,12 +178,9 @@ class EarlyBirdSettings(TicketSettings):
         return found
 
 
-def _plus(kinds: tuple[str, ...]) -> str:
-    return " + ".join(kinds)
-
-
 def _digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"--stage1_pretrained {path} cannot be read ({error.strerror or error})") from error
+        reason = f"cannot be read ({error.strerror or error}); --resume_dir goes on with a run that no longer needs it"
+        raise InputError(f"--stage1_pretrained {path} {reason}") from error

@@ -65,12 +65,12 @@ class EarlyBird:
         return self._distances
 
     def state_dict(self) -> dict[str, Any]:
-        """All masks and distances so far, as tensors and plain values."""
-        return {"distances": [list(row) for row in self._distances], "masks": [mask.clone() for mask in self._masks]}
+        """All masks and distances so far, as tensors and plain values. The masks are not copied: they never change."""
+        return {"distances": [list(row) for row in self._distances], "masks": list(self._masks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._distances = [[float(d) for d in row] for row in state["distances"]]
-        self._masks = [mask.clone() for mask in state["masks"]]
+        self._masks = list(state["masks"])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ class RunFolder:
             raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
         return cls(paths)
 
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        with self._writing(self.paths.config):
+            write_atomically(self.paths.config, _json(config))
+
     def say(self, line: str) -> None:
         """A line for the terminal and ``result.log``."""
         tqdm.write(line, file=sys.stdout)
@@ -59,7 +64,12 @@ class RunFolder:
 
     def save(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
         with self._writing(path):
+            path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, checkpoint)
+
+    def remove(self, folder: Path) -> None:
+        """Drop a folder that has served, with what lies in it."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with self._writing(self.paths.summary):

@@ -30,6 +30,22 @@ def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
     }
 
 
+def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
+    """What a checkpoint says of its network, None if nothing (the paper's code); ``InputError`` if that makes no sense."""
+    spec = content.get("network")
+    if spec is None:
+        return None
+    kinds = {"arch": str, "num_classes": int, "mean": list, "std": list, "width": float, "image_size": int}
+    kinds |= {"depth_factor": int, "width_factor": int}
+    known = isinstance(spec, Mapping) and spec.keys() - {"kept"} == kinds.keys()
+    if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
+        raise InputError(f"{path} does not say which network it holds")
+    kept = spec.get("kept", {})
+    if not isinstance(kept, Mapping) or not all(isinstance(channels, list) for channels in kept.values()):
+        raise InputError(f"{path} does not say which channels its network kept")
+    return dict(spec)
+
+
 def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) -> nn.Module:
     """A fresh network on ``device``.
 
@@ -46,9 +62,9 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
     try:
         model = build_model(**{name: value for name, value in spec.items() if name != "kept"}, seed=seed)
         model = model if kept is None else slim(model, kept)
+        return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     except (ValueError, RuntimeError) as error:  # a size it cannot have, or more memory than there is
         raise InputError(f"this network cannot be built ({one_line(error)})") from error
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def network_of(content: Mapping[str, Any], path: object, spec: Mapping[str, Any], device: torch.device) -> nn.Module:

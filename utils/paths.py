@@ -45,6 +45,10 @@ class RunPaths:
         """Robust Bird: the dense network that the ticket was drawn from."""
         return self.root / "model_stage1.pth.tar"
 
+    def mask(self, epoch: int) -> Path:
+        """Robust Bird: the mask after an epoch (from 1) of stage 1, until the ticket is drawn."""
+        return self.root / "stage1_masks" / f"epoch_{epoch:04d}.pth.tar"
+
     @property
     def distances(self) -> Path:
         """Robust Bird: how the masks of stage 1 differ, epoch by epoch."""

@@ -52,14 +52,14 @@ def training_curves(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance: float, drawn: int | None, emerged: bool) -> Figure:
+def mask_distances(distances: Sequence[Sequence[float]], drawn: int | None, watched: tuple[int, float, bool] | None) -> Figure:
     """The early-bird picture: in what fraction of the positions the masks of two epochs differ, for all pairs.
 
     Args:
         distances: row e holds those of epoch e to the epochs before it, as ``EarlyBird.distances``.
-        window, tolerance: of the early bird, for the title.
-        drawn: the epoch (from 1) whose mask was drawn, if one was; a frame shows the window it closes.
-        emerged: whether the masks in that window agreed.
+        drawn: the epoch (from 1) whose mask was drawn, if one was.
+        watched: window and tolerance of the early bird and whether its ticket has emerged, where it ends the stage;
+            a frame shows the window.
     """
     n = len(distances)
     matrix = [[0.0 if i == j else distances[max(i, j)][min(i, j)] for j in range(n)] for i in range(n)]
@@ -67,12 +67,17 @@ def mask_distances(distances: Sequence[Sequence[float]], window: int, tolerance:
     axes = figure.add_subplot()
     image = axes.imshow(matrix, origin="lower", extent=(0.5, n + 0.5, 0.5, n + 0.5), cmap="viridis", vmin=0.0)
     figure.colorbar(image, label="fraction of positions that differ")
-    title = f"masks of stage 1, window {window}, tolerance {tolerance:g}"
+    title, what = "masks of stage 1", "drawn"
+    if watched is not None:
+        window, tolerance, emerged = watched
+        title += f", window {window}, tolerance {tolerance:g}"
+        what = "ticket" if emerged else "no ticket, drawn"
+        if drawn is not None:
+            size = min(window, drawn)
+            corner = drawn - size + 0.5
+            axes.add_patch(Rectangle((corner, corner), size, size, fill=False, edgecolor="white", linewidth=2.0))
     if drawn is not None:
-        title += f", {'ticket' if emerged else 'no ticket, drawn'} after epoch {drawn}"
-        size = min(window, drawn)
-        corner = drawn - size + 0.5
-        axes.add_patch(Rectangle((corner, corner), size, size, fill=False, edgecolor="white", linewidth=2.0))
+        title += f", {what} after epoch {drawn}"
     axes.set_title(title, fontsize="medium")
     for axis, label in ((axes.xaxis, axes.set_xlabel), (axes.yaxis, axes.set_ylabel)):
         label("epoch")
@@ -103,8 +108,9 @@ def _draw_curves(axes: Axes, rows: Sequence[Row]) -> None:
     epochs = [row["epoch"] for row in rows]
     marker = "." if len(rows) == 1 else None  # a line of one point is invisible
     for key, label, colour, style in _SERIES:
-        if rows and key in rows[0]:
-            axes.plot(epochs, [row[key] for row in rows], style, color=colour, label=label, linewidth=1.6, marker=marker)
+        if any(key in row for row in rows):
+            values = [row.get(key, float("nan")) for row in rows]
+            axes.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
     for verdict, colour, offset in (("prune", "black", -0.12), ("grow", "red", 0.12)):
         marked = [row["epoch"] for row in rows if any(update[verdict] for update in row["updates"])]
         for number, epoch in enumerate(marked):

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from sparse_core import Masking, MaskingConfig, initial_masks
+from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils import flops
 from utils.checkpoint import load_checkpoint
 from utils.config import parse_settings, pick_device
@@ -19,7 +19,7 @@ from utils.config_rb import TicketSettings
 from utils.engine import EpochResult
 from utils.errors import InputError
 from utils.evaluate import evaluate
-from utils.network import build_network, network_of
+from utils.network import build_network, network_of, spec_in
 from utils.report import mask_distances
 from utils.run import Row, Run, Stage, settings_of_run
 from utils.slimming import kept_channels, slim
@@ -58,7 +58,8 @@ class RobustBirdRun(Run):
         stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings))
         if content["stage"] == 2:
             return self._second_stage(build_network(self.spec, self.device), content["masking"] and content["masking"]["masks"])
-        self.early_bird.load_state_dict(content["early_bird"])
+        masks = [] if self._ticket_is_drawn() else [load_checkpoint(self.paths.mask(row["epoch"]))["mask"] for row in self.rows1]
+        self.early_bird.load_state_dict({"distances": [row["mask_distances"] for row in self.rows1], "masks": masks})
         return stage
 
     def _on_dense_weights(self, stage: Stage) -> Stage:
@@ -79,10 +80,18 @@ class RobustBirdRun(Run):
             raise InputError(str(error)) from error
 
     def _pretrained(self, path: str) -> nn.Module:
+        """The network of ``--stage1_pretrained``: dense, whole and of this architecture."""
         content = load_checkpoint(path)
-        if (content.get("network") or {}).get("kept") is not None:
+        if "kept" in (spec_in(content, path) or {}):
             raise InputError(f"--stage1_pretrained {path} is a network whose channels were already removed; a dense one is needed")
-        return network_of(content, path, self.spec, self.device)
+        model = network_of(content, path, self.spec, self.device)
+        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+            raise InputError(f"--stage1_pretrained {path} has weights that are not finite")
+        weights = prunable(model).values()
+        live, total = sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
+        if self.settings.pruning == "unstructured" and live < round(self.settings.density * total):
+            raise InputError(f"--stage1_pretrained {path} is sparse already: its density {live / total:.4f} is below --density")
+        return model
 
     @property
     def epochs(self) -> int:
@@ -111,8 +120,10 @@ class RobustBirdRun(Run):
         return self.settings.cautions() if self.number == 1 else ()
 
     def further_state(self) -> dict[str, Any]:
-        # The masks of stage 1 have served once the ticket is drawn; their distances are in the history.
-        return {"stage": self.number, "early_bird": self.early_bird.state_dict() if self.number == 1 else None}
+        return {"stage": self.number}
+
+    def where(self) -> str:
+        return f"stage {self.number}: "
 
     def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
         return {"stage": self.number, **super().common_row(epoch, trained, seconds)}
@@ -133,16 +144,18 @@ class RobustBirdRun(Run):
             self._epoch_of_stage_1(len(self.history))
         self.folder.write_picture(self.paths.distances, self._picture())
         self.folder.save(self.paths.stage1, self.network_content())
-        last, tolerance = self.rows1[-1], self.early_bird.tolerance
+        self.folder.remove(self.paths.mask(1).parent)  # their distances are in the history
+        last, recent, tolerance = self.rows1[-1], self.early_bird.recent(), self.early_bird.tolerance
         if not self.settings.early_stop:
-            found = f"the ticket is drawn after epoch {last['epoch']}"
-        elif last["ticket"]:
+            self.folder.say(f"the ticket is drawn after epoch {last['epoch']}")
+            return
+        if last["ticket"]:
             found = f"the ticket emerged after epoch {last['epoch']}"
         else:
             found = f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on with the mask of its last epoch"
-        recent = self.early_bird.recent()
-        distances = f" (its mask differs from those before in at most {max(recent):.4f}, tolerance {tolerance:g})" if recent else ""
-        self.folder.say(found + distances)
+        if recent:
+            found += f" (its mask differs from the {len(recent)} before in at most {max(recent):.4f}, tolerance {tolerance:g})"
+        self.folder.say(found)
 
     def _ticket_is_drawn(self) -> bool:
         rows = self.rows1
@@ -159,12 +172,14 @@ class RobustBirdRun(Run):
             measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
         else:
             clean = evaluate(self.stage.model, self.data.val)
-            measured = {"val_sa": clean.accuracy, "val_loss": clean.loss}
-        self.refuse_broken_network(epoch, measured["val_loss"])
+            measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
+        self.refuse_broken_network(epoch, measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"])
         measured["eval_seconds"] = time.perf_counter() - looked
         emerged = self.early_bird.observe(self.stage.model)
         drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
         self.history.append({**self.common_row(epoch, trained, time.perf_counter() - start), **measured, **drawn})
+        # Each mask is written once: with all of them in every checkpoint, 200 epochs would write tens of gigabytes.
+        self.folder.save(self.paths.mask(epoch + 1), {"mask": self.early_bird.state_dict()["masks"][-1]})
         self.save()
         self.say_epoch(title)
 
@@ -176,14 +191,16 @@ class RobustBirdRun(Run):
         elif settings.pruning == "channel":
             kept, helped = kept_channels(model, settings.density, settings.floor)
             for name, count in helped.items():
-                self.folder.say(f"note: {name} would have kept {count} channels and keeps its {len(kept[name])} largest (--channel_floor)")
+                self.folder.say(f"note: {name} would have kept {count} of its channels and keeps its {len(kept[name])} largest")
             self.spec = {**self.spec, "kept": kept}
             weights = slim(model, kept).state_dict()
             model = build_network(self.spec, self.device)  # as a resumed run builds it, so that not even strides differ
             model.load_state_dict(weights)
         masks = initial_masks(model, settings.density, "magnitude") if settings.pruning == "unstructured" and settings.density < 1 else None
         self.stage = self._second_stage(model, masks)
-        self._say_pruned()
+        self.folder.write_config(self.config())
+        if settings.density < 1:
+            self._say_pruned()
 
     def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
         settings = self.settings
@@ -218,12 +235,12 @@ class RobustBirdRun(Run):
     def _picture(self) -> Figure:
         rows, watched = self.rows1, self.early_bird
         drawn = rows[-1]["epoch"] if self._ticket_is_drawn() else None
-        distances = [row["mask_distances"] for row in rows]
-        return mask_distances(distances, watched.window, watched.tolerance, drawn, emerged=rows[-1]["ticket"])
+        seen = (watched.window, watched.tolerance, rows[-1]["ticket"]) if self.settings.early_stop else None
+        return mask_distances([row["mask_distances"] for row in rows], drawn, seen)
 
     def summary(self) -> Row:
         settings, rows = self.settings, self.rows1
-        first: Row = {"kind": settings.stage1, "epochs": len(rows), "pretrained": settings.stage1_pretrained}
+        first: Row = {"kind": settings.stage1 if rows else None, "epochs": len(rows), "pretrained": settings.stage1_pretrained}
         if rows:
             seconds = sum(row["seconds"] for row in rows)
             first |= {"emerged": settings.early_stop and rows[-1]["ticket"], "val_sa": rows[-1]["val_sa"], "seconds": seconds}

@@ -26,7 +26,7 @@ from utils.engine import EpochResult, Plan, train_epoch
 from utils.errors import InputError, RunError, one_line
 from utils.evaluate import EpochScores, epoch_scores, final_scores
 from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
-from utils.network import network_of, network_spec
+from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.report import summary_text, training_curves
 
@@ -177,6 +177,10 @@ class Run(ABC):
         """What the script's checkpoints hold beyond stage and history."""
         return {}
 
+    def where(self) -> str:
+        """What goes before an epoch in a message."""
+        return ""
+
     @property
     @abstractmethod
     def epochs(self) -> int:
@@ -193,7 +197,7 @@ class Run(ABC):
         if self.paths.summary.exists() and len(self.rows) == self.epochs:
             print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
             return
-        self.folder = RunFolder.create(self.paths, self._config())
+        self.folder = RunFolder.create(self.paths, self.config())
         self.folder.rewrite_epochs(self.history)
         if self.rows:
             self._save_best()
@@ -202,7 +206,7 @@ class Run(ABC):
             self.train_stages()
             self._finish()
         except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
-            raise RunError(f"{error}; {self._last_good()}") from error
+            raise RunError(f"{self.where()}{error}; {self._last_good()}") from error
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory on {self.device}, a smaller --batch_size needs less; {self._last_good()}") from error
         except KeyboardInterrupt:
@@ -308,10 +312,10 @@ class Run(ABC):
         }
 
     def _restore(self, content: Mapping[str, Any]) -> None:
-        path, spec = self.paths.checkpoint, content.get("network")
-        if not isinstance(spec, Mapping) or {name: value for name, value in spec.items() if name != "kept"} != self.spec:
+        path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
+        if {name: value for name, value in spec.items() if name != "kept"} != self.spec:
             raise InputError(f"{path} was trained on other data: classes, image size or pixel statistics differ")
-        self.spec = dict(spec)
+        self.spec = spec
         try:
             self.history = list(content["history"])
             self.stage = self.stage_of(content)
@@ -320,7 +324,8 @@ class Run(ABC):
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
-    def _config(self) -> Row:
+    def config(self) -> Row:
+        """Everything about the run for ``config.json``."""
         data = self.data
         images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
         return {
