@@ -1,5 +1,6 @@
 """Every command of the README runs past its first mask update, at toy size."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import data.sources
 from tests import toy
 from tests.test_data import write_tinyimagenet
 from utils.checkpoint import load_checkpoint
+from utils.report import summary_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -157,6 +159,13 @@ def test_the_library_snippet_runs(capsys):
     density, explored = map(float, capsys.readouterr().out.split())
     assert density == pytest.approx(0.1, abs=1e-4)
     assert explored > density
+
+
+def test_the_table_is_that_of_the_stored_runs():
+    methods = ("dense", "rb", "rb-channel", "fb", "fbp")
+    stored = [json.loads((ROOT / "results" / "quickstart" / method / "summary.json").read_text()) for method in methods]
+    assert summary_table(stored) in README
+    assert summary_table(stored) in (ROOT / "results" / "quickstart" / "README.md").read_text()
 
 
 def test_named_files_exist():

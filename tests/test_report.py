@@ -83,6 +83,9 @@ def test_curves_skip_epochs_that_have_no_such_figure():
 def test_compared_curves_have_a_panel_a_run():
     figure = compared_curves([("Dense", ROWS[:1]), ("Flying Bird+", ROWS)])
     assert [axes.get_title() for axes in figure.axes] == ["Dense", "Flying Bird+"]
+    five = compared_curves([(str(number), ROWS) for number in range(5)])
+    assert [axes.get_title() for axes in five.axes] == list("01234")
+    assert [bool(axes.get_ylabel()) for axes in five.axes] == [True, False, False, True, False]
 
 
 def test_the_table_has_a_line_a_run_in_aligned_columns():

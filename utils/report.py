@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,15 +88,21 @@ def mask_distances(distances: Sequence[Sequence[float]], drawn: int | None, watc
 
 def compared_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
     """One panel a run, on one scale: ``runs`` are titles with the lines of ``metrics.jsonl``; of Robust Bird stage 2."""
-    figure = Figure(figsize=(4.2 * len(runs), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(4.2 * columns, 1 + 3.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    panels = grid.flat[: len(runs)]
+    for spare in grid.flat[len(runs) :]:
+        spare.remove()
     handles: dict[str, Any] = {}
     for axes, (title, rows) in zip(panels, runs, strict=True):
         _draw_curves(axes, [row for row in rows if row.get("stage", 2) == 2])
         axes.set_title(title)
         handles |= _handles(axes)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
+    for axes in panels:
+        if not axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
