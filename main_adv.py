@@ -70,9 +70,8 @@ class AdversarialRun(Run):
 
     def headline(self) -> str:
         s, masking = self.settings, self.stage.masking
-        start = f"epoch {len(self.history) + 1} of {s.epochs}" if self.history else f"{s.epochs} epochs"
         density = f" at density {masking.density():.4f}" if masking else ""
-        return f"{s.method}{density}: {self.where_and_what()}, PGD-{s.train_step} training, {start}, on {self.device}"
+        return f"{s.method}{density}: {self.where_and_what()}, PGD-{s.train_step} training, {s.epochs} epochs, on {self.device}"
 
     def cautions(self) -> Sequence[str]:
         return cautions(self.settings, self.stage.steps)

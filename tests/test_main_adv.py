@@ -454,5 +454,5 @@ def test_ctrl_c_is_one_line_and_can_be_resumed(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "interrupted"
-    assert re.search(r"last good checkpoint is .* \(epoch \d+\); --resume", out)
+    assert re.search(r"interrupted; the last good checkpoint is .* \(epoch \d+(, and step \d of \d of the next)?\); --resume", out)
     assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2

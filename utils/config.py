@@ -68,6 +68,9 @@ class CommonSettings:
     print_freq: int = flag(50, "run", "steps between progress lines", result=False)
     resume: bool = flag(False, "run", "go on with the run folder that these flags name", result=False)
     resume_dir: str | None = flag(None, "run", "go on with this run folder", result=False)
+    save_every: int | None = flag(None, "run", "steps between checkpoints within an epoch", result=False)
+    save_minutes: float = flag(10.0, "run", "minutes between checkpoints within an epoch", result=False)
+    time_limit: float | None = flag(None, "run", "minutes after which the run saves and leaves with exit code 75", result=False)
     # training
     batch_size: int = flag(128, "training", "images a step")
     lr: float = flag(0.1, "training", "learning rate at the start")
@@ -146,10 +149,11 @@ class CommonSettings:
             value = getattr(self, f.name)
             require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} must be finite, not {value}")
         require(self.batch_size >= 2, f"--batch_size must be at least 2 (batch norm needs two images), not {self.batch_size}")
-        for name in ("image_size", "train_subset", "test_subset"):
+        for name in ("image_size", "train_subset", "test_subset", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
-        self.check_numbers(at_least_one=["print_freq"], positive=["lr", "width"], not_negative=_NOT_NEGATIVE)
+        self.check_numbers(at_least_one=["print_freq"], positive=["lr", "width", "save_minutes"], not_negative=_NOT_NEGATIVE)
+        require(self.time_limit is None or self.time_limit > 0, f"--time_limit must be positive, not {self.time_limit}")
         require(self.save_dir != "", "--save_dir must not be empty")
 
     def check_numbers(self, at_least_one: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:

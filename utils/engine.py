@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,45 +126,58 @@ def train_epoch(
     epoch: int,
     steps: int,
     masking: Masking | None = None,
+    tally: Tally | None = None,
     print_freq: int = 50,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    after_step: Callable[[Tally], None] = lambda tally: None,
 ) -> EpochResult:
     """Train for one epoch in train mode.
 
     Args:
-        batches: the epoch's batches, ``steps`` of them.
+        batches: the epoch's batches, from the first one that ``tally`` has not seen.
+        steps: batches in the whole epoch.
         plan: the attack and the learning rate.
         epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random starts.
         masking: stepped after each update.
+        tally: of the steps that were done before, for an epoch that goes on in its middle.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
             once a second too, so that slow steps show.
+        after_step: called after each step, masks and all; may save the tally, and may raise to leave.
 
     Raises:
         RunError: a loss that is not finite; the step is named. The network is then of no use.
     """
     model.train()
-    start = looked_at = time.perf_counter()
-    tally = _Tally(steps)
+    tally = Tally(steps) if tally is None else tally
     key = (plan.seed, "attack", epoch)
-    for step, batch in enumerate(batches):
+    looked_at = time.perf_counter()
+    start = looked_at - tally.seconds
+    for step, batch in enumerate(batches, tally.step):
         set_learning_rate(optimizer, plan.rate(epoch, step, steps))
         loss, right = train_step(model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key)
         if masking is not None:
             masking.step()
-        tally.add(loss, right, len(batch.y))
         now = time.perf_counter()
+        tally.add(loss, right, len(batch.y))
+        tally.seconds = now - start
         if (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS:
-            on_progress(tally.progress(epoch, now - start))
+            on_progress(tally.progress(epoch))
             looked_at = now
-    done = tally.progress(epoch, time.perf_counter() - start)
-    return EpochResult(done.loss, done.accuracy, tally.images, time.perf_counter() - start)
+        after_step(tally)
+    done = tally.progress(epoch)
+    return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
 
 
-class _Tally:
-    """Running sums that stay on the device until somebody looks, so that a step never waits for them."""
+class Tally:
+    """An epoch's running sums, which stay on the device until somebody looks, so that a step never waits for them.
+
+    Attributes:
+        images: trained on so far; seconds: spent so far.
+    """
 
     def __init__(self, steps: int) -> None:
         self.images = 0
+        self.seconds = 0.0
         self._steps = steps
         self._losses: list[Tensor] = []
         self._right: Tensor | int = 0
@@ -175,11 +189,31 @@ class _Tally:
         self._weights.append(images)
         self.images += images
 
-    def progress(self, epoch: int, seconds: float) -> Progress:
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self._losses)
+
+    def progress(self, epoch: int) -> Progress:
+        """Mean loss and accuracy so far; raises ``RunError`` if a loss is not finite."""
         losses = torch.stack(self._losses).double().cpu()
         if not bool(losses.isfinite().all()):
             step = int((~losses.isfinite()).nonzero()[0]) + 1
             raise RunError(f"the loss became {losses[step - 1].item()} in epoch {epoch + 1}, step {step} of {self._steps}")
         mean = (losses * torch.tensor(self._weights, dtype=torch.float64)).sum().item() / self.images
         accuracy = 100.0 * int(self._right) / self.images
-        return Progress(len(self._losses), self._steps, mean, accuracy, self.images / max(seconds, 1e-9))
+        return Progress(self.step, self._steps, mean, accuracy, self.images / max(self.seconds, 1e-9))
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        return {"losses": losses, "right": int(self._right), "weights": list(self._weights), "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take back a ``state_dict``; what is added later lies on ``device``."""
+        self._losses = list(state["losses"].to(device).unbind())
+        self._right = int(state["right"])
+        self._weights = [int(images) for images in state["weights"]]
+        if len(self._losses) != len(self._weights):
+            raise ValueError("the tally of an epoch in its middle is broken")
+        self.images = sum(self._weights)
+        self.seconds = float(state["seconds"])

@@ -19,8 +19,16 @@ class RunError(Exception):
     """A training run that failed half-way. The message names the step and the last good checkpoint."""
 
 
+class Stopped(Exception):
+    """A run that was asked to stop and has saved where it stands. ``code`` is the exit code that says who asked."""
+
+    def __init__(self, why: str, code: int) -> None:
+        super().__init__(why)
+        self.code = code
+
+
 def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 130 (Ctrl-C) or 141 (closed pipe)."""
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130 (Ctrl-C), 141 (closed pipe), 143."""
     try:
         command()
     except InputError as error:
@@ -29,6 +37,9 @@ def run_command(command: Callable[[], None]) -> int:
     except RunError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
+    except Stopped as stopped:
+        print(one_line(stopped), file=sys.stderr)
+        return stopped.code
     except BrokenPipeError:  # the reader of a pipe left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

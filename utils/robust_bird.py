@@ -107,9 +107,7 @@ class RobustBirdRun(Run):
 
     def headline(self) -> str:
         s, kept = self.settings, "channels" if self.settings.pruning == "channel" else "weights"
-        if self.history:
-            now = f"going on after stage {self.history[-1]['stage']} epoch {self.history[-1]['epoch']}"
-        elif s.stage1_pretrained is not None:
+        if s.stage1_pretrained is not None:
             now = f"pruning {s.stage1_pretrained}"
         else:
             now = f"{s.stage1} for {'at most ' if s.early_stop else ''}{s.epochs1} epochs"
@@ -163,21 +161,20 @@ class RobustBirdRun(Run):
 
     def _epoch_of_stage_1(self, epoch: int) -> None:
         """Train, look at the clean validation images, draw the mask, record."""
-        title, start = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}", time.perf_counter()
-        trained = self.train_epoch(epoch, title)
-        looked = time.perf_counter()
+        title = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}"
+        trained, start = self.train_epoch(epoch, title), time.perf_counter()
         if self.settings.stage1_ra:
             scores = self.attacked_scores(title)
             measured = {"val_sa": scores.val_sa, "val_ra": scores.val_ra, "val_loss": scores.val_loss}
             measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
         else:
-            clean = evaluate(self.stage.model, self.data.val)
+            clean = evaluate(self.stage.model, self.data.val, on_batch=lambda images: self.leave_if_asked())
             measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
-        self.refuse_broken_network(epoch, measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"])
-        measured["eval_seconds"] = time.perf_counter() - looked
+        self.refuse_broken_network(epoch, self.stage.steps, measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"])
+        measured["eval_seconds"] = time.perf_counter() - start
         emerged = self.early_bird.observe(self.stage.model)
         drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
-        self.history.append({**self.common_row(epoch, trained, time.perf_counter() - start), **measured, **drawn})
+        self.history.append({**self.common_row(epoch, trained, trained.seconds + time.perf_counter() - start), **measured, **drawn})
         # Each mask is written once: with all of them in every checkpoint, 200 epochs would write tens of gigabytes.
         self.folder.save(self.paths.mask(epoch + 1), {"mask": self.early_bird.state_dict()["masks"][-1]})
         self.save()

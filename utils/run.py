@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import load_checkpoint, load_weights, network_weights
 from utils.config import CommonSettings
-from utils.engine import EpochResult, Plan, train_epoch
-from utils.errors import InputError, RunError, one_line
+from utils.engine import EpochResult, Plan, Tally, train_epoch
+from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluate import EpochScores, epoch_scores, final_scores
 from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
+from utils.preemption import Interruption
 from utils.report import summary_text, training_curves
 
 _SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
@@ -90,17 +91,11 @@ class Stage:
         """Steps an epoch."""
         return len(self.loader)
 
-    def train_epoch(self, epoch: int, print_freq: int, on_progress: Any) -> EpochResult:
+    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
+        """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to ``engine.train_epoch``."""
+        batches = self.loader.epoch(epoch, first_step=tally.step)
         return train_epoch(
-            self.model,
-            self.optimizer,
-            self.loader.epoch(epoch),
-            plan=self.plan,
-            epoch=epoch,
-            steps=self.steps,
-            masking=self.masking,
-            print_freq=print_freq,
-            on_progress=on_progress,
+            self.model, self.optimizer, batches, plan=self.plan, epoch=epoch, steps=self.steps, masking=self.masking, tally=tally, **options
         )
 
     def live_counts(self) -> dict[str, int]:
@@ -146,6 +141,12 @@ class Run(ABC):
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
         self.drawn_at = float("-inf")
+        self.interruption = Interruption(settings.time_limit)
+        self.partial: Mapping[str, Any] | None = None  # of the checkpoint: the epoch that it was left in
+        self.epoch = 0  # that is trained or tested now, and what it has done so far
+        self.tally: Tally | None = None
+        self.saved_at = time.monotonic()
+        self.saved = ""
         if resuming and self.paths.checkpoint.exists():
             self._restore(load_checkpoint(self.paths.checkpoint))
         else:
@@ -203,8 +204,12 @@ class Run(ABC):
             self._save_best()
         self._announce()
         try:
-            self.train_stages()
-            self._finish()
+            with self.interruption:
+                self.train_stages()
+                self._finish()
+        except Stopped as stopped:
+            self.folder.say(f"{stopped}; {self._last_good()}; --resume goes on from there")
+            raise
         except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
             raise RunError(f"{self.where()}{error}; {self._last_good()}") from error
         except torch.OutOfMemoryError as error:
@@ -215,13 +220,13 @@ class Run(ABC):
 
     def adversarial_epoch(self, epoch: int, title: str) -> None:
         """Train, test and record one epoch (from 0) of the last stage."""
-        stage, start = self.stage, time.perf_counter()
-        trained = self.train_epoch(epoch, title)
+        stage = self.stage
+        trained, start = self.train_epoch(epoch, title), time.perf_counter()
         scores = self.attacked_scores(title)
-        self.refuse_broken_network(epoch, scores.val_loss)
+        self.refuse_broken_network(epoch, stage.steps, scores.val_loss)
         if stage.masking is not None:
             stage.masking.observe(train_ra=trained.accuracy, val_ra=scores.val_ra, val_loss=scores.val_loss)
-        self.history.append(self._adversarial_row(epoch, trained, scores, time.perf_counter() - start))
+        self.history.append(self._adversarial_row(epoch, trained, scores, trained.seconds + time.perf_counter() - start))
         self.save()
         self._save_best()
         self.say_epoch(title)
@@ -237,20 +242,52 @@ class Run(ABC):
         self.folder.say("  ".join(figures))
 
     def train_epoch(self, epoch: int, title: str) -> EpochResult:
-        with EpochDisplay(self.folder, title, len(self.data.train), self.settings.print_freq) as display:
-            return self.stage.train_epoch(epoch, self.settings.print_freq, display.training)
+        """The steps of an epoch that are left; the checkpoint says how many were done."""
+        self.epoch, self.tally = epoch, Tally(self.stage.steps)
+        tally = self.tally
+        if self.partial is not None:
+            tally.load_state_dict(self.partial, self.device)
+            self.partial = None
+        print_freq = self.settings.print_freq
+
+        def after_step(tally: Tally) -> None:
+            settings, minutes = self.settings, (time.monotonic() - self.saved_at) / 60
+            if (settings.save_every and tally.step % settings.save_every == 0) or minutes >= settings.save_minutes:
+                self._save_partial(tally)
+            self.leave_if_asked()
+
+        with EpochDisplay(self.folder, title, len(self.data.train), print_freq) as display:
+            return self.stage.train_epoch(epoch, tally, print_freq=print_freq, on_progress=display.training, after_step=after_step)
+
+    def leave_if_asked(self) -> None:
+        """Between two steps, or two batches of a test: save and leave, if somebody asked for it."""
+        stopped = self.interruption.asked()
+        if stopped is None:
+            return
+        if self.tally is not None:
+            self._save_partial(self.tally)
+        raise stopped
+
+    def _counted(self, display: EpochDisplay) -> Callable[[int], None]:
+        """What a test calls after each batch."""
+
+        def on_batch(images: int) -> None:
+            display.images(images)
+            self.leave_if_asked()
+
+        return on_batch
 
     def attacked_scores(self, title: str) -> EpochScores:
         """Validation and test, clean and attacked."""
         with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
-            return epoch_scores(self.stage.model, self.data, self.settings.test_attack, seed=self.settings.seed, on_batch=display.images)
+            on_batch = self._counted(display)
+            return epoch_scores(self.stage.model, self.data, self.settings.test_attack, seed=self.settings.seed, on_batch=on_batch)
 
-    def refuse_broken_network(self, epoch: int, val_loss: float) -> None:
-        """The losses of an epoch are those before each update; this looks at what its last update left."""
+    def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
+        """The losses of an epoch are those before each update; this looks at what the last update left."""
         finite = all(bool(value.isfinite().all()) for value in self.stage.model.state_dict().values())
         if not (finite and math.isfinite(val_loss)):
-            steps = self.stage.steps
-            raise RunError(f"the network was no longer finite after epoch {epoch + 1}, step {steps} of {steps}")
+            raise RunError(f"the network was no longer finite after epoch {epoch + 1}, step {step} of {self.stage.steps}")
 
     def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
         """What every line of ``metrics.jsonl`` has; epochs count from 1 there, accuracies are in percent."""
@@ -279,11 +316,30 @@ class Run(ABC):
 
     def save(self) -> None:
         """The checkpoint first: what a crash cuts off after it is made good from it on resume."""
-        content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state()}
-        self.folder.save(self.paths.checkpoint, content)
+        self.tally = None
+        self._save_checkpoint(None)
         self.folder.append_epoch(self.history[-1])
         if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
             self.draw()
+
+    def _save_partial(self, tally: Tally) -> None:
+        """A checkpoint in the middle of an epoch, if the network is still good for one."""
+        tally.progress(self.epoch)
+        self.refuse_broken_network(self.epoch, tally.step, 0.0)
+        self._save_checkpoint(tally)
+
+    def _save_checkpoint(self, tally: Tally | None) -> None:
+        partial = None if tally is None else tally.state_dict()
+        content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state(), "partial": partial}
+        self.folder.save(self.paths.checkpoint, content)
+        self.saved_at = time.monotonic()
+        self._saved_where(partial)
+
+    def _saved_where(self, partial: Mapping[str, Any] | None) -> None:
+        step = "" if partial is None else f", and step {len(partial['weights'])} of {self.stage.steps} of the next"
+        last = self.history[-1] if self.history else {"epoch": 0}
+        stage = f"stage {last['stage']}, " if "stage" in last else ""
+        self.saved = f"{stage}epoch {last['epoch']}{step}"
 
     def _save_best(self) -> None:
         """Keep the network if the last epoch is the best so far, by validation alone."""
@@ -321,6 +377,8 @@ class Run(ABC):
             self.stage = self.stage_of(content)
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
             self.stage.load_state_dict(content)
+            self.partial = content.get("partial")
+            self._saved_where(self.partial)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
@@ -342,7 +400,9 @@ class Run(ABC):
     def _announce(self) -> None:
         self.folder.say(self.headline())
         self.folder.say(f"writing to {self.paths.root}")
-        if self.settings.resume and not self.history:
+        if self.saved:
+            self.folder.say(f"going on after {self.saved}")
+        elif self.settings.resume:
             self.folder.say("note: nothing to resume there, this run starts anew")
         for caution in self.cautions():
             self.folder.say(f"note: {caution}")
@@ -355,8 +415,7 @@ class Run(ABC):
     def _last_good(self) -> str:
         if not self.paths.checkpoint.exists():
             return "no epoch was finished, so there is no checkpoint yet"
-        stage = f"stage {self.history[-1]['stage']}, " if self.history and "stage" in self.history[-1] else ""
-        return f"the last good checkpoint is {self.paths.checkpoint} ({stage}epoch {self.history[-1]['epoch'] if self.history else 0})"
+        return f"the last good checkpoint is {self.paths.checkpoint} ({self.saved})"
 
     # ---- report
 
@@ -374,7 +433,7 @@ class Run(ABC):
         scores = {}
         for name, model in (("best", best), ("final", self.stage.model)):
             with EpochDisplay(self.folder, f"{name} model", len(self.data.test) + len(self.data.train)) as display:
-                scores[name] = final_scores(model, self.data, settings.test_attack, seed=settings.seed, on_batch=display.images)
+                scores[name] = final_scores(model, self.data, settings.test_attack, seed=settings.seed, on_batch=self._counted(display))
         return {
             "method": settings.method,
             "run": self.paths.root.name,

@@ -1,0 +1,195 @@
+"""A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests import toy
+from utils.checkpoint import load_checkpoint
+from utils.errors import Stopped
+from utils.metrics import read_epochs, read_summary
+from utils.paths import RunPaths
+from utils.preemption import Interruption
+
+LONGER = [*toy.TOY_RUN, "--epochs", "5", "--decreasing_lr", "3"]
+FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
+METHODS = {
+    "dense": LONGER,
+    "fb": [*LONGER, "--fb", *toy.TOY_MASKS, "--growth", "gradient"],
+    "fb by momentum": [*LONGER, "--fb", *toy.TOY_MASKS, "--growth", "momentum", "--attack_mode", "eval"],
+    "fbp": [*LONGER, *FBP],
+    "rb": [*toy.TOY_BIRD, *toy.EASY_TICKET],
+    "rb-channel": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5"],
+    "rb fast": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--stage1", "fast"],
+}
+
+
+def only_run(save_dir):
+    (root,) = save_dir.iterdir()
+    return RunPaths(root)
+
+
+def state(save_dir):
+    """Weights, momentum, batch norm and masks; metrics, best models and summary, but for times."""
+    paths = only_run(save_dir)
+    content = load_checkpoint(paths.checkpoint)
+    tensors = {f"weight {name}": value for name, value in content["state_dict"].items()}
+    tensors |= {f"momentum {i}": s["momentum_buffer"] for i, s in content["optimizer"]["state"].items()}
+    masking = content["masking"] or {"masks": {}, "explored": {}}
+    tensors |= {f"{kind} {name}": mask for kind in ("masks", "explored") for name, mask in masking[kind].items()}
+    for path in (paths.best_ra, paths.best_sa):
+        tensors |= {f"{path.name} {name}": value for name, value in load_checkpoint(path)["state_dict"].items()}
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
+    summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings", "stage1")}
+    plain = {k: v for k, v in masking.items() if k not in ("masks", "explored")}
+    return tensors, (rows, summary, plain, content["epoch"])
+
+
+def assert_equal(one, other):
+    (tensors, plain), (tensors2, plain2) = state(one), state(other)
+    assert tensors.keys() == tensors2.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], tensors2[name])] == []
+    assert plain == plain2
+
+
+@pytest.fixture
+def run(run_adv, run_eb):
+    return lambda method, *flags: (run_eb if method.startswith("rb") else run_adv)(*METHODS[method], *flags)
+
+
+def stop_at(monkeypatch, opportunity):
+    """Ask for a stop at the so-and-so-manieth chance: after a step, or within a test. None asks for none."""
+    chances = []
+
+    def asked(self):
+        chances.append(1)
+        return Stopped("asked", 75) if len(chances) == opportunity else None
+
+    monkeypatch.setattr(Interruption, "asked", asked)
+    return chances
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_again_and_again(run, tmp_path, monkeypatch, method):
+    """At each fifth chance from the start or the last stop, until the run is done; a test that was cut begins anew."""
+    chances = stop_at(monkeypatch, None)
+    assert run(method, "--save_dir", tmp_path / "whole").code == 0
+    codes = []
+    while not codes or codes[-1] == 75:
+        stop_at(monkeypatch, 5)
+        outcome = run(method, "--save_dir", tmp_path / "cut", "--resume")
+        codes.append(outcome.code)
+        assert len(codes) < len(chances)
+    assert outcome.code == 0, outcome.err
+    assert len(codes) > 3
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
+    """The negative control of these tests: one draw changed in one epoch after a stop, and the comparison fails."""
+    assert run("fb", "--save_dir", tmp_path / "whole").code == 0
+    stop_at(monkeypatch, 7)
+    assert run("fb", "--save_dir", tmp_path / "cut").code == 75
+    monkeypatch.undo()
+    import utils.engine
+
+    original = utils.engine.attack_draws
+
+    def changed(attack, indices, shape, *key):
+        draws = original(attack, indices, shape, *key)
+        if key[-1] == 2:
+            draws[0] = 1 - draws[0]
+        return draws
+
+    monkeypatch.setattr(utils.engine, "attack_draws", changed)
+    assert run("fb", "--save_dir", tmp_path / "cut", "--resume").code == 0
+    with pytest.raises(AssertionError):
+        assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("flags", [["--save_every", "3"], ["--save_minutes", "1e-9"]])
+def test_saving_within_an_epoch_changes_nothing(run, tmp_path, monkeypatch, flags):
+    from utils.run import Run
+
+    saved, original = [], Run._save_checkpoint
+    monkeypatch.setattr(Run, "_save_checkpoint", lambda self, tally: saved.append(tally and tally.step) or original(self, tally))
+    assert run("fbp", "--save_dir", tmp_path / "plain").code == 0
+    assert saved == [None] * 5
+    saved.clear()
+    assert run("fbp", "--save_dir", tmp_path / "often", *flags).code == 0
+    assert saved == ([3, None] if "--save_every" in flags else [1, 2, 3, 4, None]) * 5
+    assert_equal(tmp_path / "plain", tmp_path / "often")
+
+
+# ---------------------------------------------------------------- who asks
+
+
+def start(*flags):
+    command = [sys.executable, "main_adv.py", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LONG = [*toy.TOY_RUN, "--epochs", "300", "--decreasing_lr", "100"]
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_saves_and_leaves(tmp_path, number, code, word):
+    process = start(*LONG, "--save_dir", tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (code, word)
+    assert re.search(rf"{word}; the last good checkpoint is .* \(epoch \d+(, and step \d of 4 of the next)?\); --resume", out)
+    assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2
+    assert not [name for name in os.listdir(only_run(tmp_path).root) if name.startswith(".")]
+
+
+def test_a_second_ctrl_c_does_not_wait(run, tmp_path, monkeypatch):
+    def twice(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # pragma: no cover - the second signal arrives before
+
+    monkeypatch.setattr(Interruption, "asked", twice)
+    outcome = run("dense", "--save_dir", tmp_path)
+    assert outcome.code == 130
+    assert "no checkpoint yet" in outcome.out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_time_limit_saves_and_says_that_there_is_more(run, tmp_path):
+    assert run("fbp", "--save_dir", tmp_path / "whole").code == 0
+    codes = []
+    while not codes or codes[-1] == 75:
+        outcome = run("fbp", "--save_dir", tmp_path / "cut", "--resume", "--time_limit", 0.2 / 60)
+        codes.append(outcome.code)
+        assert len(codes) < 40
+    assert codes[-1] == 0, outcome.err
+    assert len(codes) > 3
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2)
+    stopped = run("dense", "--save_dir", tmp_path)
+    assert "asked; the last good checkpoint is" in stopped.out
+    assert "(epoch 0, and step 2 of 4 of the next)" in stopped.out
+    monkeypatch.undo()
+    assert "going on after epoch 0, and step 2 of 4 of the next" in run("dense", "--save_dir", tmp_path, "--resume").out
+
+
+def test_a_broken_network_is_not_saved_within_an_epoch(run_adv, tmp_path):
+    """One step and the loss is still finite; the weights are not."""
+    outcome = run_adv(*toy.TOY_RUN, "--lr", "1e39", "--save_every", 1, "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "no longer finite after epoch 1, step 1 of 4" in outcome.err
+    assert not only_run(tmp_path).checkpoint.exists()

@@ -1,0 +1,50 @@
+"""Stopping a run between two steps: a signal or a time limit asks, the run saves and leaves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from utils.errors import Stopped
+
+TIME_LIMIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a shell loop or a scheduler starts such a run again
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Whether somebody asked this process to stop: SIGTERM, Ctrl-C, or ``minutes`` since it was made.
+
+    While entered, the first signal is remembered instead of ending the process. A second Ctrl-C is a
+    ``KeyboardInterrupt`` again, for those who do not want to wait for the step to end.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._ends_at = None if minutes is None else time.monotonic() + 60 * minutes
+        self._limit = minutes
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self) -> Stopped | None:
+        """What to leave with, if somebody asked."""
+        if self._signal is not None:
+            return Stopped("interrupted" if self._signal == signal.SIGINT else "terminated", 128 + self._signal)
+        if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            return Stopped(f"stopped by --time_limit {self._limit:g}", TIME_LIMIT_CODE)
+        return None
