@@ -45,8 +45,7 @@ def test_a_run_leaves_everything_the_specification_names(run_adv, tmp_path, meth
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *method)
     assert outcome.code == 0, outcome.err
     paths = only_run(tmp_path)
-    names = "config.json metrics.jsonl result.log checkpoint.pth.tar model_RA_best.pth.tar model_SA_best.pth.tar net_train.png summary.json"
-    assert sorted(os.listdir(paths.root)) == sorted(names.split())
+    assert sorted(os.listdir(paths.root)) == sorted(toy.RUN_FILES)
     config, rows, summary = json.loads(paths.config.read_text()), read_epochs(paths), read_summary(paths)
     assert config["settings"]["width"] == 0.0625
     assert {"torch", "numpy"} <= config["versions"].keys()

@@ -189,7 +189,71 @@ def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
 
 def test_a_broken_network_is_not_saved_within_an_epoch(run_adv, tmp_path):
     """One step and the loss is still finite; the weights are not."""
-    outcome = run_adv(*toy.TOY_RUN, "--lr", "1e39", "--save_every", 1, "--save_dir", tmp_path)
+    outcome = run_adv(*toy.TOY_RUN, "--lr", "1e30", "--weight_decay", "1e12", "--save_every", 1, "--save_dir", tmp_path)
     assert outcome.code == 3
     assert "no longer finite after epoch 1, step 1 of 4" in outcome.err
     assert not only_run(tmp_path).checkpoint.exists()
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    elif how == "gone":
+        path.unlink()
+        return
+    else:  # a bit of a weight
+        weights = load_checkpoint(path)["state_dict"]["layer4.1.bn2.running_var"].numpy().tobytes()[:64]
+        place = bytes(content).find(weights)
+        assert place > 0
+        content[place + 5] ^= 1
+    path.unlink()  # the file may have a second name
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "gone"])
+@pytest.mark.parametrize("by", ["--resume", "--resume_dir"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, run_adv, tmp_path, monkeypatch, how, by):
+    assert run("dense", "--save_dir", tmp_path / "whole").code == 0
+    stop_at(monkeypatch, 18)  # in the third epoch: two whole checkpoints lie there
+    assert run("dense", "--save_dir", tmp_path / "cut").code == 75
+    monkeypatch.undo()
+    paths = only_run(tmp_path / "cut")
+    damage(paths.checkpoint, how)
+    outcome = run("dense", "--save_dir", tmp_path / "cut", "--resume") if by == "--resume" else run_adv("--resume_dir", paths.root)
+    assert outcome.code == 0, outcome.err
+    assert "warning: " in outcome.out
+    assert "going on from checkpoint_previous.pth.tar, the one before" in outcome.out
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("by", ["--resume", "--resume_dir"])
+def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypatch, by):
+    stop_at(monkeypatch, 18)
+    assert run("dense", "--save_dir", tmp_path).code == 75
+    monkeypatch.undo()
+    paths = only_run(tmp_path)
+    damage(paths.checkpoint, "flipped")
+    damage(paths.previous, "cut")
+    outcome = run("dense", "--save_dir", tmp_path, "--resume") if by == "--resume" else run_adv("--resume_dir", paths.root)
+    assert (outcome.code, "nothing is left to go on from" in outcome.err) == (3, True)
+    assert len(read_epochs(paths)) == 2
+    paths.checkpoint.unlink()
+    paths.previous.unlink()
+    outcome = run("dense", "--save_dir", tmp_path, "--resume")
+    assert (outcome.code, "has epochs and no checkpoint" in outcome.err) == (3, True)
+
+
+def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    assert run("dense", "--save_dir", tmp_path).code == 75
+    monkeypatch.undo()
+    rest = only_run(tmp_path).root / ".checkpoint.pth.tar-abc123"
+    rest.write_bytes(b"half")
+    assert run("dense", "--save_dir", tmp_path, "--resume").code == 0
+    assert not rest.exists()

@@ -62,8 +62,7 @@ def test_the_scripts_run_from_their_folder_and_from_the_root(tmp_path, pruning, 
     assert "the ticket emerged after epoch 2" in result.stdout
     assert re.search(r"stage 2 epoch 2/2 .* test RA", result.stdout)
     paths = only_run(tmp_path)
-    names = "config.json metrics.jsonl result.log checkpoint.pth.tar model_RA_best.pth.tar model_SA_best.pth.tar net_train.png summary.json"
-    assert sorted(os.listdir(paths.root)) == sorted([*names.split(), "model_stage1.pth.tar", "mask_distances.png"])
+    assert sorted(os.listdir(paths.root)) == sorted([*toy.RUN_FILES, "model_stage1.pth.tar", "mask_distances.png"])
 
 
 def test_both_stages_are_in_the_metrics_and_the_second_in_the_summary(run_eb, tmp_path):

@@ -20,6 +20,11 @@ TOY_RUN = (
     "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
     "--train_step 1 --test_step 1"
 ).split()
+# What a finished run leaves.
+RUN_FILES = (
+    "config.json metrics.jsonl result.log checkpoint.pth.tar checkpoint_previous.pth.tar model_RA_best.pth.tar model_SA_best.pth.tar "
+    "net_train.png summary.json"
+).split()
 # Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained for two epochs.
 TOY_BIRD = (
     "--dataset digits --width 0.0625 --epochs1 4 --epochs2 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from numpy._core.multiarray import scalar as numpy_scalar
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import BrokenCheckpointError, InputError, RunError
 
 FORMAT = 1
 # Plain numbers as numpy writes them, which older code kept beside its weights.
@@ -38,18 +40,66 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint. Serialized in memory first, so that a failing disk raises ``OSError`` and leaves ``path`` as it was."""
+def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
+    """Write a checkpoint with a checksum of what it holds.
+
+    Serialized in memory first, so that a failing disk raises ``OSError`` and leaves ``path`` as it was.
+
+    Args:
+        path: of the file.
+        content: tensors and plain values by name.
+        keep: where the checkpoint that ``path`` held before stays.
+    """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
+    torch.save({"format": FORMAT, **content, "checksum": checksum(content)}, buffer)
+    if keep is not None and path.exists():
+        _keep(path, keep)
     write_atomically(path, buffer.getbuffer())
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """A second name for the file at ``path``, which thus exists at every moment."""
+    temporary = keep.with_name(f".{keep.name}-{os.getpid()}")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, keep)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """A digest of tensors (type, shape, bits) and plain values, in their order and by name; ``format`` and itself apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    _digest({name: value for name, value in content.items() if name not in ("format", "checksum")}, digest)
+    return digest.hexdigest()
+
+
+def _digest(value: Any, digest: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        digest.update(f"{{{len(value)}".encode())
+        for name, part in value.items():
+            digest.update(repr(name).encode())
+            _digest(part, digest)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for part in value:
+            _digest(part, digest)
+    else:
+        digest.update(repr(value).encode())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, loaded with ``weights_only=True``.
 
     Raises:
-        InputError: no such file, not a checkpoint, broken, or one that would have to run code to load.
+        InputError: no such file, or one that would have to run code to load.
+        BrokenCheckpointError: not a checkpoint, or one whose content is not what was written.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,14 +110,40 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "unsupported global" in str(error).lower():
             raise InputError(f"{path} holds more than tensors and plain values and is not loaded, since that could run code") from error
-        raise InputError(f"{path} is not a checkpoint, or a broken one") from error
+        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     except Exception as error:  # a damaged archive fails in as many ways as zip, pickle and storage can
-        raise InputError(f"{path} is not a checkpoint, or a broken one") from error
+        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
     if content.get("format", FORMAT) != FORMAT:
         raise InputError(f"{path} has format {content['format']} and this version reads {FORMAT}")
+    if "checksum" in content and content.pop("checksum") != checksum(content):
+        raise BrokenCheckpointError(f"{path} is broken: it does not hold what was written into it")
     return content
+
+
+def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], str | None]:
+    """The newest of a run's two checkpoints that is whole, and a warning if that is not the newest of all.
+
+    Raises:
+        InputError: there is none.
+        RunError: there are, and none is whole.
+    """
+    if not newest.exists() and not previous.exists():
+        raise InputError(f"no such checkpoint: {newest}")
+    troubles = []
+    for path in (newest, previous):
+        try:
+            content = load_checkpoint(path)
+        except BrokenCheckpointError as error:
+            troubles.append(str(error))
+        except InputError as error:
+            if path.exists():  # whole, but not for this version, or not safe: no reason to take an older one
+                raise
+            troubles.append(str(error))
+        else:
+            return content, f"{troubles[0]}; going on from {path.name}, the one before" if troubles else None
+    raise RunError(f"{'; '.join(troubles)}: nothing is left to go on from")
 
 
 def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class CommonSettings:
         """Raise ``InputError`` for values that make no sense in any run."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} must be finite, not {value}")
+            require(not isinstance(value, float) or abs(value) < _FLOAT32_MAX, f"--{f.name} must be finite (in float32), not {value}")
         require(self.batch_size >= 2, f"--batch_size must be at least 2 (batch norm needs two images), not {self.batch_size}")
         for name in ("image_size", "train_subset", "test_subset", "save_every"):
             value = getattr(self, name)
@@ -307,6 +307,7 @@ def epoch_number(text: str, epochs: int, name: str) -> int:
 
 # ---------------------------------------------------------------- what is refused
 
+_FLOAT32_MAX = 3.4e38
 _NOT_NEGATIVE = "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
 
 

@@ -15,6 +15,10 @@ class InputError(Exception):
     """A flag, path or file that cannot be used. The message names it and says what would help."""
 
 
+class BrokenCheckpointError(InputError):
+    """A checkpoint file that is damaged: cut, flipped, or never one."""
+
+
 class RunError(Exception):
     """A training run that failed half-way. The message names the step and the last good checkpoint."""
 

@@ -37,6 +37,8 @@ class RunFolder:
         """Make the folder and write ``config.json``; ``InputError`` where that cannot be."""
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
+            for cut_off in paths.root.glob(".*-*"):  # half-written files of a process that was killed
+                cut_off.unlink()
             write_atomically(paths.config, _json(config))
         except OSError as error:
             raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
@@ -62,10 +64,11 @@ class RunFolder:
         with self._writing(self.paths.metrics):
             write_atomically(self.paths.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def save(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None) -> None:
+        """A checkpoint at ``path``; the one that was there stays at ``keep``."""
         with self._writing(path):
             path.parent.mkdir(exist_ok=True)
-            save_checkpoint(path, checkpoint)
+            save_checkpoint(path, checkpoint, keep)
 
     def remove(self, folder: Path) -> None:
         """Drop a folder that has served, with what lies in it."""

@@ -29,6 +29,11 @@ class RunPaths:
         return self.root / "checkpoint.pth.tar"
 
     @property
+    def previous(self) -> Path:
+        """The checkpoint before the newest, should that one be damaged."""
+        return self.root / "checkpoint_previous.pth.tar"
+
+    @property
     def best_ra(self) -> Path:
         return self.root / "model_RA_best.pth.tar"
 
@@ -60,4 +65,4 @@ class RunPaths:
 
     def holds_a_run(self) -> bool:
         """Whether training has written here before."""
-        return any(path.exists() for path in (self.config, self.metrics, self.checkpoint, self.summary))
+        return any(path.exists() for path in (self.config, self.metrics, self.checkpoint, self.previous, self.summary))

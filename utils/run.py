@@ -20,7 +20,7 @@ from torch import nn
 from data import Data, TrainLoader, load_data
 from sparse_core import Masking
 from utils import flops
-from utils.checkpoint import load_checkpoint, load_weights, network_weights
+from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights
 from utils.config import CommonSettings
 from utils.engine import EpochResult, Plan, Tally, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
@@ -50,8 +50,8 @@ def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
 
 def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
     """The settings of the run in a folder; ``InputError`` if another script made it."""
-    path = RunPaths(Path(resume_dir)).checkpoint
-    content = load_checkpoint(path)
+    paths = RunPaths(Path(resume_dir))
+    path, (content, _) = paths.checkpoint, load_newest(paths.checkpoint, paths.previous)
     script = content.get("script", settings_script)
     if script != settings_script:
         raise InputError(f"{path} is of a run of {script}, which resumes it")
@@ -147,10 +147,14 @@ class Run(ABC):
         self.tally: Tally | None = None
         self.saved_at = time.monotonic()
         self.saved = ""
-        if resuming and self.paths.checkpoint.exists():
-            self._restore(load_checkpoint(self.paths.checkpoint))
-        else:
-            self.stage = self.first_stage()
+        self.warning: str | None = None
+        if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
+            content, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
+            self._restore(content)
+            return
+        if self.paths.metrics.exists() and self.paths.metrics.read_text().strip():
+            raise RunError(f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from, another --save_dir starts anew")
+        self.stage = self.first_stage()
 
     # ---- what a script says
 
@@ -331,7 +335,7 @@ class Run(ABC):
     def _save_checkpoint(self, tally: Tally | None) -> None:
         partial = None if tally is None else tally.state_dict()
         content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state(), "partial": partial}
-        self.folder.save(self.paths.checkpoint, content)
+        self.folder.save(self.paths.checkpoint, content, keep=self.paths.previous)
         self.saved_at = time.monotonic()
         self._saved_where(partial)
 
@@ -400,6 +404,8 @@ class Run(ABC):
     def _announce(self) -> None:
         self.folder.say(self.headline())
         self.folder.say(f"writing to {self.paths.root}")
+        if self.warning:
+            self.folder.say(f"warning: {self.warning}")
         if self.saved:
             self.folder.say(f"going on after {self.saved}")
         elif self.settings.resume:
