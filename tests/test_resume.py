@@ -1,6 +1,7 @@
 """A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -257,3 +258,78 @@ def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monk
     rest.write_bytes(b"half")
     assert run("dense", "--save_dir", tmp_path, "--resume").code == 0
     assert not rest.exists()
+
+
+# ---------------------------------------------------------------- more epochs
+
+
+@pytest.mark.parametrize("by", ["fb", "rb"])
+def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
+    """With milestones and schedules that do not hang on the length, it is the longer run from the start."""
+    run, name = (run_eb, "--epochs2") if by == "rb" else (run_adv, "--epochs")
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET] if by == "rb" else [*toy.TOY_RUN, "--fb", *toy.TOY_MASKS, "--decay-schedule", "constant"]
+    assert run(*flags, name, 4, "--save_dir", tmp_path / "whole").code == 0
+    assert run(*flags, name, 2, "--save_dir", tmp_path / "grown").code == 0
+    root = only_run(tmp_path / "grown").root
+    fewer = run("--resume_dir", root, name, 1)
+    assert (fewer.code, f"{name} 1 contradicts the checkpoint" in fewer.err) == (2, True)
+    outcome = run("--resume_dir", root, name, 4)
+    assert outcome.code == 0, outcome.err
+    (tensors, (rows, summary, plain, epoch)), (tensors2, (rows2, summary2, plain2, epoch2)) = (
+        state(tmp_path / "whole"),
+        state(tmp_path / "grown"),
+    )
+    assert all(torch.equal(tensors[name], tensors2[name]) for name in tensors)
+    assert (rows, plain, epoch) == (rows2, plain2, epoch2)
+    assert {k: v for k, v in summary.items() if k != "run"} == {k: v for k, v in summary2.items() if k != "run"}
+    assert "is finished" in run("--resume_dir", root).out
+
+
+# ---------------------------------------------------------------- kill -9
+
+
+def killed_and_resumed(tmp_path, kills):
+    """Start, kill at a random moment, start again, so many times; then let it end. Returns how often it was really killed."""
+    flags = [
+        *toy.TOY_RUN,
+        *FBP,
+        "--epochs",
+        "25",
+        "--decreasing_lr",
+        "0.5",
+        "--save_every",
+        "1",
+        "--resume",
+        "--save_dir",
+        tmp_path / "cut",
+    ]
+    moments = random.Random(1)
+    done = 0
+    for _ in range(kills):
+        process = start(*flags)
+        if moments.random() < 0.9:  # most of them while it trains, tests and saves; the others while it starts
+            for line in process.stdout:
+                if line.startswith("writing to"):
+                    break
+            time.sleep(moments.uniform(0.0, 0.5))
+        else:
+            time.sleep(moments.uniform(0.0, 2.5))
+        process.kill()
+        process.communicate()
+        done += process.returncode == -signal.SIGKILL
+    process = start(*flags)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return done
+
+
+def whole_run(run_adv, tmp_path):
+    flags = [*toy.TOY_RUN, *FBP, "--epochs", "25", "--decreasing_lr", "0.5", "--save_dir", tmp_path / "whole"]
+    assert run_adv(*flags).code == 0
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.long)])
+def test_killed_at_random_moments(run_adv, tmp_path, kills):
+    whole_run(run_adv, tmp_path)
+    assert killed_and_resumed(tmp_path, kills) >= min(kills, 8)
+    assert_equal(tmp_path / "whole", tmp_path / "cut")

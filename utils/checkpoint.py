@@ -17,6 +17,7 @@ import torch
 from numpy._core.multiarray import scalar as numpy_scalar
 from torch import Tensor, nn
 
+from utils.compact import expand
 from utils.errors import BrokenCheckpointError, InputError, RunError
 
 FORMAT = 1
@@ -119,7 +120,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} has format {content['format']} and this version reads {FORMAT}")
     if "checksum" in content and content.pop("checksum") != checksum(content):
         raise BrokenCheckpointError(f"{path} is broken: it does not hold what was written into it")
-    return content
+    try:
+        return expand(content)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BrokenCheckpointError(f"{path} is broken: its packed weights do not fit its masks") from error
 
 
 def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], str | None]:

@@ -47,6 +47,7 @@ class CommonSettings:
     """What every training script can be told, in the units of its flags (eps and step sizes in 1/255)."""
 
     script: ClassVar[str]  # the script whose flags these are
+    may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
 
     # data
     dataset: str = flag("digits", "data", "data set", choices=tuple(SOURCES))
@@ -318,6 +319,8 @@ def _refuse_contradictions(given: Mapping[str, Any], stored: Mapping[str, Any], 
         if name not in given or not f.metadata["result"] or settings.may_differ(name):
             continue
         if name in stored:
+            if name in settings.may_grow and settings.resume_dir is not None and given[name] >= stored[name]:
+                continue
             same = settings.resolved()[name] == settings_from(type(settings), stored).resolved()[name]
             require(same, f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}")
         elif settings.is_idle_unless_stored(name):

@@ -26,6 +26,7 @@ class AdversarialSettings(CommonSettings):
     """Everything ``main_adv.py`` can be told."""
 
     script: ClassVar[str] = "main_adv.py"
+    may_grow: ClassVar[frozenset[str]] = frozenset({"epochs"})
 
     # run
     eval: bool = flag(False, "run", "evaluate --pretrained instead of training", result=False)

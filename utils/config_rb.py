@@ -27,6 +27,7 @@ class TicketSettings(CommonSettings):
     """Everything ``train_base.py`` can be told: the ticket is drawn after exactly ``--epochs1`` epochs."""
 
     script: ClassVar[str] = "train_base.py"
+    may_grow: ClassVar[frozenset[str]] = frozenset({"epochs2"})
     early_stop: ClassVar[bool] = False
     method_name: ClassVar[str] = "oneshot"
 

@@ -70,9 +70,12 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, checkpoint, keep)
 
-    def remove(self, folder: Path) -> None:
-        """Drop a folder that has served, with what lies in it."""
-        shutil.rmtree(folder, ignore_errors=True)
+    def drop(self, path: Path) -> None:
+        """Remove a file that is no longer true, or a folder that has served, with what lies in it."""
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with self._writing(self.paths.summary):

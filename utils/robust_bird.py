@@ -142,7 +142,7 @@ class RobustBirdRun(Run):
             self._epoch_of_stage_1(len(self.history))
         self.folder.write_picture(self.paths.distances, self._picture())
         self.folder.save(self.paths.stage1, self.network_content())
-        self.folder.remove(self.paths.mask(1).parent)  # their distances are in the history
+        self.folder.drop(self.paths.mask(1).parent)  # their distances are in the history
         last, recent, tolerance = self.rows1[-1], self.early_bird.recent(), self.early_bird.tolerance
         if not self.settings.early_stop:
             self.folder.say(f"the ticket is drawn after epoch {last['epoch']}")

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import Data, TrainLoader, load_data
 from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights
+from utils.compact import compact
 from utils.config import CommonSettings
 from utils.engine import EpochResult, Plan, Tally, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
@@ -118,6 +119,10 @@ class Stage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as the weights are: a step is one pass
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         if self.masking is not None:
             self.masking.load_state_dict(state["masking"])
 
@@ -203,6 +208,7 @@ class Run(ABC):
             print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
             return
         self.folder = RunFolder.create(self.paths, self.config())
+        self.folder.drop(self.paths.summary)  # of a run that has grown
         self.folder.rewrite_epochs(self.history)
         if self.rows:
             self._save_best()
@@ -335,7 +341,8 @@ class Run(ABC):
     def _save_checkpoint(self, tally: Tally | None) -> None:
         partial = None if tally is None else tally.state_dict()
         content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state(), "partial": partial}
-        self.folder.save(self.paths.checkpoint, content, keep=self.paths.previous)
+        parameters = [name for name, _ in self.stage.model.named_parameters()]
+        self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous)
         self.saved_at = time.monotonic()
         self._saved_where(partial)
 
