@@ -21,6 +21,7 @@ from utils.errors import InputError
 
 _CACHE_FORMAT = 1
 _CHUNK = 512  # images decoded between writes
+_MOST_PIXELS = 2**26
 _IMAGES, _META = "images.npy", "meta.json"
 
 
@@ -45,7 +46,7 @@ def class_folders(root: Path) -> list[str]:
 def image_files(folder: Path) -> list[Path]:
     """The images in ``folder`` sorted by name; files of other types and hidden files do not count."""
     extensions = Image.registered_extensions()
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())  # no pipes: opening one would wait for ever
     return [folder / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in extensions]
 
 
@@ -177,6 +178,9 @@ def decode_image(path: Path, image_size: int | None) -> np.ndarray:
     """uint8 ``[H, W, 3]`` of one file, resized by area to a square if ``image_size`` is given; ``InputError`` names a bad file."""
     try:
         with Image.open(path) as image:
+            # The header says it before any memory is taken; Pillow itself only warns up to twice that size.
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(f"{path}: {image.width}x{image.height} pixels are more than an image of a data set has ({_MOST_PIXELS})")
             rgb = _eight_bits(image, path).convert("RGB")
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)

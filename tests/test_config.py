@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from sparse_core import MaskingConfig
@@ -247,3 +249,17 @@ def test_missing_devices_are_refused(line, gpus, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(InputError, match="GPU"):
         pick_device(parse(line))
+
+
+def test_deterministic_kernels_are_for_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.use_deterministic_algorithms", asked.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(InputError, match="no effect on a CPU"):
+        pick_device(parse("--deterministic"))
+    assert asked == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    pick_device(parse("--deterministic"))
+    assert asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

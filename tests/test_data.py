@@ -482,3 +482,27 @@ def test_angles_stay_within_the_limit():
     limit = np.deg2rad(15)
     assert -limit <= angle.min() < -0.95 * limit
     assert 0.95 * limit < angle.max() <= limit
+
+
+def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
+    """A PNG that says 100,000 x 100,000 and holds nothing: 30 GB if one believed it."""
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb)
+    with pytest.raises(InputError, match=r"bomb\.png"):
+        data.folders.decode_image(path, 32)
+    Image.new("1", (10_000, 8_000)).save(tmp_path / "large.png")
+    with pytest.raises(InputError, match="10000x8000 pixels are more"):
+        data.folders.decode_image(tmp_path / "large.png", 32)
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(image_tree):
+    os.mkfifo(image_tree / "train" / "ant" / "pipe.png")
+    assert [path.name for path in data.folders.image_files(image_tree / "train" / "ant")][-1] == "019.png"

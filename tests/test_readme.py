@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,24 @@ def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):
 
     for command in TRAINING:
         assert parse_settings(AdversarialSettings, arguments_of(command), "", lambda given: {}).epochs in (12, 200)
+
+
+def test_the_loop_for_schedulers_ends_with_a_finished_run(tmp_path):
+    (loop,) = commands("until python main_adv.py")
+    small = "--width 0.0625 --train_subset 50 --test_subset 20 --train_step 1 --test_step 1 --batch_size 25 --save_dir"
+    loop = loop.replace("python main_adv.py", f"echo turn; {sys.executable} main_adv.py {small} {tmp_path}", 1)
+    for long, short in (
+        ("--epochs 40", "--epochs 3"),
+        ("--update_frequency 8", "--update_frequency 2"),
+        ("--time_limit 55", "--time_limit 0.0001"),
+    ):
+        assert long in loop
+        loop = loop.replace(long, short)
+    result = subprocess.run(["bash", "-c", loop], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.count("turn") > 1, result.stderr
+    assert "stopped by --time_limit" in result.stderr
+    (run,) = tmp_path.iterdir()
+    assert (run / "summary.json").exists()
 
 
 def test_the_library_snippet_runs(capsys):

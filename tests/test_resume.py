@@ -65,12 +65,12 @@ def run(run_adv, run_eb):
 
 
 def stop_at(monkeypatch, opportunity):
-    """Ask for a stop at the so-and-so-manieth chance: after a step, or within a test. None asks for none."""
+    """Ask for a stop from some chance on, counted from 1: after a step, or within a test. None never asks."""
     chances = []
 
     def asked(self):
         chances.append(1)
-        return Stopped("asked", 75) if len(chances) == opportunity else None
+        return Stopped("asked", 75) if opportunity and len(chances) >= opportunity else None
 
     monkeypatch.setattr(Interruption, "asked", asked)
     return chances
@@ -78,18 +78,30 @@ def stop_at(monkeypatch, opportunity):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_again_and_again(run, tmp_path, monkeypatch, method):
-    """At each fifth chance from the start or the last stop, until the run is done; a test that was cut begins anew."""
+    """At each third chance from the start or the last stop, until the run is done; a test that was cut begins anew."""
     chances = stop_at(monkeypatch, None)
     assert run(method, "--save_dir", tmp_path / "whole").code == 0
     codes = []
     while not codes or codes[-1] == 75:
-        stop_at(monkeypatch, 5)
+        stop_at(monkeypatch, 3)
         outcome = run(method, "--save_dir", tmp_path / "cut", "--resume")
         codes.append(outcome.code)
         assert len(codes) < len(chances)
     assert outcome.code == 0, outcome.err
     assert len(codes) > 3
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_best_model_is_of_its_epoch_and_not_of_a_later_step(run, tmp_path, monkeypatch):
+    """Cut in the step after the best epoch and resumed: what lies there stays."""
+    stop_at(monkeypatch, 8)  # four steps and three batches of tests are epoch 1
+    assert run("dense", "--save_dir", tmp_path).code == 75
+    paths = only_run(tmp_path)
+    assert load_checkpoint(paths.checkpoint)["partial"]["losses"].numel() == 1
+    before = paths.best_ra.read_bytes()
+    stop_at(monkeypatch, 1)
+    assert run("dense", "--save_dir", tmp_path, "--resume").code == 75
+    assert paths.best_ra.read_bytes() == before
 
 
 def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
@@ -177,6 +189,16 @@ def test_a_time_limit_saves_and_says_that_there_is_more(run, tmp_path):
     assert codes[-1] == 0, outcome.err
     assert len(codes) > 3
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_limit_that_is_over_at_once_still_gets_somewhere(run, tmp_path):
+    """One step or one test at a time: a test that was cut begins anew, and is then let to its end."""
+    codes = []
+    while not codes or codes[-1] == 75:
+        codes.append(run("dense", "--epochs", 2, "--decreasing_lr", 1, "--save_dir", tmp_path, "--resume", "--time_limit", 1e-9).code)
+        assert len(codes) < 40
+    assert codes[-1] == 0
+    assert len(codes) == 4 + 4 + 2  # the first test goes on into the fifth step; the second is cut from the summary, which then is made
 
 
 def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):

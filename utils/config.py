@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
@@ -64,6 +65,7 @@ class CommonSettings:
     # run
     seed: int = flag(1, "run", "seed of every draw")
     device: str = flag("auto", "run", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"), result=False)
+    deterministic: bool = flag(False, "run", "the same bits again on one GPU, by slower kernels; a CPU always gives them", result=False)
     gpu: int | None = flag(None, "run", "number of the GPU", result=False)
     save_dir: str = flag("runs", "run", "folder of run folders", result=False)
     print_freq: int = flag(50, "run", "steps between progress lines", result=False)
@@ -198,7 +200,17 @@ S = TypeVar("S", bound=CommonSettings)
 
 
 def pick_device(settings: CommonSettings) -> torch.device:
-    """The device asked for; raises ``InputError`` if this machine does not have it."""
+    """The device asked for, with ``--deterministic`` set up; raises ``InputError`` if this machine does not have it."""
+    device = _device(settings)
+    if settings.deterministic:
+        require(device.type == "cuda", "--deterministic has no effect on a CPU, which always gives the same bits")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def _device(settings: CommonSettings) -> torch.device:
     gpus = torch.cuda.device_count()
     if settings.device == "cpu" or (settings.device == "auto" and not gpus and settings.gpu is None):
         return torch.device("cpu")

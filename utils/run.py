@@ -29,7 +29,7 @@ from utils.evaluate import EpochScores, epoch_scores, final_scores
 from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
-from utils.preemption import Interruption
+from utils.preemption import TIME_LIMIT_CODE, Interruption
 from utils.report import summary_text, training_curves
 
 _SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
@@ -150,6 +150,7 @@ class Run(ABC):
         self.partial: Mapping[str, Any] | None = None  # of the checkpoint: the epoch that it was left in
         self.epoch = 0  # that is trained or tested now, and what it has done so far
         self.tally: Tally | None = None
+        self.has_advanced = False  # since this process began
         self.saved_at = time.monotonic()
         self.saved = ""
         self.warning: str | None = None
@@ -210,7 +211,7 @@ class Run(ABC):
         self.folder = RunFolder.create(self.paths, self.config())
         self.folder.drop(self.paths.summary)  # of a run that has grown
         self.folder.rewrite_epochs(self.history)
-        if self.rows:
+        if self.rows and self.partial is None:  # in the middle of an epoch the network is no longer that of the last row
             self._save_best()
         self._announce()
         try:
@@ -261,6 +262,7 @@ class Run(ABC):
         print_freq = self.settings.print_freq
 
         def after_step(tally: Tally) -> None:
+            self.has_advanced = True
             settings, minutes = self.settings, (time.monotonic() - self.saved_at) / 60
             if (settings.save_every and tally.step % settings.save_every == 0) or minutes >= settings.save_minutes:
                 self._save_partial(tally)
@@ -272,7 +274,8 @@ class Run(ABC):
     def leave_if_asked(self) -> None:
         """Between two steps, or two batches of a test: save and leave, if somebody asked for it."""
         stopped = self.interruption.asked()
-        if stopped is None:
+        # A test begins anew after a cut, so a limit shorter than a test would be met in it for ever.
+        if stopped is None or (stopped.code == TIME_LIMIT_CODE and not self.has_advanced):
             return
         if self.tally is not None:
             self._save_partial(self.tally)
@@ -327,6 +330,7 @@ class Run(ABC):
     def save(self) -> None:
         """The checkpoint first: what a crash cuts off after it is made good from it on resume."""
         self.tally = None
+        self.has_advanced = True
         self._save_checkpoint(None)
         self.folder.append_epoch(self.history[-1])
         if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
