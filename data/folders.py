@@ -46,7 +46,8 @@ def class_folders(root: Path) -> list[str]:
 def image_files(folder: Path) -> list[Path]:
     """The images in ``folder`` sorted by name; files of other types and hidden files do not count."""
     extensions = Image.registered_extensions()
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())  # no pipes: opening one would wait for ever
+    # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening it would wait for ever.
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() or (entry.is_symlink() and not Path(entry).exists()))
     return [folder / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in extensions]
 
 
