@@ -310,22 +310,16 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
 # ---------------------------------------------------------------- kill -9
 
 
+def killing_flags(kills):
+    """A run long enough that it is still at work when the last kill comes."""
+    epochs = 25 if kills <= 10 else 100
+    return [*toy.TOY_RUN, *FBP, "--epochs", epochs, "--decreasing_lr", "0.5"]
+
+
 def killed_and_resumed(tmp_path, kills):
-    """Start, kill at a random moment, start again, so many times; then let it end. Returns how often it was really killed."""
-    flags = [
-        *toy.TOY_RUN,
-        *FBP,
-        "--epochs",
-        "25",
-        "--decreasing_lr",
-        "0.5",
-        "--save_every",
-        "1",
-        "--resume",
-        "--save_dir",
-        tmp_path / "cut",
-    ]
-    moments = random.Random(1)
+    """Start, kill at a random moment, start again, for five minutes at most; then let it end. Returns how many kills met it at work."""
+    flags = [*killing_flags(kills), "--save_every", "1", "--resume", "--save_dir", tmp_path / "cut"]
+    moments, deadline = random.Random(1), time.monotonic() + 300
     done = 0
     for _ in range(kills):
         process = start(*flags)
@@ -333,25 +327,22 @@ def killed_and_resumed(tmp_path, kills):
             for line in process.stdout:
                 if line.startswith("writing to"):
                     break
-            time.sleep(moments.uniform(0.0, 0.5))
+            time.sleep(moments.uniform(0.0, 0.4))
         else:
-            time.sleep(moments.uniform(0.0, 2.5))
+            time.sleep(moments.uniform(0.0, 2.0))
         process.kill()
         process.communicate()
         done += process.returncode == -signal.SIGKILL
+        if time.monotonic() > deadline:
+            break
     process = start(*flags)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     return done
 
 
-def whole_run(run_adv, tmp_path):
-    flags = [*toy.TOY_RUN, *FBP, "--epochs", "25", "--decreasing_lr", "0.5", "--save_dir", tmp_path / "whole"]
-    assert run_adv(*flags).code == 0
-
-
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(run_adv, tmp_path, kills):
-    whole_run(run_adv, tmp_path)
-    assert killed_and_resumed(tmp_path, kills) >= min(kills, 8)
+    assert run_adv(*killing_flags(kills), "--save_dir", tmp_path / "whole").code == 0
+    assert killed_and_resumed(tmp_path, kills) >= 0.7 * kills
     assert_equal(tmp_path / "whole", tmp_path / "cut")
