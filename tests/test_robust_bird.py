@@ -332,6 +332,25 @@ def test_resume_equals_the_run_that_was_never_stopped(run_eb, tmp_path, monkeypa
     assert f"(stage {1 if cut_after < 3 else 2}, epoch {cut_after if cut_after < 3 else 1})" in said
 
 
+def test_the_last_checkpoint_of_stage_1_may_be_damaged(run_eb, tmp_path, monkeypatch):
+    """The ticket was drawn; the checkpoint before it is resumed, finds its masks and draws the same."""
+    assert run_eb(*BIRD, "--save_dir", tmp_path / "whole").code == 0
+    monkeypatch.setattr(
+        "utils.robust_bird.RobustBirdRun.adversarial_epoch", lambda self, *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert run_eb(*BIRD, "--save_dir", tmp_path / "cut").code == 130
+    monkeypatch.undo()
+    paths = only_run(tmp_path / "cut")
+    content = paths.checkpoint.read_bytes()
+    paths.checkpoint.unlink()
+    paths.checkpoint.write_bytes(content[:1000])
+    outcome = run_eb("--resume_dir", paths.root)
+    assert outcome.code == 0, outcome.err
+    (weights, rest), (weights2, rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
+    assert rest == rest2
+
+
 def test_the_base_script_resumes_too(run_base, tmp_path, monkeypatch):
     cut_and_resume(run_base, toy.TOY_BIRD, tmp_path, monkeypatch, 2)
 

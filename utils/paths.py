@@ -51,7 +51,7 @@ class RunPaths:
         return self.root / "model_stage1.pth.tar"
 
     def mask(self, epoch: int) -> Path:
-        """Robust Bird: the mask after an epoch (from 1) of stage 1, until the ticket is drawn."""
+        """Robust Bird: the mask after an epoch (from 1) of stage 1, until stage 2 is done."""
         return self.root / "stage1_masks" / f"epoch_{epoch:04d}.pth.tar"
 
     @property

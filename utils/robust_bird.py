@@ -136,13 +136,14 @@ class RobustBirdRun(Run):
             self._prune()
         for epoch in range(len(self.rows), settings.epochs2):
             self.adversarial_epoch(epoch, f"stage 2 epoch {epoch + 1}/{settings.epochs2}")
+        # Not before: should the last checkpoint of stage 1 be damaged, the one before goes on with these masks.
+        self.folder.drop(self.paths.mask(1).parent)
 
     def _find_ticket(self) -> None:
         while not self._ticket_is_drawn():
             self._epoch_of_stage_1(len(self.history))
         self.folder.write_picture(self.paths.distances, self._picture())
         self.folder.save(self.paths.stage1, self.network_content())
-        self.folder.drop(self.paths.mask(1).parent)  # their distances are in the history
         last, recent, tolerance = self.rows1[-1], self.early_bird.recent(), self.early_bird.tolerance
         if not self.settings.early_stop:
             self.folder.say(f"the ticket is drawn after epoch {last['epoch']}")
