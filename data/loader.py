@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.augment import Augmentation, augment, to_float
+from utils.distributed import ALONE, World
 from utils.seeding import permutation, stream
 
 
@@ -45,26 +46,45 @@ class Split:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images ``x`` float32 ``[N, C, H, W]`` in [0, 1], labels ``y`` and data set ``indices``, both int64 ``[N]``."""
+    """Images of one step, or of a test, that this process handles.
+
+    Attributes:
+        x: float32 ``[N, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[N]``.
+        indices: of the images in their data set, int64 ``[N]``.
+        weight: share of these images in the step's mean loss; 0 where a process has none of its own and repeats another's.
+        step_images: in the whole step, of all processes; N by default.
+    """
 
     x: Tensor
     y: Tensor
     indices: Tensor
+    weight: float = 1.0
+    step_images: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Images in the whole step."""
+        return len(self.y) if self.step_images is None else self.step_images
 
 
 class TrainLoader:
     """Shuffled, augmented batches; everything in an epoch is a pure function of ``(seed, epoch)``.
 
     The last batch may be smaller. A single image left over joins the batch before it, since batch norm
-    cannot train on one value a channel.
+    cannot train on one value a channel. For the same reason no process of several gets fewer than ``least`` images
+    of a batch: where that leaves nothing for the later ones, they repeat its first images, which then do not count.
     """
 
-    def __init__(self, split: Split, batch_size: int, augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, augmentation: Augmentation, seed: int, *, world: World = ALONE, least: int = 2
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self.split = split
         self.augmentation = augmentation
         self.seed = seed
+        self._world, self._least = world, least
         starts = list(range(0, len(split), batch_size))
         if len(starts) > 1 and len(split) - starts[-1] == 1:
             starts.pop()
@@ -74,16 +94,30 @@ class TrainLoader:
         """Batches an epoch."""
         return len(self._bounds)
 
+    @property
+    def smallest(self) -> int:
+        """Images in the smallest batch, of all processes."""
+        return min(end - start for start, end in self._bounds)
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` (from 0), from step ``first_step`` on."""
+        """This process's part of the batches of ``epoch`` (from 0), from step ``first_step`` on."""
         order = self.split.indices[permutation(len(self.split), stream(self.seed, "order", epoch), self.split.device)]
         for start, end in self._bounds[first_step:]:
-            indices = order[start:end]
+            first, last, counts = self._part(end - start)
+            indices = order[start + first : start + last]
             x = augment(self.split.rows(indices), indices, self.augmentation, self.seed, epoch)
-            yield Batch(x, self.split.labels[indices], indices)
+            weight = (last - first) / (end - start) if counts else 0.0
+            yield Batch(x, self.split.labels[indices], indices, weight, end - start)
+
+    def _part(self, images: int) -> tuple[int, int, bool]:
+        """Which of a batch's images this process takes, first and past the last, and whether they count."""
+        rank, holders = self._world.rank, max(1, min(self._world.size, images // self._least))
+        if rank >= holders:
+            return 0, min(self._least, images), False
+        return images * rank // holders, images * (rank + 1) // holders, True
 
 
-def plain_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """The images of a split in order, un-augmented."""
-    for indices in split.indices.split(batch_size):
+def plain_batches(split: Split, batch_size: int, world: World = ALONE) -> Iterator[Batch]:
+    """The images of a split in order, un-augmented; of several processes each gets every so many-th batch."""
+    for indices in split.indices.split(batch_size)[world.rank :: world.size]:
         yield Batch(to_float(split.rows(indices)), split.labels[indices], indices)

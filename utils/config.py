@@ -21,6 +21,7 @@ import torch
 from data import DECODED_HERE, SOURCES
 from models import ARCHITECTURES, STAGES, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs
+from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
 
@@ -80,6 +81,7 @@ class CommonSettings:
     decreasing_lr: str = flag("100,150", "training", "epochs at which it is divided by 10; fractions of the run too")
     momentum: float = flag(0.9, "training", "of SGD")
     weight_decay: float = flag(5e-4, "training", "of SGD")
+    sync_bn: bool = flag(False, "training", "several processes: batch norm sees the whole batch (GPUs only)")
     # attacks
     norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
     train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
@@ -199,9 +201,15 @@ S = TypeVar("S", bound=CommonSettings)
 # ---------------------------------------------------------------- from the command line
 
 
-def pick_device(settings: CommonSettings) -> torch.device:
-    """The device asked for, with ``--deterministic`` set up; raises ``InputError`` if this machine does not have it."""
-    device = _device(settings)
+def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
+    """The device asked for, with ``--deterministic`` set up; raises ``InputError`` if this machine does not have it.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
+    device = _device(settings, world)
+    require(not (settings.sync_bn and device.type == "cpu"), "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
+    if device.type == "cuda" and world.size > 1:
+        torch.cuda.set_device(device)
     if settings.deterministic:
         require(device.type == "cuda", "--deterministic has no effect on a CPU, which always gives the same bits")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -210,14 +218,17 @@ def pick_device(settings: CommonSettings) -> torch.device:
     return device
 
 
-def _device(settings: CommonSettings) -> torch.device:
+def _device(settings: CommonSettings, world: World) -> torch.device:
     gpus = torch.cuda.device_count()
+    require(world.size == 1 or settings.gpu is None, "--gpu has no effect with several processes, which take a GPU each")
     if settings.device == "cpu" or (settings.device == "auto" and not gpus and settings.gpu is None):
         return torch.device("cpu")
     if not gpus:
         asked = "--device cuda" if settings.device == "cuda" else f"--gpu {settings.gpu}"
         raise InputError(f"{asked}: torch sees no GPU on this machine; --device cpu trains without one")
-    number = settings.gpu or 0
+    number = world.local_rank if world.size > 1 else settings.gpu or 0
+    if world.size > 1 and number >= gpus:
+        raise InputError(f"torch sees {gpus} GPU(s) on this machine, and every process needs one; --device cpu trains without")
     if not 0 <= number < gpus:
         raise InputError(f"--gpu {number}: torch sees {gpus} GPU(s), numbered from 0")
     return torch.device("cuda", number)

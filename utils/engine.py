@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
-from sparse_core import Masking
+from sparse_core import Masking, mask_hash
 from utils.attacks import PGD, attack_draws, pgd_attack
+from utils.distributed import ALONE, World
 from utils.errors import RunError
 
 _SECONDS_BETWEEN_LOOKS = 1.0  # looking waits for the device, so fast steps are not looked at one by one
@@ -94,27 +95,40 @@ def train_step(
     attack: PGD | None,
     attack_training: bool,
     key: tuple[int | str, ...],
+    world: World = ALONE,
+    replica: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update on one batch, masks apart.
 
     Args:
+        model: attacked and updated; the attack never waits for other processes.
         attack: None trains on the images as they are.
         attack_training: craft in train mode (the paper's way) or eval mode.
         key: of the random start; the images' indices come on top.
+        world: the processes that hold the other parts of this batch.
+        replica: the network with averaged gradients (``World.replica``), where there are several.
 
     Returns:
-        The mean loss and the number of right answers on the images trained on, detached and on the device.
+        The mean loss and the number of right answers on the images trained on (by all processes), detached and on the device.
     """
     x = batch.x
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
         x = pgd_attack(model, x, batch.y, attack, training=attack_training, draws=draws)
     optimizer.zero_grad(set_to_none=True)
-    logits = model(x)
+    logits = (replica or model)(x)
     loss = F.cross_entropy(logits, batch.y)
+    if world.size > 1:
+        # The average over processes of these is the mean over the whole batch, however it was divided.
+        loss = loss * (batch.weight * world.size)
     loss.backward()
     optimizer.step()
-    return loss.detach(), (logits.detach().argmax(dim=1) == batch.y).sum()
+    right = (logits.detach().argmax(dim=1) == batch.y).sum()
+    if world.size > 1:
+        world.share_buffers(model)
+        sums = world.total(torch.stack([loss.detach().double() / world.size, right.double() * (batch.weight > 0)]))
+        return sums[0].to(loss.dtype), sums[1].long()
+    return loss.detach(), right
 
 
 def train_epoch(
@@ -128,6 +142,8 @@ def train_epoch(
     masking: Masking | None = None,
     tally: Tally | None = None,
     print_freq: int = 50,
+    world: World = ALONE,
+    replica: nn.Module | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     after_step: Callable[[Tally], None] = lambda tally: None,
 ) -> EpochResult:
@@ -142,10 +158,12 @@ def train_epoch(
         tally: of the steps that were done before, for an epoch that goes on in its middle.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
             once a second too, so that slow steps show.
+        world, replica: as in ``train_step``.
         after_step: called after each step, masks and all; may save the tally, and may raise to leave.
 
     Raises:
-        RunError: a loss that is not finite; the step is named. The network is then of no use.
+        RunError: a loss that is not finite; the step is named. The network is then of no use. Or masks that are not the
+            same in all processes.
     """
     model.train()
     tally = Tally(steps) if tally is None else tally
@@ -154,11 +172,15 @@ def train_epoch(
     start = looked_at - tally.seconds
     for step, batch in enumerate(batches, tally.step):
         set_learning_rate(optimizer, plan.rate(epoch, step, steps))
-        loss, right = train_step(model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key)
+        loss, right = train_step(
+            model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key, world=world, replica=replica
+        )
         if masking is not None:
             masking.step()
+            if world.size > 1 and masking.update_due():
+                world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
         now = time.perf_counter()
-        tally.add(loss, right, len(batch.y))
+        tally.add(loss, right, batch.total)
         tally.seconds = now - start
         if (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS:
             on_progress(tally.progress(epoch))

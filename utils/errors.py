@@ -24,7 +24,12 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop and has saved where it stands. ``code`` is the exit code that says who asked."""
+    """A run that was asked to stop and has saved where it stands, or that ends because another process of it does.
+
+    Args:
+        why: for stderr; nothing where another process says it.
+        code: exit code, which says who asked.
+    """
 
     def __init__(self, why: str, code: int) -> None:
         super().__init__(why)
@@ -42,7 +47,8 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
     except Stopped as stopped:
-        print(one_line(stopped), file=sys.stderr)
+        if str(stopped):
+            print(one_line(stopped), file=sys.stderr)
         return stopped.code
     except BrokenPipeError:  # the reader of a pipe left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from data import Data, Split, plain_batches
+from data import Batch, Data, Split, plain_batches
 from utils.attacks import PGD, attack_draws, in_mode, pgd_attack
+from utils.distributed import ALONE, World
 from utils.errors import InputError
 
 _AUTOATTACK_CLASSES = 4
@@ -52,34 +54,56 @@ class FinalScores:
     robust_gap: float
 
 
-def evaluate(model: nn.Module, split: Split, attack: PGD | None = None, *, seed: int = 1, on_batch: OnBatch = lambda images: None) -> Score:
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    attack: PGD | None = None,
+    *,
+    seed: int = 1,
+    world: World = ALONE,
+    on_batch: OnBatch = lambda images: None,
+) -> Score:
     """Accuracy in eval mode on a split, clean or attacked; the network's modes are left as found.
 
     The random start of each image depends on ``seed`` and its index alone, so the same network has the same score
-    in every epoch and at the end.
+    in every epoch and at the end. Several processes share the batches, and have the score of one process to the bit.
+
+    Args:
+        on_batch: called after each batch, of several processes after each round of batches, with the images in it.
     """
-    device = split.device
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    batches = math.ceil(len(split) / EVAL_BATCH)
+    right_and_loss = torch.zeros(2, batches, dtype=torch.float64, device=split.device)
+    mine = plain_batches(split, EVAL_BATCH, world)
     with in_mode(model, False), torch.no_grad():
-        for batch in plain_batches(split, EVAL_BATCH):
-            x = batch.x
-            if attack is not None:
-                draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
-                x = pgd_attack(model, x, batch.y, attack, draws=draws)
-            logits = model(x)
-            right += (logits.argmax(dim=1) == batch.y).sum()
-            loss += F.cross_entropy(logits, batch.y, reduction="sum")
-            on_batch(len(batch.y))
-    return Score(100.0 * right.item() / len(split), loss.item() / len(split), len(split))
+        for first in range(0, batches, world.size):
+            batch = next(mine, None)
+            if batch is not None:
+                right_and_loss[:, first + world.rank] = _right_and_loss(model, batch, attack, seed)
+            on_batch(min(len(split), (first + world.size) * EVAL_BATCH) - first * EVAL_BATCH)
+    # A column is of one process, so the sum over processes adds zeros: it is exact, and then in the order of one process.
+    right, loss = world.total(right_and_loss).sum(dim=1).tolist()
+    return Score(100.0 * right / len(split), loss / len(split), len(split))
 
 
-def epoch_scores(model: nn.Module, data: Data, attack: PGD, *, seed: int, on_batch: OnBatch = lambda images: None) -> EpochScores:
+def _right_and_loss(model: nn.Module, batch: Batch, attack: PGD | None, seed: int) -> Tensor:
+    """Right answers and summed cross-entropy on one batch, float64 ``[2]``."""
+    x = batch.x
+    if attack is not None:
+        draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
+        x = pgd_attack(model, x, batch.y, attack, draws=draws)
+    logits = model(x)
+    loss = F.cross_entropy(logits, batch.y, reduction="sum")
+    return torch.stack([(logits.argmax(dim=1) == batch.y).sum().double(), loss.double()])
+
+
+def epoch_scores(
+    model: nn.Module, data: Data, attack: PGD, *, seed: int, world: World = ALONE, on_batch: OnBatch = lambda images: None
+) -> EpochScores:
     """Validation and test, clean and attacked."""
     start = time.perf_counter()
-    val, test = evaluate(model, data.val), evaluate(model, data.test)
-    robust_val = evaluate(model, data.val, attack, seed=seed, on_batch=on_batch)
-    robust_test = evaluate(model, data.test, attack, seed=seed, on_batch=on_batch)
+    val, test = evaluate(model, data.val, world=world), evaluate(model, data.test, world=world)
+    robust_val = evaluate(model, data.val, attack, seed=seed, world=world, on_batch=on_batch)
+    robust_test = evaluate(model, data.test, attack, seed=seed, world=world, on_batch=on_batch)
     return EpochScores(
         val_sa=val.accuracy,
         val_ra=robust_val.accuracy,
@@ -90,12 +114,14 @@ def epoch_scores(model: nn.Module, data: Data, attack: PGD, *, seed: int, on_bat
     )
 
 
-def final_scores(model: nn.Module, data: Data, attack: PGD, *, seed: int, on_batch: OnBatch = lambda images: None) -> FinalScores:
+def final_scores(
+    model: nn.Module, data: Data, attack: PGD, *, seed: int, world: World = ALONE, on_batch: OnBatch = lambda images: None
+) -> FinalScores:
     """The reported figures, in full float32."""
     with full_precision():
-        test_sa = evaluate(model, data.test).accuracy
-        test_ra = evaluate(model, data.test, attack, seed=seed, on_batch=on_batch).accuracy
-        train_ra = evaluate(model, data.train, attack, seed=seed, on_batch=on_batch).accuracy
+        test_sa = evaluate(model, data.test, world=world).accuracy
+        test_ra = evaluate(model, data.test, attack, seed=seed, world=world, on_batch=on_batch).accuracy
+        train_ra = evaluate(model, data.train, attack, seed=seed, world=world, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)
 
 

@@ -29,6 +29,8 @@ _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advert
 class RunFolder:
     """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file whole."""
 
+    writes = True
+
     def __init__(self, paths: RunPaths) -> None:
         self.paths = paths
 
@@ -93,6 +95,21 @@ class RunFolder:
             raise RunError(f"cannot write {path} ({error.strerror or error}); what was saved before is intact") from error
 
 
+class ForeignRunFolder(RunFolder):
+    """A run's folder as its other processes have it: the first one writes, and they say and write nothing."""
+
+    writes = False
+
+    def write_config(self, config: Mapping[str, Any]) -> None: ...
+    def say(self, line: str) -> None: ...
+    def append_epoch(self, row: Mapping[str, Any]) -> None: ...
+    def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None) -> None: ...
+    def drop(self, path: Path) -> None: ...
+    def write_summary(self, summary: Mapping[str, Any]) -> None: ...
+    def write_picture(self, path: Path, figure: Figure) -> None: ...
+
+
 def write_figure(path: Path, figure: Figure) -> None:
     """A PNG of a figure, whole or not at all."""
     buffer = io.BytesIO()
@@ -145,7 +162,7 @@ class EpochDisplay:
         self._folder = folder
         self._title = title
         self._print_freq = print_freq
-        self._bar = tqdm(total=images, desc=title, unit="img", leave=False, disable=None)
+        self._bar = tqdm(total=images, desc=title, unit="img", leave=False, disable=None if folder.writes else True)
         self._seen = 0
 
     def __enter__(self) -> EpochDisplay:

@@ -16,6 +16,7 @@ from utils import flops
 from utils.checkpoint import load_checkpoint
 from utils.config import parse_settings, pick_device
 from utils.config_rb import TicketSettings
+from utils.distributed import joined
 from utils.engine import EpochResult
 from utils.errors import InputError
 from utils.evaluate import evaluate
@@ -31,8 +32,10 @@ def main(kind: type[TicketSettings], description: str) -> None:
     def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
         return settings_of_run(kind.script, given["resume_dir"]) if given.get("resume_dir") else {}
 
-    settings = parse_settings(kind, sys.argv[1:], description, stored_settings)
-    RobustBirdRun(settings, pick_device(settings)).train()
+    with joined() as world:
+        settings = world.agree(lambda: parse_settings(kind, sys.argv[1:], description, stored_settings))
+        device = world.agree(lambda: pick_device(settings, world))
+        world.agree(lambda: RobustBirdRun(settings, device, world), in_turn=True).train()
 
 
 class RobustBirdRun(Run):
@@ -49,13 +52,13 @@ class RobustBirdRun(Run):
         self._refuse_what_cannot_be_pruned(model)
         if settings.stage1_pretrained is not None:
             model = self._pretrained(settings.stage1_pretrained)
-        return self._on_dense_weights(Stage(model, self.data, settings.plan1, settings))
+        return self._on_dense_weights(Stage(model, self.data, settings.plan1, settings, self.world))
 
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
         settings = self.settings
         self.early_bird = settings.early_bird()
         dense = {name: value for name, value in self.spec.items() if name != "kept"}
-        stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings))
+        stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings, self.world))
         if content["stage"] == 2:
             return self._second_stage(build_network(self.spec, self.device), content["masking"] and content["masking"]["masks"])
         masks = [] if self._ticket_is_drawn() else [load_checkpoint(self.paths.mask(row["epoch"]))["mask"] for row in self.rows1]
@@ -112,7 +115,7 @@ class RobustBirdRun(Run):
         else:
             now = f"{s.stage1} for {'at most ' if s.early_stop else ''}{s.epochs1} epochs"
         what = f"{s.method} at density {s.density:g} of the {kept}: {self.where_and_what()}"
-        return f"{what}, {now}, then {s.stage2} for {s.epochs2}, on {self.device}"
+        return f"{what}, {now}, then {s.stage2} for {s.epochs2}, {self.on_what()}"
 
     def cautions(self) -> Sequence[str]:
         return self.settings.cautions() if self.number == 1 else ()
@@ -169,7 +172,7 @@ class RobustBirdRun(Run):
             measured = {"val_sa": scores.val_sa, "val_ra": scores.val_ra, "val_loss": scores.val_loss}
             measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
         else:
-            clean = evaluate(self.stage.model, self.data.val, on_batch=lambda images: self.leave_if_asked())
+            clean = evaluate(self.stage.model, self.data.val, world=self.world, on_batch=lambda images: self.leave_if_asked())
             measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
         self.refuse_broken_network(epoch, self.stage.steps, measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"])
         measured["eval_seconds"] = time.perf_counter() - start
@@ -203,7 +206,7 @@ class RobustBirdRun(Run):
     def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
         settings = self.settings
         self.number = 2
-        stage = Stage(model, self.data, settings.plan2, settings, {cost.name: cost.weights for cost in self.dense_costs})
+        stage = Stage(model, self.data, settings.plan2, settings, self.world, {cost.name: cost.weights for cost in self.dense_costs})
         if masks is not None:
             steps = settings.epochs2 * stage.steps
             config = MaskingConfig(settings.density, steps, sparse_init="magnitude", fixed=True, seed=settings.seed)
@@ -227,7 +230,7 @@ class RobustBirdRun(Run):
 
     def draw(self) -> None:
         super().draw()
-        if self.number == 1 and self.rows1:
+        if self.number == 1 and self.rows1 and self.folder.writes:
             self.folder.write_picture(self.paths.distances, self._picture())
 
     def _picture(self) -> Figure:

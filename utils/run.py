@@ -22,11 +22,12 @@ from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights
 from utils.compact import compact
-from utils.config import CommonSettings
+from utils.config import CommonSettings, require
+from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
 from utils.engine import EpochResult, Plan, Tally, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluate import EpochScores, epoch_scores, final_scores
-from utils.metrics import EpochDisplay, RunFolder, environment, read_summary
+from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
@@ -74,13 +75,36 @@ class Stage:
         data: its training split is used.
         plan: epochs, attack and learning rate.
         settings: batch size, momentum and weight decay.
+        world: the processes that train it together.
         dense: weights of each prunable layer before channels were removed; the network's own by default.
     """
 
-    def __init__(self, model: nn.Module, data: Data, plan: Plan, settings: CommonSettings, dense: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        plan: Plan,
+        settings: CommonSettings,
+        world: World = ALONE,
+        dense: Mapping[str, int] | None = None,
+    ) -> None:
         self.model = model
         self.plan = plan
-        self.loader = TrainLoader(data.train, settings.batch_size, data.augmentation, plan.seed)
+        self.world = world
+        together = settings.sync_bn and world.size > 1
+        if together:
+            synchronize_batch_norm(model)
+        least = 1 if together else 2
+        too_small = f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least} image(s) each"
+        require(world.size == 1 or settings.batch_size >= least * world.size, too_small)
+        self.loader = TrainLoader(data.train, settings.batch_size, data.augmentation, plan.seed, world=world, least=least)
+        # A repeated image would count in the shared statistics of batch norm.
+        smallest = (
+            f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for {world.size} processes; another --batch_size"
+        )
+        require(not together or self.loader.smallest >= world.size, smallest)
+        self._device = data.train.device
+        self._replica: nn.Module | None = None
         rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
@@ -94,10 +118,11 @@ class Stage:
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
         """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to ``engine.train_epoch``."""
+        if self._replica is None:  # not before: the processes build their stages each for itself
+            self._replica = self.world.replica(self.model, self._device)
         batches = self.loader.epoch(epoch, first_step=tally.step)
-        return train_epoch(
-            self.model, self.optimizer, batches, plan=self.plan, epoch=epoch, steps=self.steps, masking=self.masking, tally=tally, **options
-        )
+        given: dict[str, Any] = {"plan": self.plan, "epoch": epoch, "steps": self.steps, "masking": self.masking, "tally": tally}
+        return train_epoch(self.model, self.optimizer, batches, world=self.world, replica=self._replica, **given, **options)
 
     def live_counts(self) -> dict[str, int]:
         """Live weights of each prunable layer."""
@@ -132,10 +157,11 @@ class Run(ABC):
 
     stage: Stage
 
-    def __init__(self, settings: CommonSettings, device: torch.device) -> None:
-        """Build everything and check it against the data; nothing is written before ``train``."""
+    def __init__(self, settings: CommonSettings, device: torch.device, world: World = ALONE) -> None:
+        """Build everything and check it against the data; nothing is written, and no other process asked, before ``train``."""
         self.settings = settings
         self.device = device
+        self.world = world
         self.paths = RunPaths(Path(settings.resume_dir or Path(settings.save_dir) / settings.run_name()))
         resuming = settings.resume or settings.resume_dir is not None
         if self.paths.holds_a_run() and not resuming:
@@ -154,6 +180,7 @@ class Run(ABC):
         self.saved_at = time.monotonic()
         self.saved = ""
         self.warning: str | None = None
+        self.processes = world.size  # of the checkpoint, if there is one
         if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
             content, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
             self._restore(content)
@@ -205,10 +232,13 @@ class Run(ABC):
     # ---- epochs
 
     def train(self) -> None:
-        if self.paths.summary.exists() and len(self.rows) == self.epochs:
-            print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
+        world = self.world
+        if world.from_first(lambda: self.paths.summary.exists() and len(self.rows) == self.epochs):
+            if world.is_first:
+                print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
             return
-        self.folder = RunFolder.create(self.paths, self.config())
+        create = RunFolder.create if world.is_first else lambda paths, config: ForeignRunFolder(paths)
+        self.folder = world.agree(lambda: create(self.paths, self.config()))
         self.folder.drop(self.paths.summary)  # of a run that has grown
         self.folder.rewrite_epochs(self.history)
         if self.rows and self.partial is None:  # in the middle of an epoch the network is no longer that of the last row
@@ -222,9 +252,14 @@ class Run(ABC):
             self.folder.say(f"{stopped}; {self._last_good()}; --resume goes on from there")
             raise
         except (RunError, InputError) as error:  # an input that fails now, after training began, is a failed run
-            raise RunError(f"{self.where()}{error}; {self._last_good()}") from error
+            raise RunError(f"{world.name}{self.where()}{error}; {self._last_good()}") from error
         except torch.OutOfMemoryError as error:
-            raise RunError(f"out of memory on {self.device}, a smaller --batch_size needs less; {self._last_good()}") from error
+            out = f"{world.name}out of memory on {self.device}, a smaller --batch_size needs less"
+            raise RunError(f"{out}; {self._last_good()}") from error
+        except RuntimeError as error:
+            if world.size == 1 or not lost_another(error):
+                raise
+            raise RunError(f"{world.name}another process of this run has ended; {self._last_good()}") from error
         except KeyboardInterrupt:
             self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
             raise
@@ -275,11 +310,15 @@ class Run(ABC):
         """Between two steps, or two batches of a test: save and leave, if somebody asked for it."""
         stopped = self.interruption.asked()
         # A test begins anew after a cut, so a limit shorter than a test would be met in it for ever.
-        if stopped is None or (stopped.code == TIME_LIMIT_CODE and not self.has_advanced):
+        if stopped is not None and stopped.code == TIME_LIMIT_CODE and not self.has_advanced:
+            stopped = None
+        code = self.world.highest(stopped.code if stopped else 0)  # one process that is asked stops all
+        if code == 0:
             return
         if self.tally is not None:
             self._save_partial(self.tally)
-        raise stopped
+        why = str(stopped) if stopped else "another process was asked to stop"
+        raise Stopped(why if self.world.is_first else "", code)
 
     def _counted(self, display: EpochDisplay) -> Callable[[int], None]:
         """What a test calls after each batch."""
@@ -294,7 +333,8 @@ class Run(ABC):
         """Validation and test, clean and attacked."""
         with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
             on_batch = self._counted(display)
-            return epoch_scores(self.stage.model, self.data, self.settings.test_attack, seed=self.settings.seed, on_batch=on_batch)
+            attack, seed = self.settings.test_attack, self.settings.seed
+            return epoch_scores(self.stage.model, self.data, attack, seed=seed, world=self.world, on_batch=on_batch)
 
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
         """The losses of an epoch are those before each update; this looks at what the last update left."""
@@ -338,13 +378,17 @@ class Run(ABC):
 
     def _save_partial(self, tally: Tally) -> None:
         """A checkpoint in the middle of an epoch, if the network is still good for one."""
-        tally.progress(self.epoch)
-        self.refuse_broken_network(self.epoch, tally.step, 0.0)
-        self._save_checkpoint(tally)
+        if self.folder.writes:
+            tally.progress(self.epoch)
+            self.refuse_broken_network(self.epoch, tally.step, 0.0)
+            self._save_checkpoint(tally)
 
     def _save_checkpoint(self, tally: Tally | None) -> None:
+        if not self.folder.writes:
+            return
         partial = None if tally is None else tally.state_dict()
-        content = {**self.network_content(), **self.stage.state_dict(), "history": self.history, **self.further_state(), "partial": partial}
+        where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
+        content = {**self.network_content(), **self.stage.state_dict(), **where}
         parameters = [name for name, _ in self.stage.model.named_parameters()]
         self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous)
         self.saved_at = time.monotonic()
@@ -366,6 +410,8 @@ class Run(ABC):
         return max(self.rows, key=lambda row: row[key])  # the first of equals
 
     def draw(self) -> None:
+        if not self.folder.writes:
+            return
         self.folder.write_picture(self.paths.curves, training_curves(self.history, self.paths.root.name))
         self.drawn_at = time.monotonic()
 
@@ -393,6 +439,7 @@ class Run(ABC):
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
             self.stage.load_state_dict(content)
             self.partial = content.get("partial")
+            self.processes = int(content.get("processes", 1))
             self._saved_where(self.partial)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
@@ -409,6 +456,7 @@ class Run(ABC):
             "classes": data.classes,
             "images": images,
             "steps_per_epoch": self.stage.steps,
+            "processes": self.world.size,
             **environment(self.device),
         }
 
@@ -421,6 +469,9 @@ class Run(ABC):
             self.folder.say(f"going on after {self.saved}")
         elif self.settings.resume:
             self.folder.say("note: nothing to resume there, this run starts anew")
+        if self.processes != self.world.size and not self.settings.sync_bn:
+            changed = f"the checkpoint was written by {self.processes} process(es) and {self.world.size} go(es) on"
+            self.folder.say(f"note: {changed}: from here on batch norm sees other parts of a batch")
         for caution in self.cautions():
             self.folder.say(f"note: {caution}")
 
@@ -429,10 +480,15 @@ class Run(ABC):
         s, data = self.settings, self.data
         return f"{s.arch} on {s.dataset} ({len(data.train)} / {len(data.val)} / {len(data.test)} images), PGD-{s.test_step} tests"
 
+    def on_what(self) -> str:
+        """Device and processes, for the headline."""
+        return f"on {self.device.type} in {self.world.size} processes" if self.world.size > 1 else f"on {self.device}"
+
     def _last_good(self) -> str:
         if not self.paths.checkpoint.exists():
             return "no epoch was finished, so there is no checkpoint yet"
-        return f"the last good checkpoint is {self.paths.checkpoint} ({self.saved})"
+        where = f" ({self.saved})" if self.world.is_first else ""  # the others do not know how far the first has come
+        return f"the last good checkpoint is {self.paths.checkpoint}{where}"
 
     # ---- report
 
@@ -445,12 +501,14 @@ class Run(ABC):
 
     def summary(self) -> Row:
         settings, last = self.settings, self.rows[-1]
-        stored = load_checkpoint(self.paths.best_ra)
+        stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
         best = network_of(stored, self.paths.best_ra, self.spec, self.device)
         scores = {}
         for name, model in (("best", best), ("final", self.stage.model)):
             with EpochDisplay(self.folder, f"{name} model", len(self.data.test) + len(self.data.train)) as display:
-                scores[name] = final_scores(model, self.data, settings.test_attack, seed=settings.seed, on_batch=self._counted(display))
+                scores[name] = final_scores(
+                    model, self.data, settings.test_attack, seed=settings.seed, world=self.world, on_batch=self._counted(display)
+                )
         return {
             "method": settings.method,
             "run": self.paths.root.name,

@@ -1,0 +1,30 @@
+"""A function run by several processes at once, as torchrun would run it, and what it returned in each."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.distributed import joined
+
+
+def in_processes(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for what they hand back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (size, port, function, str(folder), arguments), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _process(rank: int, size: int, port: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    with joined() as world:
+        torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")

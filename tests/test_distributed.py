@@ -1,0 +1,352 @@
+"""Several processes: the arithmetic of one, decisions that all share, and a run that ends whole when one of them does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from data import Augmentation, Batch, TrainLoader
+from sparse_core import Masking, MaskingConfig, mask_hash
+from tests import toy
+from tests.processes import in_processes
+from tests.test_resume import FBP, LONGER, assert_equal, only_run
+from utils.attacks import PGD
+from utils.checkpoint import load_checkpoint
+from utils.distributed import ALONE, World, joined, synchronize_batch_norm
+from utils.engine import Plan, train_epoch
+from utils.errors import InputError, RunError, Stopped
+from utils.evaluate import evaluate
+from utils.metrics import read_epochs
+from utils.slimming import PickingBatchNorm2d
+
+ATTACK = PGD(8 / 255, 2 / 255, 3)
+IMAGES = 29  # seven batches of four and one image, which joins the last: 5 on two processes is uneven
+
+# ---------------------------------------------------------------- how a batch is divided
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("least", [1, 2])
+def test_each_image_of_a_batch_counts_once(size, least):
+    whole = list(TrainLoader(toy.split(IMAGES), 8, Augmentation(1), seed=1).epoch(3))
+    parts = [
+        list(TrainLoader(toy.split(IMAGES), 8, Augmentation(1), seed=1, world=World(r, size), least=least).epoch(3)) for r in range(size)
+    ]
+    for step, batch in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert min(len(share.y) for share in shares) >= min(least, len(batch.y))
+        assert {share.total for share in shares} == {len(batch.y)}
+        assert sum(share.weight for share in shares) == pytest.approx(1)
+        counting = [share for share in shares if share.weight]
+        assert all(share.weight == len(share.y) / len(batch.y) for share in counting)
+        assert torch.equal(torch.cat([share.indices for share in counting]), batch.indices)
+        assert torch.equal(torch.cat([share.x for share in counting]), batch.x)
+        assert max(len(share.y) for share in counting) - min(len(share.y) for share in counting) <= 1
+
+
+def test_a_single_image_or_too_few_leave_processes_without():
+    loader = TrainLoader(toy.split(11), 8, Augmentation(), seed=1, world=World(2, 4))
+    assert [(len(b.y), b.weight) for b in loader.epoch(0)] == [(2, 0.25), (2, 0.0)]  # 8 and 3 images for four
+    assert loader.smallest == 3
+
+
+# ---------------------------------------------------------------- the arithmetic of one
+
+
+def plain_network(batch_norm):
+    torch.manual_seed(0)
+    norm = [nn.BatchNorm2d(4)] if batch_norm else []
+    layers = [nn.Conv2d(3, 4, 3, padding=1), *norm, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def trained(world, batch_norm=False, training=True, spoil=None):
+    """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient; everything that has come of it."""
+    model = plain_network(batch_norm)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    masking = Masking(model, optimizer, MaskingConfig(0.4, 14, growth="gradient", update_frequency=4))
+    loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
+    plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
+    replica = world.replica(model, torch.device("cpu"))
+    results = []
+    for epoch in range(2):
+        if spoil == world.rank and epoch == 1:  # what a defect would look like: one process grows by another gradient
+            masking.masks["0.weight"][:] = masking.masks["0.weight"].flip(0)
+        doubled = (Batch(b.x.double(), b.y, b.indices, b.weight, b.step_images) for b in loader.epoch(epoch))
+        options = {"plan": plan, "epoch": epoch, "steps": len(loader), "masking": masking, "world": world, "replica": replica}
+        result = train_epoch(model, optimizer, doubled, **options)
+        results.append([result.loss, result.accuracy, result.images])
+    moments = {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
+    state = {**model.state_dict(), **moments}
+    return {"state": state, "masks": masking.masks, "results": results, "updates": len(masking.events), "hash": mask_hash(masking.masks)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_without_batch_norm_several_processes_are_one(tmp_path, size):
+    one, several = trained(ALONE), in_processes(size, trained, tmp_path)
+    assert one["updates"] == 3
+    for other in several:
+        assert other["hash"] == one["hash"]
+        assert all(torch.equal(one["masks"][name], other["masks"][name]) for name in one["masks"])
+        assert max(float((one["state"][name] - other["state"][name]).abs().max()) for name in one["state"]) < 1e-6
+        for mine, theirs in zip(one["results"], other["results"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
+    assert several[0]["results"] == several[1]["results"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_with_batch_norm_all_hold_the_network_of_the_first(tmp_path, training):
+    """Statistics too, although each process has seen other images; and they are not those of one process."""
+    first, second = in_processes(2, trained, tmp_path, True, training)
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+    assert not torch.equal(first["state"]["1.running_mean"], trained(ALONE, True, training)["state"]["1.running_mean"])
+
+
+def failing(world):
+    try:
+        trained(world, spoil=1)
+    except (RunError, Stopped) as error:
+        return [type(error).__name__, str(error), getattr(error, "code", None)]
+    return ["nothing", "", None]
+
+
+def test_masks_that_differ_end_the_run(tmp_path):
+    first, second = in_processes(2, failing, tmp_path)
+    assert first == ["RunError", "after 8 steps the masks differ between the 2 processes", None]
+    assert second == ["Stopped", "", 3]
+
+
+def scores(world):
+    import utils.evaluate
+
+    utils.evaluate.EVAL_BATCH = 3
+    found = []
+    for images in (20, 2):  # seven batches, the last of two images; one batch
+        counts = []
+        for attack in (None, ATTACK):
+            score = evaluate(toy.network(), toy.split(images), attack, world=world, on_batch=counts.append)
+            found.append([score.accuracy, score.loss, score.images])
+        assert sum(counts) == 2 * images
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_evaluation_is_that_of_one_process_to_the_bit(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("utils.evaluate.EVAL_BATCH", 3)
+    assert in_processes(size, scores, tmp_path) == [scores(ALONE)] * size
+
+
+# ---------------------------------------------------------------- decisions
+
+
+def decided(world, folder):
+    def outcome(work, **options):
+        try:
+            return str(world.agree(work, **options))
+        except (InputError, RunError, Stopped) as error:
+            return f"{type(error).__name__}: {error} {getattr(error, 'code', '')}".strip()
+
+    def unless(ranks, error):
+        def work():
+            if world.rank in ranks:
+                raise error
+            return world.rank
+
+        return work
+
+    def after_the_first():
+        (folder / str(world.rank)).touch()
+        return sorted(path.name for path in folder.iterdir() if len(path.name) == 1)
+
+    return {
+        "fine": outcome(unless([], None)),
+        "all": outcome(unless([0, 1, 2], InputError("wrong flag"))),
+        "one": outcome(unless([1], RunError("broken"))),
+        "disk": outcome(unless([2], OSError(28, "No space left on device"))),
+        "in turn, first": outcome(unless([0], InputError("no such folder")), in_turn=True),
+        "in turn, later": outcome(unless([2], InputError("no such folder")), in_turn=True),
+        "turns": outcome(after_the_first, in_turn=True),
+        "from first": world.from_first(lambda: f"said by {world.rank}"),
+        "none from first": world.from_first(lambda: None),
+        "highest": world.highest(10 - world.rank),
+        "equal": world.require_equal(-5, "these"),
+    }
+
+
+def test_all_decide_alike(tmp_path):
+    first, second, third = in_processes(3, decided, tmp_path, tmp_path)
+    assert [rank["fine"] for rank in (first, second, third)] == ["0", "1", "2"]
+    assert first["all"] == "InputError: wrong flag"
+    assert first["one"] == "RunError: process 1 of 3: broken"
+    assert first["disk"] == "RunError: process 2 of 3: [Errno 28] No space left on device"
+    assert first["in turn, first"] == "InputError: no such folder"
+    assert first["in turn, later"] == "InputError: process 2 of 3: no such folder"
+    codes = {"all": 2, "one": 3, "disk": 3, "in turn, first": 2, "in turn, later": 2}
+    for other in (second, third):
+        assert {name: other[name] for name in codes} == {name: f"Stopped:  {code}" for name, code in codes.items()}
+    assert first["turns"] == "['0']"
+    assert all("'0'" in other["turns"] for other in (second, third))
+    for rank in (first, second, third):
+        assert (rank["from first"], rank["none from first"], rank["highest"], rank["equal"]) == ("said by 0", None, 10, None)
+
+
+def test_alone_nothing_is_asked_of_anyone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for themselves
+    with joined() as world:
+        assert world == ALONE
+    model = toy.network()
+    assert ALONE.replica(model, torch.device("cpu")) is model
+    assert (ALONE.highest(3), ALONE.name, ALONE.from_first(lambda: 4)) == (3, "", 4)
+    ALONE.require_equal(1, "these")
+    with pytest.raises(InputError, match="as it was"):
+        ALONE.agree(lambda: (_ for _ in ()).throw(InputError("as it was")))
+
+
+# ---------------------------------------------------------------- batch norm of all processes
+
+
+def test_a_synchronized_norm_is_torchs_and_stays_what_it_was():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(3)))
+    model[1][0].__class__ = PickingBatchNorm2d
+    model[1][0].register_buffer("picked", torch.tensor([0, 2, 3]), persistent=False)
+    model.double().train()
+    model(torch.rand(4, 4, 5, 5, dtype=torch.float64))
+    model.eval()
+    x = torch.rand(2, 4, 5, 5, dtype=torch.float64)
+    before, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    synchronize_batch_norm(model)
+    synchronize_batch_norm(model)
+    assert all(isinstance(norm, nn.SyncBatchNorm) and isinstance(norm, nn.BatchNorm2d) for norm in (model[0], model[1][0]))
+    assert isinstance(model[1][0], PickingBatchNorm2d)
+    assert type(model[0]).forward is nn.SyncBatchNorm.forward
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_it_is_refused_on_a_cpu(run_adv, tmp_path):
+    outcome = run_adv(*toy.TOY_RUN, "--sync_bn", "--device", "cpu", "--save_dir", tmp_path)
+    assert (outcome.code, outcome.err.strip()) == (2, "error: --sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- runs
+
+
+def torchrun(script, *flags, wait=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=180)
+    return toy.Outcome(process.returncode, out, err)
+
+
+def spoken(err):
+    """What the run itself said on stderr; torchrun adds a report of its own."""
+    return [line for line in err.splitlines() if line.startswith(("error:", "interrupted", "terminated", "stopped"))]
+
+
+def root_cause(err):
+    """The exit code of the process that ended first, which comes last in torchrun's report; its own is always 1."""
+    return int(re.findall(r"exitcode +: (-?\d+)", err)[-1])
+
+
+def test_cut_and_resumed_by_two_processes_and_by_one(run_adv, tmp_path):
+    flags = [*LONGER, *FBP, "--growth", "gradient"]
+    whole = torchrun("main_adv.py", *flags, "--save_dir", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    assert whole.out.count("in 2 processes") == whole.out.count("everything is in") == 1
+    assert len(read_epochs(only_run(tmp_path / "whole"))) == 5
+    cut = torchrun("main_adv.py", *flags, "--save_dir", tmp_path / "cut", "--time_limit", 0.3 / 60)
+    assert (cut.code, spoken(cut.err)) == (1, ["stopped by --time_limit 0.005"])
+    assert root_cause(cut.err) == 75
+    paths = only_run(tmp_path / "cut")
+    kept = paths.checkpoint.read_bytes()
+    assert load_checkpoint(paths.checkpoint)["epoch"] < 5
+    resumed = torchrun("main_adv.py", *flags, "--save_dir", tmp_path / "cut", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+    for path in (paths.checkpoint, paths.previous):
+        path.write_bytes(kept)
+    alone = run_adv("--resume_dir", paths.root)
+    assert alone.code == 0, alone.err
+    assert "note: the checkpoint was written by 2 process(es) and 1 go(es) on" in alone.out
+    assert len(read_epochs(paths)) == 5
+
+
+def test_robust_bird_in_two_processes(run_eb, tmp_path):
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5", "--save_dir", tmp_path]
+    outcome = torchrun("Robust-Bird/train_eb.py", *flags)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("the ticket emerged") == 1
+    assert [row["stage"] for row in read_epochs(only_run(tmp_path))] == [1, 1, 2, 2]
+    assert "is finished" in run_eb(*flags, "--resume").out
+
+
+def test_what_is_wrong_is_said_once(tmp_path):
+    outcome = torchrun("main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path, "--batch_size", "3")
+    assert spoken(outcome.err) == ["error: --batch_size 3 leaves 2 processes fewer than 2 image(s) each"]
+    assert (outcome.code, root_cause(outcome.err), list(tmp_path.iterdir())) == (1, 2, [])
+
+
+LONG = [*toy.TOY_RUN, "--epochs", "300", "--decreasing_lr", "100"]
+
+
+def children(process):
+    """Process numbers by rank."""
+    found = {}
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{number}/stat") as stat, open(f"/proc/{number}/environ", "rb") as environ:
+                if int(stat.read().rsplit(")", 1)[1].split()[1]) == process.pid:
+                    rank = re.search(rb"(?:^|\0)RANK=(\d+)", environ.read())
+                    if rank:
+                        found[int(rank[1])] = int(number)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def until(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_all_and_loses_nothing(run_adv, tmp_path, rank):
+    process = torchrun("main_adv.py", *LONG, "--save_dir", tmp_path, wait=False)
+    until(process, "epoch 2/")
+    numbers = children(process)
+    os.kill(numbers[rank], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (said,) = spoken(err)
+    assert said.startswith(f"error: process {1 - rank} of 2: another process of this run has ended; the last good checkpoint is ")
+    assert ("(epoch " in said) == (rank == 1)
+    assert not any(os.path.exists(f"/proc/{number}") for number in numbers.values())
+    root = only_run(tmp_path).root
+    assert run_adv("--resume_dir", root, "--time_limit", 0.3 / 60).code == 75
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(tmp_path):
+    process = torchrun("main_adv.py", *LONG, "--save_dir", tmp_path, wait=False)
+    until(process, "epoch 2/")
+    os.kill(children(process)[1], signal.SIGTERM)
+    time.sleep(0.05)
+    out, err = process.communicate(timeout=60)
+    assert spoken(err) == []
+    assert "another process was asked to stop" in err
+    assert root_cause(err) == 143
+    assert re.search(r"another process was asked to stop; the last good checkpoint is .* --resume goes on from there", out)
