@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ def test_a_folder_keeps_what_it_is_given(folder, capsys):
     folder.append_epoch({"epoch": 1})
     folder.append_epoch({"epoch": 2})
     folder.write_summary({"diff": 1.5})
+    folder.settle()
     paths = folder.paths
     assert json.loads(paths.config.read_text()) == {"a": 1}
     assert read_epochs(paths) == [{"epoch": 1}, {"epoch": 2}]
@@ -46,8 +49,46 @@ def test_a_failing_disk_ends_the_run_with_one_error(folder, write, monkeypatch):
     monkeypatch.setattr(metrics, "write_atomically", full)
     monkeypatch.setattr(metrics, "save_checkpoint", full)
     arguments = {"say": ["x"], "append_epoch": [{}], "write_summary": [{}], "save": [folder.paths.checkpoint, {}]}[write]
-    with pytest.raises(RunError, match=r"No space left on device.*intact"):
+    with pytest.raises(RunError, match=r"No space left on device.*intact"), folder.settled():
         getattr(folder, write)(*arguments)
+
+
+def test_writing_behind_keeps_the_order_and_the_moment(folder, monkeypatch):
+    """A slow disk: what is saved is the network as it was, nothing overtakes, and memory is bounded."""
+    written, waiting = [], []
+
+    def slow(path, content, keep):
+        time.sleep(0.02)
+        waiting.append(len(folder._behind))
+        written.append(content["weights"]["w"].item())
+
+    monkeypatch.setattr(metrics, "save_checkpoint", slow)
+    weight, done = torch.zeros(()), []
+    with folder.settled():
+        for _ in range(12):
+            folder.save(folder.paths.checkpoint, {"weights": {"w": weight}}, on_disk=lambda: done.append(len(written)))
+            weight += 1
+        assert len(written) < 12
+        folder.append_epoch({"epoch": 1})
+    assert written == list(range(12))
+    assert done == list(range(1, 13))
+    assert max(waiting) <= 4
+    assert read_epochs(folder.paths) == [{"epoch": 1}]
+
+
+def test_after_a_failure_nothing_more_is_written_behind(folder, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "save_checkpoint", full)
+    held = threading.Event()
+    folder._writer.submit(held.wait)  # so that both are in the queue before the first is tried
+    folder.save(folder.paths.checkpoint, {})
+    folder.append_epoch({"epoch": 1})
+    held.set()
+    with pytest.raises(RunError, match="No space left"), folder.settled():
+        pass
+    assert not folder.paths.metrics.exists()
 
 
 def test_folders_without_a_run_are_input_errors(tmp_path):

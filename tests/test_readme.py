@@ -173,6 +173,21 @@ def test_the_loop_for_schedulers_ends_with_a_finished_run(tmp_path):
     assert (run / "summary.json").exists()
 
 
+def test_the_commands_for_several_processes(tmp_path):
+    from utils.config import parse_settings
+    from utils.config_rb import EarlyBirdSettings
+
+    here, elsewhere = (shlex.split(command)[3:] for command in commands("torchrun"))
+    assert (here[0], elsewhere[0]) == ("main_adv.py", "Robust-Bird/train_eb.py")
+    assert parse_settings(EarlyBirdSettings, elsewhere[1:], "", lambda given: {}).sync_bn
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main_adv.py"]
+    small = [*smaller(here[1:]), "--train_subset", "60", "--test_subset", "20", "--save_dir", str(tmp_path)]
+    result = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.iterdir()
+    assert len(load_checkpoint(run / "checkpoint.pth.tar")["masking"]["events"]) >= 2
+
+
 def test_the_library_snippet_runs(capsys):
     (snippet,) = blocks("python")
     exec(compile(snippet, "README.md", "exec"), {})

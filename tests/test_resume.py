@@ -282,6 +282,27 @@ def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monk
     assert not rest.exists()
 
 
+def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypatch):
+    import utils.metrics
+
+    assert run("fbp", "--save_dir", tmp_path / "whole").code == 0
+    original = utils.metrics.save_checkpoint
+
+    def full(path, content, keep=None):
+        if content["epoch"] == 3:
+            raise OSError(28, "No space left on device")
+        original(path, content, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.metrics, "save_checkpoint", full)
+        outcome = run("fbp", "--save_dir", tmp_path / "cut")
+    assert outcome.code == 3
+    assert re.search(r"error: cannot write .*checkpoint.pth.tar \(No space left.*the last good checkpoint is .* \(epoch 2\)", outcome.err)
+    assert len(read_epochs(only_run(tmp_path / "cut"))) == 2
+    assert run("fbp", "--save_dir", tmp_path / "cut", "--resume").code == 0
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
 # ---------------------------------------------------------------- more epochs
 
 

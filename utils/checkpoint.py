@@ -71,6 +71,17 @@ def _keep(path: Path, keep: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def snapshot(content: Any) -> Any:
+    """The same with copies of its tensors on the CPU, which training does not change."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {name: snapshot(part) for name, part in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(snapshot(part) for part in content)
+    return content
+
+
 def checksum(content: Mapping[str, Any]) -> str:
     """A digest of tensors (type, shape, bits) and plain values, in their order and by name; ``format`` and itself apart."""
     digest = hashlib.blake2b(digest_size=16)

@@ -9,7 +9,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,29 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from utils.checkpoint import save_checkpoint, write_atomically
+from utils.checkpoint import save_checkpoint, snapshot, write_atomically
 from utils.engine import Progress
 from utils.errors import InputError, RunError
 from utils.paths import RunPaths
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack")
+_MOST_BEHIND = 4  # checkpoints that may wait in memory: an epoch has up to three and a line of metrics
 
 
 class RunFolder:
-    """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file whole."""
+    """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file whole.
+
+    Checkpoints and the lines of ``metrics.jsonl`` are written behind the training, one after the other in the order
+    in which they came; a failure shows at the next of them, or where ``settled`` is left.
+    """
 
     writes = True
 
     def __init__(self, paths: RunPaths) -> None:
         self.paths = paths
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._behind: deque[Future[None]] = deque()
+        self._broken = False  # after a failure nothing more is written behind
 
     @classmethod
     def create(cls, paths: RunPaths, config: Mapping[str, Any]) -> RunFolder:
@@ -58,22 +68,61 @@ class RunFolder:
             log.write(line + "\n")
 
     def append_epoch(self, row: Mapping[str, Any]) -> None:
-        with self._writing(self.paths.metrics), self.paths.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+
+        def write() -> None:
+            with self.paths.metrics.open("a") as file:
+                file.write(line)
+
+        self._write_behind(self.paths.metrics, write)
 
     def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make ``metrics.jsonl`` agree with a checkpoint: later lines are of epochs that will be run again."""
+        self.settle()
         with self._writing(self.paths.metrics):
             write_atomically(self.paths.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None) -> None:
-        """A checkpoint at ``path``; the one that was there stays at ``keep``."""
-        with self._writing(path):
+    def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None, on_disk: Callable[[], None] = lambda: None) -> None:
+        """A checkpoint at ``path`` as it is now; the one that was there stays at ``keep``. ``on_disk`` is called once it is written."""
+        content = snapshot(checkpoint)
+
+        def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            save_checkpoint(path, checkpoint, keep)
+            save_checkpoint(path, content, keep)
+            on_disk()
+
+        self._write_behind(path, write)
+
+    def _write_behind(self, path: Path, write: Callable[[], None]) -> None:
+        while self._behind and (len(self._behind) >= _MOST_BEHIND or self._behind[0].done()):
+            self._behind.popleft().result()
+
+        def work() -> None:
+            if self._broken:  # no line of metrics for a checkpoint that is not there
+                return
+            self._broken = True
+            with self._writing(path):
+                write()
+            self._broken = False
+
+        self._behind.append(self._writer.submit(work))
+
+    def settle(self) -> None:
+        """Wait until everything is written; raises what went wrong with it."""
+        while self._behind:
+            self._behind.popleft().result()
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Whatever happens within, it is left with everything written, or with the failure to do so."""
+        try:
+            yield
+        finally:
+            self.settle()
 
     def drop(self, path: Path) -> None:
         """Remove a file that is no longer true, or a folder that has served, with what lies in it."""
+        self.settle()
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -104,7 +153,9 @@ class ForeignRunFolder(RunFolder):
     def say(self, line: str) -> None: ...
     def append_epoch(self, row: Mapping[str, Any]) -> None: ...
     def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
-    def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None) -> None: ...
+    def save(
+        self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None, on_disk: Callable[[], None] = lambda: None
+    ) -> None: ...
     def drop(self, path: Path) -> None: ...
     def write_summary(self, summary: Mapping[str, Any]) -> None: ...
     def write_picture(self, path: Path, figure: Figure) -> None: ...

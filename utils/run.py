@@ -245,7 +245,7 @@ class Run(ABC):
             self._save_best()
         self._announce()
         try:
-            with self.interruption:
+            with self.interruption, self.folder.settled():
                 self.train_stages()
                 self._finish()
         except Stopped as stopped:
@@ -390,15 +390,20 @@ class Run(ABC):
         where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
         content = {**self.network_content(), **self.stage.state_dict(), **where}
         parameters = [name for name, _ in self.stage.model.named_parameters()]
-        self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous)
-        self.saved_at = time.monotonic()
-        self._saved_where(partial)
+        saved = self._saved_where(partial)
 
-    def _saved_where(self, partial: Mapping[str, Any] | None) -> None:
+        def on_disk() -> None:
+            self.saved = saved
+
+        self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous, on_disk=on_disk)
+        self.saved_at = time.monotonic()
+
+    def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
+        """How far a checkpoint written now has come."""
         step = "" if partial is None else f", and step {len(partial['weights'])} of {self.stage.steps} of the next"
         last = self.history[-1] if self.history else {"epoch": 0}
         stage = f"stage {last['stage']}, " if "stage" in last else ""
-        self.saved = f"{stage}epoch {last['epoch']}{step}"
+        return f"{stage}epoch {last['epoch']}{step}"
 
     def _save_best(self) -> None:
         """Keep the network if the last epoch is the best so far, by validation alone."""
@@ -440,7 +445,7 @@ class Run(ABC):
             self.stage.load_state_dict(content)
             self.partial = content.get("partial")
             self.processes = int(content.get("processes", 1))
-            self._saved_where(self.partial)
+            self.saved = self._saved_where(self.partial)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
@@ -501,6 +506,7 @@ class Run(ABC):
 
     def summary(self) -> Row:
         settings, last = self.settings, self.rows[-1]
+        self.folder.settle()
         stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
         best = network_of(stored, self.paths.best_ra, self.spec, self.device)
         scores = {}
