@@ -15,11 +15,14 @@ from utils.distributed import joined
 
 def in_processes(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for what they hand back."""
+    torch.multiprocessing.spawn(_process, (size, free_port(), function, str(folder), arguments), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (size, port, function, str(folder), arguments), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+        return free.getsockname()[1]
 
 
 def _process(rank: int, size: int, port: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import nn
 
+import sparse_core
 from data import Augmentation, Batch, TrainLoader
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
-from tests.processes import in_processes
+from tests.processes import free_port, in_processes
 from tests.test_resume import FBP, LONGER, assert_equal, only_run
 from utils.attacks import PGD
 from utils.checkpoint import load_checkpoint
+from utils.config import parse_settings
+from utils.config_adv import AdversarialSettings
 from utils.distributed import ALONE, World, joined, synchronize_batch_norm
 from utils.engine import Plan, train_epoch
 from utils.errors import InputError, RunError, Stopped
 from utils.evaluate import evaluate
+from utils.forward import Execution, Forward
 from utils.metrics import read_epochs
 from utils.slimming import PickingBatchNorm2d
 
@@ -73,13 +77,13 @@ def trained(world, batch_norm=False, training=True, spoil=None):
     masking = Masking(model, optimizer, MaskingConfig(0.4, 14, growth="gradient", update_frequency=4))
     loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
     plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
-    replica = world.replica(model, torch.device("cpu"))
+    forward = Forward(model, Execution(world=world))
     results = []
     for epoch in range(2):
         if spoil == world.rank and epoch == 1:  # what a defect would look like: one process grows by another gradient
             masking.masks["0.weight"][:] = masking.masks["0.weight"].flip(0)
         doubled = (Batch(b.x.double(), b.y, b.indices, b.weight, b.step_images) for b in loader.epoch(epoch))
-        options = {"plan": plan, "epoch": epoch, "steps": len(loader), "masking": masking, "world": world, "replica": replica}
+        options = {"plan": plan, "epoch": epoch, "steps": len(loader), "masking": masking, "forward": forward}
         result = train_epoch(model, optimizer, doubled, **options)
         results.append([result.loss, result.accuracy, result.images])
     moments = {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
@@ -130,7 +134,8 @@ def scores(world):
     for images in (20, 2):  # seven batches, the last of two images; one batch
         counts = []
         for attack in (None, ATTACK):
-            score = evaluate(toy.network(), toy.split(images), attack, world=world, on_batch=counts.append)
+            model = toy.network()
+            score = evaluate(model, toy.split(images), attack, forward=Forward(model, Execution(world=world)), on_batch=counts.append)
             found.append([score.accuracy, score.loss, score.images])
         assert sum(counts) == 2 * images
     return found
@@ -209,6 +214,48 @@ def test_alone_nothing_is_asked_of_anyone(monkeypatch):
         ALONE.agree(lambda: (_ for _ in ()).throw(InputError("as it was")))
 
 
+def trained_static(world, save_dir):
+    """A run whose processes draw different masks, as scores by gradients may do on GPUs; the masks they end with."""
+    import main_adv
+
+    original = sparse_core.initial_masks
+    sparse_core.initial_masks = lambda *a, seed, **given: original(*a, seed=seed + world.rank, **given)
+    flags = [*toy.TOY_RUN, "--fix", "--density", "0.3", "--save_dir", save_dir]
+    settings = parse_settings(AdversarialSettings, flags, "", lambda given: {})
+    run = main_adv.AdversarialRun(settings, torch.device("cpu"), world)
+    before = mask_hash(run.stage.masking.masks)
+    run.train()
+    return {"before": before, "masks": mask_hash(run.stage.masking.masks), "state": run.stage.model.state_dict()}
+
+
+def test_all_begin_where_the_first_does(tmp_path):
+    first, second = in_processes(2, trained_static, tmp_path, str(tmp_path / "runs"))
+    assert first["before"] != second["before"]
+    assert first["masks"] == second["masks"] == first["before"]
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+    stored = load_checkpoint(only_run(tmp_path / "runs").checkpoint)
+    assert all(torch.equal(value, stored["state_dict"][name]) for name, value in second["state"].items())
+
+
+def leaving(rank, port, folder):
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    try:
+        with joined() as world:
+            world.agree(lambda: None)
+            time.sleep(0 if rank else 1.5)
+            raise Stopped("", 75)
+    except Stopped:
+        (folder / str(rank)).write_text(str(time.time()))
+
+
+def test_the_first_leaves_first(tmp_path):
+    """torchrun kills the others as soon as one has failed, and the first has files to write."""
+    torch.multiprocessing.spawn(leaving, (free_port(), tmp_path), nprocs=2)
+    first, second = (float((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    assert second > first
+
+
 # ---------------------------------------------------------------- batch norm of all processes
 
 
@@ -234,6 +281,16 @@ def test_it_is_refused_on_a_cpu(run_adv, tmp_path):
     outcome = run_adv(*toy.TOY_RUN, "--sync_bn", "--device", "cpu", "--save_dir", tmp_path)
     assert (outcome.code, outcome.err.strip()) == (2, "error: --sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_gpus_have_synchronized_goes_on_and_is_evaluated_on_a_cpu(run_adv, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("main_adv.pick_device", lambda settings, world: torch.device("cpu"))
+        assert run_adv(*toy.TOY_RUN, "--sync_bn", "--save_dir", tmp_path).code == 0
+    root = only_run(tmp_path).root
+    resumed = run_adv("--resume_dir", root, "--epochs", "3")
+    assert resumed.code == 0, resumed.err
+    assert run_adv("--eval", "--pretrained", root / "model_RA_best.pth.tar").code == 0
 
 
 # ---------------------------------------------------------------- runs
@@ -291,6 +348,13 @@ def test_robust_bird_in_two_processes(run_eb, tmp_path):
     assert "is finished" in run_eb(*flags, "--resume").out
 
 
+def test_a_broken_loss_is_said_once(tmp_path):
+    outcome = torchrun("main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path, "--lr", "1e30")
+    assert len(spoken(outcome.err)) == 1
+    assert "in epoch 1, step" in spoken(outcome.err)[0]
+    assert (outcome.code, root_cause(outcome.err)) == (1, 3)
+
+
 def test_what_is_wrong_is_said_once(tmp_path):
     outcome = torchrun("main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path, "--batch_size", "3")
     assert spoken(outcome.err) == ["error: --batch_size 3 leaves 2 processes fewer than 2 image(s) each"]
@@ -315,6 +379,14 @@ def children(process):
     return found
 
 
+def is_at_work(number):
+    try:
+        with open(f"/proc/{number}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"  # ended, and nobody has asked how
+    except OSError:
+        return False
+
+
 def until(process, beginning):
     for line in process.stdout:
         if line.startswith(beginning):
@@ -334,9 +406,24 @@ def test_a_process_that_dies_ends_all_and_loses_nothing(run_adv, tmp_path, rank)
     (said,) = spoken(err)
     assert said.startswith(f"error: process {1 - rank} of 2: another process of this run has ended; the last good checkpoint is ")
     assert ("(epoch " in said) == (rank == 1)
-    assert not any(os.path.exists(f"/proc/{number}") for number in numbers.values())
+    assert not any(is_at_work(number) for number in numbers.values())
     root = only_run(tmp_path).root
     assert run_adv("--resume_dir", root, "--time_limit", 0.3 / 60).code == 75
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_without_torchrun_they_stop(run_adv, tmp_path):
+    process = torchrun("main_adv.py", *LONG, "--save_dir", tmp_path, wait=False)
+    until(process, "epoch 2/")
+    numbers = children(process)
+    process.kill()
+    process.communicate(timeout=60)  # until the last of them has closed its output
+    time.sleep(0.5)
+    assert not any(is_at_work(number) for number in numbers.values())
+    paths = only_run(tmp_path)
+    assert "terminated, since torchrun has ended" in paths.log.read_text()
+    assert load_checkpoint(paths.checkpoint)["epoch"] < 300
+    assert run_adv("--resume_dir", paths.root, "--time_limit", 0.3 / 60).code == 75
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")

@@ -63,7 +63,16 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
 
-def pgd_attack(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training: bool = False, draws: Tensor | None = None) -> Tensor:
+def pgd_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    *,
+    training: bool = False,
+    draws: Tensor | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Adversarial images for ``x``.
 
     Args:
@@ -74,6 +83,7 @@ def pgd_attack(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training:
         attack: the settings.
         training: craft in train mode (as the paper's training does) instead of eval mode.
         draws: what ``attack_draws`` gave; needed if and only if ``attack.random_start``.
+        forward: how the model's logits are computed (``utils.forward.Forward``), if not by calling it.
 
     Returns:
         Detached images like ``x``, within ``eps`` of it and in [0, 1].
@@ -83,11 +93,11 @@ def pgd_attack(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, *, training:
     x = x.detach()
     adversarial = x if draws is None else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
     loss_function = LOSSES[attack.loss]
-    with in_mode(model, training), torch.enable_grad():
+    forward = model if forward is None else forward
+    with in_mode(model, training), without_parameter_gradients(model), torch.enable_grad():
         for _ in range(attack.steps):
             adversarial = adversarial.detach().requires_grad_()
-            # Only the images' gradient is asked for, so autograd computes none for the parameters.
-            (gradient,) = torch.autograd.grad(loss_function(model(adversarial), y), adversarial)
+            (gradient,) = torch.autograd.grad(loss_function(forward(adversarial), y), adversarial)
             adversarial = _project(adversarial.detach() + _step(gradient, attack), x, attack)
     return adversarial.detach()
 
@@ -116,6 +126,19 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient for a while: a compiled network would compute them all, asked for or not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def _start_offset(draws: Tensor, attack: PGD) -> Tensor:

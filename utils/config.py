@@ -207,7 +207,10 @@ def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
     Of several processes on a machine each gets a GPU of its own.
     """
     device = _device(settings, world)
-    require(not (settings.sync_bn and device.type == "cpu"), "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
+    # One process needs nothing synchronized, so what several GPUs have trained may go on and be evaluated on a CPU.
+    stored = settings.resume or settings.resume_dir is not None or getattr(settings, "eval", False)
+    unable = settings.sync_bn and device.type == "cpu" and not (stored and world.size == 1)
+    require(not unable, "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
     if device.type == "cuda" and world.size > 1:
         torch.cuda.set_device(device)
     if settings.deterministic:

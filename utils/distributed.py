@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ class World:
             if first == (self.local_rank == 0):
                 try:
                     done.append(work())
-                except (InputError, RunError, OSError) as error:
+                except (InputError, RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                     failure = (isinstance(error, InputError), one_line(error))
             self._fail_together(failure)
         return done[0]
@@ -83,7 +84,7 @@ class World:
             self.fail(InputError(text) if is_input else RunError(text))
 
     def fail(self, error: InputError | RunError) -> None:
-        """End every process by an error that all of them have met; the first says it."""
+        """End every process by an error that all of them have met at the same point; the first says it."""
         raise error if self.is_first else Stopped("", 2 if isinstance(error, InputError) else 3)
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -162,10 +163,25 @@ def joined() -> Iterator[World]:
     world = World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
     try:
         yield world
-    except (InputError, Stopped):  # met by all of them: nobody is waiting
-        dist.destroy_process_group()
+    except (Stopped, InputError, RunError) as ending:
+        _leave(world, together=isinstance(ending, Stopped))
+        raise
+    except RuntimeError as error:
+        if lost_another(error):
+            raise RunError(f"{world.name}another process of this run has ended") from error
         raise
     dist.destroy_process_group()
+
+
+def _leave(world: World, together: bool) -> None:
+    """torchrun kills what is left once a process has failed, and the first may still be writing: it leaves first."""
+    store = dist.distributed_c10d._get_default_store()
+    with contextlib.suppress(RuntimeError):  # the store may be gone with its process
+        if world.is_first:
+            store.set("the first leaves", "1")
+        elif together:
+            store.wait(["the first leaves"], _PATIENCE)
+            time.sleep(1.0)  # it still has its last line to say
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from data import Batch
 from sparse_core import Masking, mask_hash
 from utils.attacks import PGD, attack_draws, pgd_attack
-from utils.distributed import ALONE, World
+from utils.distributed import World
 from utils.errors import RunError
+from utils.forward import Forward
 
 _SECONDS_BETWEEN_LOOKS = 1.0  # looking waits for the device, so fast steps are not looked at one by one
 
@@ -87,6 +88,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD in one pass over the weights."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -95,28 +101,29 @@ def train_step(
     attack: PGD | None,
     attack_training: bool,
     key: tuple[int | str, ...],
-    world: World = ALONE,
-    replica: nn.Module | None = None,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update on one batch, masks apart.
 
     Args:
-        model: attacked and updated; the attack never waits for other processes.
+        model: attacked and updated; the attack does not wait for other processes, unless its batch norm is synchronized.
         attack: None trains on the images as they are.
         attack_training: craft in train mode (the paper's way) or eval mode.
         key: of the random start; the images' indices come on top.
-        world: the processes that hold the other parts of this batch.
-        replica: the network with averaged gradients (``World.replica``), where there are several.
+        forward: how the network is computed, and by which processes, each of which has its part of the batch; plainly in
+            float32 and alone by default.
 
     Returns:
         The mean loss and the number of right answers on the images trained on (by all processes), detached and on the device.
     """
     x = batch.x
+    forward = Forward(model) if forward is None else forward
+    world = forward.world
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
-        x = pgd_attack(model, x, batch.y, attack, training=attack_training, draws=draws)
+        x = pgd_attack(model, x, batch.y, attack, training=attack_training, draws=draws, forward=forward)
     optimizer.zero_grad(set_to_none=True)
-    logits = (replica or model)(x)
+    logits = forward.averaged(x)
     loss = F.cross_entropy(logits, batch.y)
     if world.size > 1:
         # The average over processes of these is the mean over the whole batch, however it was divided.
@@ -142,8 +149,7 @@ def train_epoch(
     masking: Masking | None = None,
     tally: Tally | None = None,
     print_freq: int = 50,
-    world: World = ALONE,
-    replica: nn.Module | None = None,
+    forward: Forward | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     after_step: Callable[[Tally], None] = lambda tally: None,
 ) -> EpochResult:
@@ -158,7 +164,7 @@ def train_epoch(
         tally: of the steps that were done before, for an epoch that goes on in its middle.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
             once a second too, so that slow steps show.
-        world, replica: as in ``train_step``.
+        forward: as in ``train_step``.
         after_step: called after each step, masks and all; may save the tally, and may raise to leave.
 
     Raises:
@@ -167,27 +173,37 @@ def train_epoch(
     """
     model.train()
     tally = Tally(steps) if tally is None else tally
+    forward = Forward(model) if forward is None else forward
     key = (plan.seed, "attack", epoch)
     looked_at = time.perf_counter()
     start = looked_at - tally.seconds
     for step, batch in enumerate(batches, tally.step):
         set_learning_rate(optimizer, plan.rate(epoch, step, steps))
         loss, right = train_step(
-            model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key, world=world, replica=replica
+            model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key, forward=forward
         )
         if masking is not None:
             masking.step()
-            if world.size > 1 and masking.update_due():
-                world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
+            if forward.world.size > 1 and masking.update_due():
+                forward.world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
         now = time.perf_counter()
         tally.add(loss, right, batch.total)
         tally.seconds = now - start
-        if (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS:
-            on_progress(tally.progress(epoch))
+        looks = (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS
+        if forward.world.highest(looks):  # all of them at the same step
+            on_progress(_progress(tally, epoch, forward.world))
             looked_at = now
         after_step(tally)
     done = tally.progress(epoch)
     return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
+
+
+def _progress(tally: Tally, epoch: int, world: World) -> Progress:
+    try:
+        return tally.progress(epoch)
+    except RunError as error:
+        world.fail(error)
+        raise
 
 
 class Tally:

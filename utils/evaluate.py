@@ -16,6 +16,7 @@ from data import Batch, Data, Split, plain_batches
 from utils.attacks import PGD, attack_draws, in_mode, pgd_attack
 from utils.distributed import ALONE, World
 from utils.errors import InputError
+from utils.forward import Execution, Forward
 
 _AUTOATTACK_CLASSES = 4
 EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
@@ -60,7 +61,7 @@ def evaluate(
     attack: PGD | None = None,
     *,
     seed: int = 1,
-    world: World = ALONE,
+    forward: Forward | None = None,
     on_batch: OnBatch = lambda images: None,
 ) -> Score:
     """Accuracy in eval mode on a split, clean or attacked; the network's modes are left as found.
@@ -69,8 +70,11 @@ def evaluate(
     in every epoch and at the end. Several processes share the batches, and have the score of one process to the bit.
 
     Args:
+        forward: how the network is computed, and by which processes; plainly in float32 and alone by default.
         on_batch: called after each batch, of several processes after each round of batches, with the images in it.
     """
+    forward = Forward(model) if forward is None else forward
+    world = forward.world
     batches = math.ceil(len(split) / EVAL_BATCH)
     right_and_loss = torch.zeros(2, batches, dtype=torch.float64, device=split.device)
     mine = plain_batches(split, EVAL_BATCH, world)
@@ -78,32 +82,32 @@ def evaluate(
         for first in range(0, batches, world.size):
             batch = next(mine, None)
             if batch is not None:
-                right_and_loss[:, first + world.rank] = _right_and_loss(model, batch, attack, seed)
+                right_and_loss[:, first + world.rank] = _right_and_loss(forward, batch, attack, seed)
             on_batch(min(len(split), (first + world.size) * EVAL_BATCH) - first * EVAL_BATCH)
     # A column is of one process, so the sum over processes adds zeros: it is exact, and then in the order of one process.
     right, loss = world.total(right_and_loss).sum(dim=1).tolist()
     return Score(100.0 * right / len(split), loss / len(split), len(split))
 
 
-def _right_and_loss(model: nn.Module, batch: Batch, attack: PGD | None, seed: int) -> Tensor:
+def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: int) -> Tensor:
     """Right answers and summed cross-entropy on one batch, float64 ``[2]``."""
     x = batch.x
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
-        x = pgd_attack(model, x, batch.y, attack, draws=draws)
-    logits = model(x)
+        x = pgd_attack(forward.model, x, batch.y, attack, draws=draws, forward=forward)
+    logits = forward(x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
     return torch.stack([(logits.argmax(dim=1) == batch.y).sum().double(), loss.double()])
 
 
 def epoch_scores(
-    model: nn.Module, data: Data, attack: PGD, *, seed: int, world: World = ALONE, on_batch: OnBatch = lambda images: None
+    model: nn.Module, data: Data, attack: PGD, *, seed: int, forward: Forward | None = None, on_batch: OnBatch = lambda images: None
 ) -> EpochScores:
     """Validation and test, clean and attacked."""
     start = time.perf_counter()
-    val, test = evaluate(model, data.val, world=world), evaluate(model, data.test, world=world)
-    robust_val = evaluate(model, data.val, attack, seed=seed, world=world, on_batch=on_batch)
-    robust_test = evaluate(model, data.test, attack, seed=seed, world=world, on_batch=on_batch)
+    val, test = evaluate(model, data.val, forward=forward), evaluate(model, data.test, forward=forward)
+    robust_val = evaluate(model, data.val, attack, seed=seed, forward=forward, on_batch=on_batch)
+    robust_test = evaluate(model, data.test, attack, seed=seed, forward=forward, on_batch=on_batch)
     return EpochScores(
         val_sa=val.accuracy,
         val_ra=robust_val.accuracy,
@@ -117,11 +121,12 @@ def epoch_scores(
 def final_scores(
     model: nn.Module, data: Data, attack: PGD, *, seed: int, world: World = ALONE, on_batch: OnBatch = lambda images: None
 ) -> FinalScores:
-    """The reported figures, in full float32."""
+    """The reported figures, in full float32; several processes share the work."""
+    forward = Forward(model, Execution(world=world))
     with full_precision():
-        test_sa = evaluate(model, data.test, world=world).accuracy
-        test_ra = evaluate(model, data.test, attack, seed=seed, world=world, on_batch=on_batch).accuracy
-        train_ra = evaluate(model, data.train, attack, seed=seed, world=world, on_batch=on_batch).accuracy
+        test_sa = evaluate(model, data.test, forward=forward).accuracy
+        test_ra = evaluate(model, data.test, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
+        train_ra = evaluate(model, data.train, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)
 
 

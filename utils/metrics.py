@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +27,6 @@ from utils.errors import InputError, RunError
 from utils.paths import RunPaths
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack")
-_MOST_BEHIND = 4  # checkpoints that may wait in memory: an epoch has up to three and a line of metrics
 
 
 class RunFolder:
@@ -38,23 +38,25 @@ class RunFolder:
 
     writes = True
 
-    def __init__(self, paths: RunPaths) -> None:
+    def __init__(self, paths: RunPaths, lock: IO[str] | None = None) -> None:
         self.paths = paths
+        self._lock = lock
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._behind: deque[Future[None]] = deque()
+        self._behind: deque[tuple[Path, Future[None]]] = deque()
         self._broken = False  # after a failure nothing more is written behind
 
     @classmethod
     def create(cls, paths: RunPaths, config: Mapping[str, Any]) -> RunFolder:
-        """Make the folder and write ``config.json``; ``InputError`` where that cannot be."""
+        """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be."""
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
+            lock = _locked(paths)
             for cut_off in paths.root.glob(".*-*"):  # half-written files of a process that was killed
                 cut_off.unlink()
             write_atomically(paths.config, _json(config))
         except OSError as error:
             raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
-        return cls(paths)
+        return cls(paths, lock)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         with self._writing(self.paths.config):
@@ -84,6 +86,8 @@ class RunFolder:
 
     def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None, on_disk: Callable[[], None] = lambda: None) -> None:
         """A checkpoint at ``path`` as it is now; the one that was there stays at ``keep``. ``on_disk`` is called once it is written."""
+        if any(path == pending for pending, _ in self._behind):  # never further behind than by one
+            self.settle()
         content = snapshot(checkpoint)
 
         def write() -> None:
@@ -94,8 +98,8 @@ class RunFolder:
         self._write_behind(path, write)
 
     def _write_behind(self, path: Path, write: Callable[[], None]) -> None:
-        while self._behind and (len(self._behind) >= _MOST_BEHIND or self._behind[0].done()):
-            self._behind.popleft().result()
+        while self._behind and self._behind[0][1].done():
+            self._behind.popleft()[1].result()
 
         def work() -> None:
             if self._broken:  # no line of metrics for a checkpoint that is not there
@@ -105,20 +109,28 @@ class RunFolder:
                 write()
             self._broken = False
 
-        self._behind.append(self._writer.submit(work))
+        self._behind.append((path, self._writer.submit(work)))
+
+    def has_failed(self) -> bool:
+        """Whether something that was written behind has failed; ``settle`` raises it."""
+        return any(future.done() and future.exception() is not None for _, future in self._behind)
 
     def settle(self) -> None:
         """Wait until everything is written; raises what went wrong with it."""
         while self._behind:
-            self._behind.popleft().result()
+            self._behind.popleft()[1].result()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """Whatever happens within, it is left with everything written, or with the failure to do so."""
+        """Whatever happens within, it is left with everything written, or with the failure to do so; and unlocked."""
         try:
             yield
         finally:
-            self.settle()
+            try:
+                self.settle()
+            finally:
+                if self._lock is not None:
+                    self._lock.close()
 
     def drop(self, path: Path) -> None:
         """Remove a file that is no longer true, or a folder that has served, with what lies in it."""
@@ -142,6 +154,19 @@ class RunFolder:
             yield
         except OSError as error:
             raise RunError(f"cannot write {path} ({error.strerror or error}); what was saved before is intact") from error
+
+
+def _locked(paths: RunPaths) -> IO[str]:
+    """The open log, locked as long as this process has it open; ``InputError`` if another process trains here."""
+    lock = paths.log.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(f"another process is training in {paths.root}") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 class ForeignRunFolder(RunFolder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -15,13 +16,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """Whether somebody asked this process to stop: SIGTERM, Ctrl-C, or ``minutes`` since it was made.
+    """Whether somebody asked this process to stop: SIGTERM, Ctrl-C, ``minutes`` since it was made, or the end of the
+    process that started it and its like (``parent``), which could start them once more.
 
     While entered, the first signal is remembered instead of ending the process. A second Ctrl-C is a
     ``KeyboardInterrupt`` again, for those who do not want to wait for the step to end.
     """
 
-    def __init__(self, minutes: float | None = None) -> None:
+    def __init__(self, minutes: float | None = None, parent: int | None = None) -> None:
+        self._parent = parent
         self._ends_at = None if minutes is None else time.monotonic() + 60 * minutes
         self._limit = minutes
         self._signal: int | None = None
@@ -45,6 +48,8 @@ class Interruption:
         """What to leave with, if somebody asked."""
         if self._signal is not None:
             return Stopped("interrupted" if self._signal == signal.SIGINT else "terminated", 128 + self._signal)
+        if self._parent is not None and os.getppid() != self._parent:
+            return Stopped("terminated, since torchrun has ended", 128 + signal.SIGTERM)
         if self._ends_at is not None and time.monotonic() >= self._ends_at:
             return Stopped(f"stopped by --time_limit {self._limit:g}", TIME_LIMIT_CODE)
         return None

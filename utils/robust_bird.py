@@ -172,7 +172,7 @@ class RobustBirdRun(Run):
             measured = {"val_sa": scores.val_sa, "val_ra": scores.val_ra, "val_loss": scores.val_loss}
             measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
         else:
-            clean = evaluate(self.stage.model, self.data.val, world=self.world, on_batch=lambda images: self.leave_if_asked())
+            clean = evaluate(self.stage.model, self.data.val, forward=self.stage.forward, on_batch=lambda images: self.leave_if_asked())
             measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
         self.refuse_broken_network(epoch, self.stage.steps, measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"])
         measured["eval_seconds"] = time.perf_counter() - start
@@ -200,6 +200,7 @@ class RobustBirdRun(Run):
         masks = initial_masks(model, settings.density, "magnitude") if settings.pruning == "unstructured" and settings.density < 1 else None
         self.stage = self._second_stage(model, masks)
         self.folder.write_config(self.config())
+        self.require_same_state()
         if settings.density < 1:
             self._say_pruned()
 

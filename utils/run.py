@@ -6,11 +6,13 @@ checkpoint and a line of metrics, so that a cut run goes on where its last epoch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 from data import Data, TrainLoader, load_data
 from sparse_core import Masking
 from utils import flops
-from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights
+from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, snapshot
 from utils.compact import compact
 from utils.config import CommonSettings, require
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
-from utils.engine import EpochResult, Plan, Tally, train_epoch
+from utils.engine import EpochResult, Plan, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluate import EpochScores, epoch_scores, final_scores
+from utils.forward import Execution, Forward
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
@@ -91,9 +94,7 @@ class Stage:
         self.model = model
         self.plan = plan
         self.world = world
-        together = settings.sync_bn and world.size > 1
-        if together:
-            synchronize_batch_norm(model)
+        together = self._synchronized = settings.sync_bn and world.size > 1
         least = 1 if together else 2
         too_small = f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least} image(s) each"
         require(world.size == 1 or settings.batch_size >= least * world.size, too_small)
@@ -103,10 +104,9 @@ class Stage:
             f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for {world.size} processes; another --batch_size"
         )
         require(not together or self.loader.smallest >= world.size, smallest)
-        self._device = data.train.device
-        self._replica: nn.Module | None = None
+        self.forward = Forward(model, Execution(world=world))
         rate = plan.rate(0, 0, len(self.loader))
-        self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        self.optimizer = sgd(model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
         self.costs = flops.layer_costs(model, data.image_shape)
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
@@ -118,11 +118,11 @@ class Stage:
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
         """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to ``engine.train_epoch``."""
-        if self._replica is None:  # not before: the processes build their stages each for itself
-            self._replica = self.world.replica(self.model, self._device)
+        if self._synchronized:  # not before: the processes build their stages each for itself
+            synchronize_batch_norm(self.model)
         batches = self.loader.epoch(epoch, first_step=tally.step)
         given: dict[str, Any] = {"plan": self.plan, "epoch": epoch, "steps": self.steps, "masking": self.masking, "tally": tally}
-        return train_epoch(self.model, self.optimizer, batches, world=self.world, replica=self._replica, **given, **options)
+        return train_epoch(self.model, self.optimizer, batches, forward=self.forward, **given, **options)
 
     def live_counts(self) -> dict[str, int]:
         """Live weights of each prunable layer."""
@@ -172,7 +172,7 @@ class Run(ABC):
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
         self.drawn_at = float("-inf")
-        self.interruption = Interruption(settings.time_limit)
+        self.interruption = Interruption(settings.time_limit, os.getppid() if world.size > 1 else None)
         self.partial: Mapping[str, Any] | None = None  # of the checkpoint: the epoch that it was left in
         self.epoch = 0  # that is trained or tested now, and what it has done so far
         self.tally: Tally | None = None
@@ -237,17 +237,25 @@ class Run(ABC):
             if world.is_first:
                 print(f"{self.paths.root} is finished:\n{summary_text(read_summary(self.paths))}")
             return
+        if world.size > 1:
+            self._take_over()
         create = RunFolder.create if world.is_first else lambda paths, config: ForeignRunFolder(paths)
         self.folder = world.agree(lambda: create(self.paths, self.config()))
-        self.folder.drop(self.paths.summary)  # of a run that has grown
-        self.folder.rewrite_epochs(self.history)
-        if self.rows and self.partial is None:  # in the middle of an epoch the network is no longer that of the last row
-            self._save_best()
-        self._announce()
+        with self._saying_how_it_ends(), self.interruption, self.folder.settled():
+            self.folder.drop(self.paths.summary)  # of a run that has grown
+            self.folder.rewrite_epochs(self.history)
+            if self.rows and self.partial is None:  # in the middle of an epoch the network is no longer that of the last row
+                self._save_best()
+            self._announce()
+            self.train_stages()
+            self._finish()
+
+    @contextlib.contextmanager
+    def _saying_how_it_ends(self) -> Iterator[None]:
+        """Add to what ends a run early where it can go on from."""
+        world = self.world
         try:
-            with self.interruption, self.folder.settled():
-                self.train_stages()
-                self._finish()
+            yield
         except Stopped as stopped:
             self.folder.say(f"{stopped}; {self._last_good()}; --resume goes on from there")
             raise
@@ -263,6 +271,18 @@ class Run(ABC):
         except KeyboardInterrupt:
             self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
             raise
+
+    def _take_over(self) -> None:
+        """Begin where the first process does: the others may have scored, or found on disk, something else."""
+        content = self.world.from_first(lambda: snapshot(self._content(self.partial)))
+        self.world.agree(lambda: None if self.world.is_first else self._restore(content))
+        self.require_same_state()
+
+    def require_same_state(self) -> None:
+        """``RunError`` unless all processes hold the same network, optimizer and masks."""
+        if self.world.size > 1:
+            state = checksum({"epochs": len(self.history), **self.network_content(), **self.stage.state_dict(), **self.further_state()})
+            self.world.require_equal(int(state[:15], 16), "weights or masks")
 
     def adversarial_epoch(self, epoch: int, title: str) -> None:
         """Train, test and record one epoch (from 0) of the last stage."""
@@ -312,9 +332,13 @@ class Run(ABC):
         # A test begins anew after a cut, so a limit shorter than a test would be met in it for ever.
         if stopped is not None and stopped.code == TIME_LIMIT_CODE and not self.has_advanced:
             stopped = None
-        code = self.world.highest(stopped.code if stopped else 0)  # one process that is asked stops all
+        mine = stopped.code if stopped else int(self.folder.has_failed())
+        code = self.world.highest(mine)  # one process that is asked, or cannot write, stops all
         if code == 0:
             return
+        if code == 1:
+            self.folder.settle()  # raises what went wrong
+            raise Stopped("", 3)
         if self.tally is not None:
             self._save_partial(self.tally)
         why = str(stopped) if stopped else "another process was asked to stop"
@@ -334,13 +358,14 @@ class Run(ABC):
         with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
             on_batch = self._counted(display)
             attack, seed = self.settings.test_attack, self.settings.seed
-            return epoch_scores(self.stage.model, self.data, attack, seed=seed, world=self.world, on_batch=on_batch)
+            return epoch_scores(self.stage.model, self.data, attack, seed=seed, forward=self.stage.forward, on_batch=on_batch)
 
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
         """The losses of an epoch are those before each update; this looks at what the last update left."""
         finite = all(bool(value.isfinite().all()) for value in self.stage.model.state_dict().values())
         if not (finite and math.isfinite(val_loss)):
-            raise RunError(f"the network was no longer finite after epoch {epoch + 1}, step {step} of {self.stage.steps}")
+            error = RunError(f"the network was no longer finite after epoch {epoch + 1}, step {step} of {self.stage.steps}")
+            raise error if self.folder.writes else Stopped("", 3)
 
     def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
         """What every line of ``metrics.jsonl`` has; epochs count from 1 there, accuracies are in percent."""
@@ -387,8 +412,7 @@ class Run(ABC):
         if not self.folder.writes:
             return
         partial = None if tally is None else tally.state_dict()
-        where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
-        content = {**self.network_content(), **self.stage.state_dict(), **where}
+        content = self._content(partial)
         parameters = [name for name, _ in self.stage.model.named_parameters()]
         saved = self._saved_where(partial)
 
@@ -397,6 +421,11 @@ class Run(ABC):
 
         self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous, on_disk=on_disk)
         self.saved_at = time.monotonic()
+
+    def _content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Everything to go on from, ``partial`` being how far the epoch has come."""
+        where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
+        return {**self.network_content(), **self.stage.state_dict(), **where}
 
     def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
         """How far a checkpoint written now has come."""
@@ -508,6 +537,9 @@ class Run(ABC):
         settings, last = self.settings, self.rows[-1]
         self.folder.settle()
         stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
+        row = self._best_row("val_ra")
+        if (stored["epoch"], stored["val_ra"]) != (row["epoch"], row["val_ra"]):
+            self.folder.say(f"warning: {self.paths.best_ra.name} is of an epoch {stored['epoch']} that was lost and trained again")
         best = network_of(stored, self.paths.best_ra, self.spec, self.device)
         scores = {}
         for name, model in (("best", best), ("final", self.stage.model)):
