@@ -53,7 +53,7 @@ class AdversarialRun(Run):
 
     def first_stage(self) -> Stage:
         settings = self.settings
-        stage = Stage(build_network(self.spec, self.device, settings.seed), self.data, settings.training, settings, self.world)
+        stage = Stage(build_network(self.spec, self.device, settings.seed), self.data, settings.training, settings, self.execution)
         refuse_idle_masks(settings, stage.steps)
         if settings.method != DENSE:
             scored = settings.sparse_init in ("snip", "grasp", "synflow")

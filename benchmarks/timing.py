@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Batch
 from models import ARCHITECTURES, build_model
 from utils.attacks import PGD
-from utils.engine import train_step
+from utils.engine import sgd, train_step
+from utils.forward import Forward
+
+Options = argparse.Namespace
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -61,13 +64,15 @@ def random_batch(options: argparse.Namespace) -> Batch:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    return sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
-    """One PGD training step, as a function to time."""
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: Options, forward: Forward | None = None
+) -> Callable[[], object]:
+    """One PGD training step, as a function to time; in float32 by default."""
     attack = PGD(8 / 255, 2 / 255, options.train_step)
-    return lambda: train_step(model, optimizer, batch, attack=attack, attack_training=True, key=(1, "attack", 0))
+    return lambda: train_step(model, optimizer, batch, attack=attack, attack_training=True, key=(1, "attack", 0), forward=forward)
 
 
 def setting(options: argparse.Namespace) -> str:

@@ -95,6 +95,12 @@ class TrainLoader:
         return len(self._bounds)
 
     @property
+    def most(self) -> int:
+        """Images that this process gets of the first batch, and of nearly all."""
+        first, last, _ = self._part(self._bounds[0][1])
+        return last - first
+
+    @property
     def smallest(self) -> int:
         """Images in the smallest batch, of all processes."""
         return min(end - start for start, end in self._bounds)

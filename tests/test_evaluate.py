@@ -50,12 +50,22 @@ def test_attacks_raise_the_loss_and_leave_the_network():
 def test_epoch_and_final_scores_agree():
     model, data = toy.network(), toy.data(20)
     epoch, final = epoch_scores(model, data, ATTACK, seed=1), final_scores(model, data, ATTACK, seed=1)
-    assert (epoch.test_sa, epoch.test_ra) == (final.test_sa, final.test_ra)
+    assert (epoch["test_sa"], epoch["test_ra"]) == (final.test_sa, final.test_ra)
     assert final.train_ra == evaluate(model, data.train, ATTACK).accuracy
     assert final.robust_gap == final.train_ra - final.test_ra
-    assert epoch.val_loss == evaluate(model, data.val, ATTACK).loss
-    assert (epoch.val_sa, epoch.val_ra) == (evaluate(model, data.val).accuracy, evaluate(model, data.val, ATTACK).accuracy)
+    assert epoch["val_loss"] == evaluate(model, data.val, ATTACK).loss
+    assert (epoch["val_sa"], epoch["val_ra"]) == (evaluate(model, data.val).accuracy, evaluate(model, data.val, ATTACK).accuracy)
     assert evaluate(model, data.val, ATTACK).loss != evaluate(model, data.test, ATTACK).loss
+
+
+def test_only_what_is_asked_for_is_measured():
+    model, data = toy.network(), toy.data(20)
+    whole = epoch_scores(model, data, ATTACK, seed=1)
+    assert list(whole) == ["val_sa", "val_ra", "val_loss", "test_sa", "test_ra"]
+    for part in ("val", "test"):
+        some = epoch_scores(model, data, ATTACK, seed=1, parts=[part])
+        assert some == {name: value for name, value in whole.items() if name.startswith(part)}
+    assert epoch_scores(model, data, ATTACK, seed=1, parts=[]) == {}
 
 
 def test_every_image_is_reported():

@@ -18,7 +18,6 @@ from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
 from utils.attacks import PGD
 from utils.checkpoint import load_checkpoint
-from utils.evaluate import EpochScores
 from utils.flops import layer_costs, paper_inference, real_inference
 from utils.metrics import read_epochs, read_summary
 from utils.paths import RunPaths
@@ -125,7 +124,8 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
 
 def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
     """Validation RA is best in epoch 2, validation SA in epoch 1, the test's in the last."""
-    scores = [EpochScores(90, 10, 2.0, 1, 1, 0.1), EpochScores(50, 40, 2.0, 2, 2, 0.1), EpochScores(60, 30, 2.0, 99, 99, 0.1)]
+    measured = ("val_sa", "val_ra", "val_loss", "test_sa", "test_ra")
+    scores = [dict(zip(measured, row, strict=True)) for row in ((90, 10, 2.0, 1, 1), (50, 40, 2.0, 2, 2), (60, 30, 2.0, 99, 99))]
     remaining = iter(scores)
     monkeypatch.setattr(utils.run, "epoch_scores", lambda *arguments, **options: next(remaining))
     run_adv(*toy.TOY_RUN, "--epochs", 3, "--save_dir", tmp_path)

@@ -18,7 +18,7 @@ from utils.errors import run_command
 # A run of a few seconds on digits: 100 training images in 4 steps an epoch.
 TOY_RUN = (
     "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
-    "--train_step 1 --test_step 1"
+    "--train_step 1 --test_step 1 --precision float32"
 ).split()
 # What a finished run leaves.
 RUN_FILES = (
@@ -28,7 +28,7 @@ RUN_FILES = (
 # Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained for two epochs.
 TOY_BIRD = (
     "--dataset digits --width 0.0625 --epochs1 4 --epochs2 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
-    "--train_step 1 --test_step 1"
+    "--train_step 1 --test_step 1 --precision float32"
 ).split()
 EASY_TICKET = "--eb_window 2 --eb_tolerance 1".split()
 TOY_MASKS = "--density 0.3 --update_frequency 2".split()

@@ -24,6 +24,7 @@ from utils.attacks import NORMS, PGD, fgsm_rs
 from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
+from utils.forward import PRECISIONS
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
@@ -82,6 +83,11 @@ class CommonSettings:
     momentum: float = flag(0.9, "training", "of SGD")
     weight_decay: float = flag(5e-4, "training", "of SGD")
     sync_bn: bool = flag(False, "training", "several processes: batch norm sees the whole batch (GPUs only)")
+    # speed
+    precision: str = flag("auto", "speed", "of convolutions; auto is bf16 where the hardware has it", choices=("auto", *PRECISIONS))
+    compile: str = flag("auto", "speed", "torch.compile; auto where it pays", choices=("auto", "on", "off"), result=False)
+    eval_every: int = flag(1, "speed", "epochs between validations, among which the best models are")
+    test_every: int = flag(1, "speed", "epochs between tests", result=False)
     # attacks
     norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
     train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
@@ -157,7 +163,9 @@ class CommonSettings:
         for name in ("image_size", "train_subset", "test_subset", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
-        self.check_numbers(at_least_one=["print_freq"], positive=["lr", "width", "save_minutes"], not_negative=_NOT_NEGATIVE)
+        self.check_numbers(
+            at_least_one=["print_freq", "eval_every", "test_every"], positive=["lr", "width", "save_minutes"], not_negative=_NOT_NEGATIVE
+        )
         require(self.time_limit is None or self.time_limit > 0, f"--time_limit must be positive, not {self.time_limit}")
         require(self.save_dir != "", "--save_dir must not be empty")
 

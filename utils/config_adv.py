@@ -15,7 +15,7 @@ DENSE = "dense"  # the method without masks
 _MOVING_MASK = "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre second_frequency".split()
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
 _ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
-_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes time_limit".split()
+_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes time_limit precision compile eval_every test_every".split()
 # Settings of a run that describe how a network came about; --eval may repeat them and not change them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm test_eps test_step test_gamma test_randinit".split()
@@ -147,6 +147,7 @@ class AdversarialSettings(CommonSettings):
             late = f"--decreasing_lr {self.decreasing_lr} lies past the end of {self.epochs} epochs"
             require(all(milestone < self.epochs for milestone in self.milestones), late)
         if self.fbp:
+            require(self.eval_every == 1, "--fbp looks at the validation of every epoch, so --eval_every must stay 1")
             first = self.first_adaptive_epoch
             late = f"--fbp adapts from --dynamic_epoch {first} on, past the end of {self.epochs} epochs; a fraction such as 0.5 works too"
             require(first < self.epochs, late)

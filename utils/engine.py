@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from sparse_core import Masking, mask_hash
-from utils.attacks import PGD, attack_draws, pgd_attack
+from utils.attacks import PGD, attack_draws
 from utils.distributed import World
 from utils.errors import RunError
 from utils.forward import Forward
@@ -121,7 +121,7 @@ def train_step(
     world = forward.world
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
-        x = pgd_attack(model, x, batch.y, attack, training=attack_training, draws=draws, forward=forward)
+        x = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
     optimizer.zero_grad(set_to_none=True)
     logits = forward.averaged(x)
     loss = F.cross_entropy(logits, batch.y)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch, Data, Split, plain_batches
-from utils.attacks import PGD, attack_draws, in_mode, pgd_attack
+from utils.attacks import PGD, attack_draws, in_mode
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.forward import Execution, Forward
@@ -31,18 +30,6 @@ class Score:
     accuracy: float
     loss: float
     images: int
-
-
-@dataclass(frozen=True)
-class EpochScores:
-    """What is measured after each epoch: standard (SA) and robust (RA) accuracy in percent, mean robust loss."""
-
-    val_sa: float
-    val_ra: float
-    val_loss: float
-    test_sa: float
-    test_ra: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -94,28 +81,35 @@ def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: in
     x = batch.x
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
-        x = pgd_attack(forward.model, x, batch.y, attack, draws=draws, forward=forward)
+        x = forward.attack(x, batch.y, attack, training=False, draws=draws)
     logits = forward(x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
     return torch.stack([(logits.argmax(dim=1) == batch.y).sum().double(), loss.double()])
 
 
 def epoch_scores(
-    model: nn.Module, data: Data, attack: PGD, *, seed: int, forward: Forward | None = None, on_batch: OnBatch = lambda images: None
-) -> EpochScores:
-    """Validation and test, clean and attacked."""
-    start = time.perf_counter()
-    val, test = evaluate(model, data.val, forward=forward), evaluate(model, data.test, forward=forward)
-    robust_val = evaluate(model, data.val, attack, seed=seed, forward=forward, on_batch=on_batch)
-    robust_test = evaluate(model, data.test, attack, seed=seed, forward=forward, on_batch=on_batch)
-    return EpochScores(
-        val_sa=val.accuracy,
-        val_ra=robust_val.accuracy,
-        val_loss=robust_val.loss,
-        test_sa=test.accuracy,
-        test_ra=robust_test.accuracy,
-        seconds=time.perf_counter() - start,
-    )
+    model: nn.Module,
+    data: Data,
+    attack: PGD,
+    *,
+    seed: int,
+    parts: Collection[str] = ("val", "test"),
+    forward: Forward | None = None,
+    on_batch: OnBatch = lambda images: None,
+) -> dict[str, float]:
+    """What is measured after an epoch, by the names it has in ``metrics.jsonl``: ``val_sa``, ``val_ra``, ``val_loss`` (the mean
+    robust loss), ``test_sa`` and ``test_ra``; accuracies in percent.
+
+    Args:
+        parts: ``val``, ``test`` or both.
+    """
+    scores: dict[str, float] = {}
+    for part, split in (("val", data.val), ("test", data.test)):
+        if part in parts:
+            robust = evaluate(model, split, attack, seed=seed, forward=forward, on_batch=on_batch)
+            scores |= {f"{part}_sa": evaluate(model, split, forward=forward).accuracy, f"{part}_ra": robust.accuracy}
+            scores |= {"val_loss": robust.loss} if part == "val" else {}
+    return scores
 
 
 def final_scores(

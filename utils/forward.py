@@ -6,6 +6,8 @@ float32. ``torch.compile`` fuses what lies between the convolutions.
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data import Batch
+from utils.attacks import PGD, in_mode, pgd_attack, without_parameter_gradients
+from utils.cuda_graph import GraphedAttack
 from utils.distributed import ALONE, World
+from utils.errors import one_line
 
 PRECISIONS = ("float32", "bf16")
 
@@ -35,11 +41,13 @@ class Execution:
     Attributes:
         precision: one of ``PRECISIONS``.
         compile: whether networks are compiled.
+        graphs: whether an attack on a GPU is captured as a CUDA graph.
         world: the processes that train together.
     """
 
     precision: str = "float32"
     compile: bool = False
+    graphs: bool = True
     world: World = ALONE
 
     def __post_init__(self) -> None:
@@ -56,14 +64,17 @@ class Forward:
     Args:
         model: used as it is at each call: weights, mode and masks are its own.
         execution: how.
-        sizes: images in the batches worth compiling for; others are computed without.
+        sizes: images in the batches worth compiling and capturing for; others are computed without.
     """
 
     def __init__(self, model: nn.Module, execution: Execution = PLAIN, sizes: Collection[int] = ()) -> None:
         self.model = model
         self.world = execution.world
         self._autocast = execution.precision == "bf16"
-        self._sizes = frozenset(sizes) if execution.compile else frozenset()
+        self._usual = frozenset(sizes)
+        self._sizes = self._usual if execution.compile else frozenset()
+        self._may_graph = execution.graphs
+        self._graphs: dict[Any, GraphedAttack] = {}
         self._compiled: dict[nn.Module, Any] = {}
         self._replica: nn.Module | None = None
 
@@ -76,6 +87,55 @@ class Forward:
         if self._replica is None:  # not before: DDP asks the other processes
             self._replica = self.world.replica(self.model, x.device)
         return self._logits(self._replica, x)
+
+    def attack(self, x: Tensor, y: Tensor, attack: PGD, *, training: bool, draws: Tensor | None) -> Tensor:
+        """``pgd_attack`` on this network; on CUDA as one graph for batches of the usual sizes."""
+
+        def once(x: Tensor, y: Tensor, draws: Tensor | None) -> Tensor:
+            return pgd_attack(self.model, x, y, attack, training=training, draws=draws, forward=self)
+
+        if not (self._may_graph and x.device.type == "cuda" and len(x) in self._usual and attack.steps > 0):
+            return once(x, y, draws)
+        key = (attack, training, x.shape)
+        if key not in self._graphs:
+            try:
+                self._refuse_collectives()
+                self._graphs[key] = GraphedAttack(self.model, once, x, y, draws)
+            except RuntimeError as error:  # an operation that cannot be captured
+                self._may_graph = False
+                warnings.warn(f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without", stacklevel=2)
+                return once(x, y, draws)
+        return self._graphs[key](x, y, draws)
+
+    def _refuse_collectives(self) -> None:
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
+            raise RuntimeError("batch norm talks to other processes")
+
+    def prepare(self, batch: Batch, attacked: bool, training: bool) -> str:
+        """Compile for training on batches like this one; returns what to say of it. What fails to compile is computed without.
+
+        Args:
+            attacked: whether images are attacked before an update, which compiles a second time.
+            training: the mode of the attack.
+        """
+        start, failure = time.perf_counter(), None
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            if attacked:
+                with in_mode(self.model, training), without_parameter_gradients(self.model):
+                    self(batch.x.detach().requires_grad_()).sum().backward()
+            with in_mode(self.model, True):
+                self(batch.x).sum().backward()
+        except Exception as error:  # a missing compiler, a network that it cannot take: in as many ways as there are layers below
+            failure = one_line(error).split(". ")[0][:200]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self.world.highest(failure is not None):
+            self._sizes = frozenset()
+            return f"warning: torch.compile failed ({failure or 'in another process'}); going on without"
+        return f"compiled in {time.perf_counter() - start:.0f} s"
 
     def _logits(self, module: Any, x: Tensor) -> Tensor:
         if len(x) in self._sizes:

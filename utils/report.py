@@ -112,12 +112,12 @@ def _handles(axes: Axes) -> dict[str, Any]:
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Row]) -> None:
-    epochs = [row["epoch"] for row in rows]
-    marker = "." if len(rows) == 1 else None  # a line of one point is invisible
     for key, label, colour, style in _SERIES:
-        if any(key in row for row in rows):
-            values = [row.get(key, float("nan")) for row in rows]
-            axes.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
+        measured = [row for row in rows if key in row]
+        if measured:
+            marker = "." if len(measured) == 1 else None  # a line of one point is invisible
+            points = [row["epoch"] for row in measured], [row[key] for row in measured]
+            axes.plot(*points, style, color=colour, label=label, linewidth=1.6, marker=marker)
     for verdict, colour, offset in (("prune", "black", -0.12), ("grow", "red", 0.12)):
         marked = [row["epoch"] for row in rows if any(update[verdict] for update in row["updates"])]
         for number, epoch in enumerate(marked):

@@ -52,13 +52,13 @@ class RobustBirdRun(Run):
         self._refuse_what_cannot_be_pruned(model)
         if settings.stage1_pretrained is not None:
             model = self._pretrained(settings.stage1_pretrained)
-        return self._on_dense_weights(Stage(model, self.data, settings.plan1, settings, self.world))
+        return self._on_dense_weights(Stage(model, self.data, settings.plan1, settings, self.execution))
 
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
         settings = self.settings
         self.early_bird = settings.early_bird()
         dense = {name: value for name, value in self.spec.items() if name != "kept"}
-        stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings, self.world))
+        stage = self._on_dense_weights(Stage(build_network(dense, self.device), self.data, settings.plan1, settings, self.execution))
         if content["stage"] == 2:
             return self._second_stage(build_network(self.spec, self.device), content["masking"] and content["masking"]["masks"])
         masks = [] if self._ticket_is_drawn() else [load_checkpoint(self.paths.mask(row["epoch"]))["mask"] for row in self.rows1]
@@ -168,9 +168,7 @@ class RobustBirdRun(Run):
         title = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}"
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
         if self.settings.stage1_ra:
-            scores = self.attacked_scores(title)
-            measured = {"val_sa": scores.val_sa, "val_ra": scores.val_ra, "val_loss": scores.val_loss}
-            measured |= {"test_sa": scores.test_sa, "test_ra": scores.test_ra}
+            measured = self.attacked_scores(title)
         else:
             clean = evaluate(self.stage.model, self.data.val, forward=self.stage.forward, on_batch=lambda images: self.leave_if_asked())
             measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
@@ -207,7 +205,7 @@ class RobustBirdRun(Run):
     def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
         settings = self.settings
         self.number = 2
-        stage = Stage(model, self.data, settings.plan2, settings, self.world, {cost.name: cost.weights for cost in self.dense_costs})
+        stage = Stage(model, self.data, settings.plan2, settings, self.execution, {cost.name: cost.weights for cost in self.dense_costs})
         if masks is not None:
             steps = settings.epochs2 * stage.steps
             config = MaskingConfig(settings.density, steps, sparse_init="magnitude", fixed=True, seed=settings.seed)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from utils.config import CommonSettings, require
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
 from utils.engine import EpochResult, Plan, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
-from utils.evaluate import EpochScores, epoch_scores, final_scores
-from utils.forward import Execution, Forward
+from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
+from utils.forward import PLAIN, Execution, Forward, best_precision
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
@@ -78,7 +78,7 @@ class Stage:
         data: its training split is used.
         plan: epochs, attack and learning rate.
         settings: batch size, momentum and weight decay.
-        world: the processes that train it together.
+        execution: how the network is computed, and by which processes.
         dense: weights of each prunable layer before channels were removed; the network's own by default.
     """
 
@@ -88,12 +88,12 @@ class Stage:
         data: Data,
         plan: Plan,
         settings: CommonSettings,
-        world: World = ALONE,
+        execution: Execution = PLAIN,
         dense: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
-        self.world = world
+        world = execution.world
         together = self._synchronized = settings.sync_bn and world.size > 1
         least = 1 if together else 2
         too_small = f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least} image(s) each"
@@ -104,7 +104,8 @@ class Stage:
             f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for {world.size} processes; another --batch_size"
         )
         require(not together or self.loader.smallest >= world.size, smallest)
-        self.forward = Forward(model, Execution(world=world))
+        self.forward = Forward(model, execution, sizes=(self.loader.most, EVAL_BATCH))
+        self._is_prepared = not execution.compile
         rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = sgd(model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
@@ -115,6 +116,13 @@ class Stage:
     def steps(self) -> int:
         """Steps an epoch."""
         return len(self.loader)
+
+    def prepare(self) -> str | None:
+        """Compile, before the first step, if that is to be; what to say of it."""
+        if self._is_prepared:
+            return None
+        self._is_prepared = True
+        return self.forward.prepare(next(iter(self.loader.epoch(0))), self.plan.attack is not None, self.plan.attack_training)
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
         """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to ``engine.train_epoch``."""
@@ -180,6 +188,8 @@ class Run(ABC):
         self.saved_at = time.monotonic()
         self.saved = ""
         self.warning: str | None = None
+        precision = best_precision(device) if settings.precision == "auto" else settings.precision
+        self.execution = Execution(precision, compile=settings.compile == "on", world=world)
         self.processes = world.size  # of the checkpoint, if there is one
         if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
             content, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
@@ -288,14 +298,22 @@ class Run(ABC):
         """Train, test and record one epoch (from 0) of the last stage."""
         stage = self.stage
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
-        scores = self.attacked_scores(title)
-        self.refuse_broken_network(epoch, stage.steps, scores.val_loss)
+        scores = self.attacked_scores(title, self._measured_after(epoch))
+        self.refuse_broken_network(epoch, stage.steps, scores.get("val_loss", 0.0))
         if stage.masking is not None:
-            stage.masking.observe(train_ra=trained.accuracy, val_ra=scores.val_ra, val_loss=scores.val_loss)
-        self.history.append(self._adversarial_row(epoch, trained, scores, trained.seconds + time.perf_counter() - start))
+            stage.masking.observe(
+                train_ra=trained.accuracy, val_ra=scores.get("val_ra", math.nan), val_loss=scores.get("val_loss", math.nan)
+            )
+        seconds = time.perf_counter() - start
+        self.history.append({**self.common_row(epoch, trained, trained.seconds + seconds), "eval_seconds": seconds, **scores})
         self.save()
         self._save_best()
         self.say_epoch(title)
+
+    def _measured_after(self, epoch: int) -> list[str]:
+        """Which parts of the data are looked at after an epoch (from 0) of the last stage; after the very last all are."""
+        every = {"val": self.settings.eval_every, "test": self.settings.test_every}
+        return [part for part, epochs in every.items() if (epoch + 1) % epochs == 0 or epoch + 1 == self.epochs]
 
     def say_epoch(self, title: str) -> None:
         """The last epoch's figures in a line, as far as it has them."""
@@ -323,6 +341,8 @@ class Run(ABC):
                 self._save_partial(tally)
             self.leave_if_asked()
 
+        if words := self.stage.prepare():
+            self.folder.say(words)
         with EpochDisplay(self.folder, title, len(self.data.train), print_freq) as display:
             return self.stage.train_epoch(epoch, tally, print_freq=print_freq, on_progress=display.training, after_step=after_step)
 
@@ -353,12 +373,14 @@ class Run(ABC):
 
         return on_batch
 
-    def attacked_scores(self, title: str) -> EpochScores:
-        """Validation and test, clean and attacked."""
-        with EpochDisplay(self.folder, f"{title} test", len(self.data.val) + len(self.data.test)) as display:
+    def attacked_scores(self, title: str, parts: Collection[str] = ("val", "test")) -> dict[str, float]:
+        """Validation and test (``parts``), clean and attacked."""
+        images = {"val": len(self.data.val), "test": len(self.data.test)}
+        with EpochDisplay(self.folder, f"{title} test", sum(images[part] for part in parts)) as display:
             on_batch = self._counted(display)
             attack, seed = self.settings.test_attack, self.settings.seed
-            return epoch_scores(self.stage.model, self.data, attack, seed=seed, forward=self.stage.forward, on_batch=on_batch)
+            forward = self.stage.forward
+            return epoch_scores(self.stage.model, self.data, attack, seed=seed, parts=parts, forward=forward, on_batch=on_batch)
 
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
         """The losses of an epoch are those before each update; this looks at what the last update left."""
@@ -380,14 +402,6 @@ class Run(ABC):
             "images_per_second": trained.images / trained.seconds,
             "train_seconds": trained.seconds,
             "seconds": seconds,
-        }
-
-    def _adversarial_row(self, epoch: int, trained: EpochResult, scores: EpochScores, seconds: float) -> Row:
-        measured = dataclasses.asdict(scores)
-        return {
-            **self.common_row(epoch, trained, seconds),
-            "eval_seconds": measured.pop("seconds"),
-            **measured,
         }
 
     # ---- files
@@ -425,6 +439,7 @@ class Run(ABC):
     def _content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
         """Everything to go on from, ``partial`` being how far the epoch has come."""
         where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
+        where |= {"precision": self.execution.precision}
         return {**self.network_content(), **self.stage.state_dict(), **where}
 
     def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
@@ -437,11 +452,11 @@ class Run(ABC):
     def _save_best(self) -> None:
         """Keep the network if the last epoch is the best so far, by validation alone."""
         for key, path in (("val_ra", self.paths.best_ra), ("val_sa", self.paths.best_sa)):
-            if self._best_row(key) is self.history[-1]:
+            if key in self.history[-1] and self._best_row(key) is self.history[-1]:
                 self.folder.save(path, self.network_content())
 
     def _best_row(self, key: str) -> Row:
-        return max(self.rows, key=lambda row: row[key])  # the first of equals
+        return max((row for row in self.rows if key in row), key=lambda row: row[key])  # the first of equals
 
     def draw(self) -> None:
         if not self.folder.writes:
@@ -469,6 +484,8 @@ class Run(ABC):
         self.spec = spec
         try:
             self.history = list(content["history"])
+            if self.settings.precision == "auto":  # as it began, on whatever it goes on
+                self.execution = dataclasses.replace(self.execution, precision=content.get("precision", "float32"))
             self.stage = self.stage_of(content)
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
             self.stage.load_state_dict(content)
@@ -491,6 +508,8 @@ class Run(ABC):
             "images": images,
             "steps_per_epoch": self.stage.steps,
             "processes": self.world.size,
+            "precision": self.execution.precision,
+            "compiled": self.execution.compile,
             **environment(self.device),
         }
 
@@ -515,8 +534,9 @@ class Run(ABC):
         return f"{s.arch} on {s.dataset} ({len(data.train)} / {len(data.val)} / {len(data.test)} images), PGD-{s.test_step} tests"
 
     def on_what(self) -> str:
-        """Device and processes, for the headline."""
-        return f"on {self.device.type} in {self.world.size} processes" if self.world.size > 1 else f"on {self.device}"
+        """Device, precision and processes, for the headline."""
+        device = f"{self.device.type} in {self.world.size} processes" if self.world.size > 1 else str(self.device)
+        return f"in {self.execution.precision} on {device}"
 
     def _last_good(self) -> str:
         if not self.paths.checkpoint.exists():

@@ -1,0 +1,106 @@
+"""What a GPU must share with a CPU; skipped where there is none. ``benchmarks/gpu.sh`` runs these first."""
+
+import pytest
+import torch
+
+from data import Augmentation, Split, TrainLoader
+from models import build_model
+from sparse_core import Masking, MaskingConfig, mask_hash
+from tests import toy
+from tests.test_resume import FBP, LONGER, assert_equal
+from utils.attacks import PGD, attack_draws, pgd_attack
+from utils.engine import sgd, train_step
+from utils.forward import Execution, Forward
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ATTACK = PGD(8 / 255, 2 / 255, 4)
+
+
+def on_gpu(split):
+    device = torch.device("cuda")
+    return Split(split.images.to(device), split.labels.to(device), split.indices.to(device), device)
+
+
+def network():
+    return build_model("resnet18", 3, width=0.25).cuda().to(memory_format=torch.channels_last).train()
+
+
+def stepped(execution, steps=3):
+    """Losses of a few steps, and the network after them."""
+    model = network()
+    optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    loader = TrainLoader(on_gpu(toy.split(64 * steps, side=16)), 64, Augmentation(1), seed=1)
+    forward = Forward(model, execution, [64])
+    losses = []
+    for batch in loader.epoch(0):
+        loss, _ = train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
+        losses.append(loss.item())
+    return torch.tensor(losses), model
+
+
+@pytest.mark.parametrize(
+    ("execution", "tolerance"),
+    [
+        (Execution(), 1e-3),
+        (Execution(compile=True, graphs=False), 1e-2),
+        (Execution("bf16"), 0.1),
+        (Execution("bf16", compile=True), 0.1),
+    ],
+    ids=["graph", "compiled", "bf16 and graph", "all of it"],
+)
+def test_faster_steps_are_the_same_steps(execution, tolerance):
+    (plain, model), (fast, faster) = stepped(Execution(graphs=False)), stepped(execution)
+    assert torch.allclose(plain, fast, rtol=tolerance)
+    buffers = [(name, a, b) for (name, a), (_, b) in zip(model.named_buffers(), faster.named_buffers(), strict=True)]
+    assert all(torch.allclose(a, b, rtol=5 * tolerance, atol=5 * tolerance) for name, a, b in buffers if "running" in name)
+    assert all(torch.equal(a, b) for name, a, b in buffers if "tracked" in name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_attacks_as_the_plain_attack_does(training):
+    model, other = network(), network()
+    other.load_state_dict(model.state_dict())
+    split = on_gpu(toy.split(64, side=16))
+    x, y = split.images.permute(0, 3, 1, 2).float() / 255, split.labels
+    graphed, plain = Forward(model, Execution(), [64]), Forward(other, Execution(graphs=False))
+    for epoch in range(3):
+        draws = attack_draws(ATTACK, split.indices, x.shape[1:], 1, epoch)
+        one = graphed.attack(x, y, ATTACK, training=training, draws=draws).clone()
+        two = plain.attack(x, y, ATTACK, training=training, draws=draws)
+        assert (one - two).abs().gt(1e-6).float().mean() < 0.02  # a gradient near zero may have another sign
+        assert (one - x).abs().max() <= ATTACK.eps + 1e-6
+        with torch.no_grad():  # weights that change in place are seen
+            for parameter in [*model.parameters(), *other.parameters()]:
+                parameter.mul_(1.01)
+
+
+def test_masks_are_those_of_a_cpu():
+    """Random draws and ties are the same on every device; magnitudes are, too, while the weights are."""
+    hashes = []
+    for device in ("cpu", "cuda"):
+        model = build_model("resnet18", 3, width=0.25).to(device)
+        masking = Masking(model, sgd(model, lr=0.1, momentum=0.9, weight_decay=0.0), MaskingConfig(0.2, 100, update_frequency=1))
+        for _ in range(3):
+            masking.step()
+        hashes.append(mask_hash(masking.masks))
+    assert hashes[0] == hashes[1]
+
+
+def test_attacks_agree_with_a_cpu():
+    model, split = toy.network().double().eval(), toy.split(20)
+    x, y = split.images.permute(0, 3, 1, 2).double() / 255, split.labels
+    draws = attack_draws(ATTACK, split.indices, x.shape[1:], 1)
+    there = pgd_attack(model.cuda(), x.cuda(), y.cuda(), ATTACK, draws=draws.cuda()).cpu()
+    assert torch.allclose(pgd_attack(model.cpu(), x, y, ATTACK, draws=draws), there, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_deterministic_runs_resume_to_the_bit(run_adv, tmp_path, precision):
+    flags = [*LONGER, *FBP, "--device", "cuda", "--deterministic", "--precision", precision, "--compile", "off"]
+    assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
+    codes = []
+    while not codes or codes[-1] == 75:
+        codes.append(run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume", "--time_limit", 0.05).code)
+        assert len(codes) < 20
+    assert codes[-1] == 0
+    assert_equal(tmp_path / "whole", tmp_path / "cut")

@@ -1,0 +1,227 @@
+"""Faster ways to compute a network compute the same network; on CPUs here, on GPUs in test_cuda.py."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Augmentation, TrainLoader
+from models import build_model
+from tests import toy
+from tests.test_attacks import L2, LINF, oracle_network
+from tests.test_resume import METHODS, only_run
+from utils.attacks import PGD, attack_draws, pgd_attack
+from utils.checkpoint import load_checkpoint
+from utils.engine import sgd, train_step
+from utils.forward import Execution, Forward, best_precision
+from utils.metrics import read_epochs, read_summary
+
+ATTACK = PGD(8 / 255, 2 / 255, 3)
+BF16 = Execution("bf16")
+COMPILED = Execution(compile=True)
+
+
+def network():
+    return build_model("resnet18", 3, width=0.125).to(memory_format=torch.channels_last).train()
+
+
+def batches(size=16, steps=3):
+    return TrainLoader(toy.split(size * steps), size, Augmentation(1), seed=1).epoch(0)
+
+
+def stepped(execution, model, size=16):
+    """Losses of three steps, and what they leave."""
+    optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    forward = Forward(model, execution, [size])
+    options = {"attack": ATTACK, "attack_training": True, "key": (1, "attack", 0), "forward": forward}
+    losses = [train_step(model, optimizer, batch, **options)[0].item() for batch in batches(size)]
+    return torch.tensor(losses), model, optimizer
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_chosen_where_the_hardware_has_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert best_precision(torch.device("cpu")) == ("bf16" if supported else "float32")
+
+
+def test_float32_is_the_network_itself():
+    model, (x, _) = network().eval(), toy.images(8)
+    assert torch.equal(Forward(model)(x), model(x))
+    with pytest.raises(ValueError, match="unknown precision"):
+        Execution("half")
+
+
+def test_bf16_keeps_weights_statistics_and_losses_in_float32():
+    (plain, model, _), (fast, other, optimizer) = stepped(Execution(), network()), stepped(BF16, network())
+    assert torch.allclose(plain[0], fast[0], rtol=0.03)
+    assert torch.allclose(plain, fast, rtol=0.15)  # three steps from random weights, whose differences add up
+    assert not torch.equal(plain, fast)
+    tensors = [
+        *other.state_dict().values(),
+        *(p.grad for p in other.parameters()),
+        *(s["momentum_buffer"] for s in optimizer.state.values()),
+    ]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
+    before, after = model.state_dict(), other.state_dict()
+    for name in [name.removesuffix("_var") for name in before if name.endswith("running_var")]:
+        deviation = before[f"{name}_var"].sqrt()  # what a statistic is measured by
+        assert ((before[f"{name}_mean"] - after[f"{name}_mean"]).abs() / deviation).median() < 0.1
+        assert ((deviation - after[f"{name}_var"].sqrt()).abs() / deviation).median() < 0.1
+    assert Forward(other, BF16)(toy.images(4)[0]).dtype == torch.float32
+
+
+def test_bf16_attacks_are_attacks():
+    """In the ball, nearly all steps in the same direction, and as strong on the float32 network."""
+    model = network().eval()
+    x, y = toy.images(32)
+    attack = PGD(8 / 255, 2 / 255, 10)
+    draws = attack_draws(attack, torch.arange(32), x.shape[1:], 1)
+    plain = pgd_attack(model, x, y, attack, draws=draws)
+    fast = Forward(model, BF16).attack(x, y, attack, training=False, draws=draws)
+    assert (fast - x).abs().max() <= attack.eps + 1e-6
+    assert ((fast - x).sign() == (plain - x).sign()).float().mean() > 0.9
+    clean, one, two = (F.cross_entropy(model(images), y).item() for images in (x, plain, fast))
+    assert one > clean
+    assert two - clean > 0.95 * (one - clean)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def test_compiled_steps_are_the_same_steps():
+    """On a network small enough that rounding does not turn a step of the attack around."""
+    steps = [stepped(execution, toy.network().to(memory_format=torch.channels_last)) for execution in (Execution(), COMPILED)]
+    (plain, model, _), (fast, other, _) = steps
+    assert torch.allclose(plain, fast, rtol=1e-5)
+    before, after = model.state_dict(), other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=1e-4, atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize(("attack", "expected"), [(LINF, "adv_linf"), (L2, "adv_l2")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_attacks_equal_the_oracle(attack, expected, dtype, golden):
+    arrays = np.load(golden / "pgd.npz")
+    x, y = torch.from_numpy(arrays["x"]).to(dtype), torch.from_numpy(arrays["y"]).long()
+    forward = Forward(oracle_network(arrays).to(dtype), COMPILED, [len(x)])
+    adversarial = forward.attack(x, y, attack, training=False, draws=None)
+    close = (adversarial - torch.from_numpy(arrays[expected])).abs() <= 1e-5
+    assert close.double().mean() >= 0.999
+
+
+class Counting:
+    """In the place of torch.compile: counts what it is asked for, and computes it plainly."""
+
+    def __init__(self, fails=False):
+        self.calls, self.fails = 0, fails
+
+    def __call__(self, module, dynamic):
+        def call(x):
+            self.calls += 1
+            if self.fails:
+                raise RuntimeError("no C++ compiler found. There is none")
+            return module(x)
+
+        return call
+
+
+def test_odd_batches_are_not_compiled_for(monkeypatch):
+    count = Counting()
+    monkeypatch.setattr(torch, "compile", count)
+    forward = Forward(network(), COMPILED, [16])
+    assert (forward(toy.images(16)[0]).shape, count.calls) == ((16, 3), 1)
+    assert (forward(toy.images(7)[0]).shape, count.calls) == ((7, 3), 1)
+    Forward(network(), Execution(), [16])(toy.images(16)[0])
+    assert count.calls == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
+    count = Counting(fails)
+    monkeypatch.setattr(torch, "compile", count)
+    model = network()
+    model.layer1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    forward = Forward(model, COMPILED, [16])
+    said = forward.prepare(next(iter(batches())), attacked=True, training=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    if fails:
+        assert said == "warning: torch.compile failed (no C++ compiler found); going on without"
+        forward(toy.images(16)[0])
+    else:
+        assert said.startswith("compiled in ")
+    assert count.calls == (1 if fails else 2)
+
+
+# ---------------------------------------------------------------- in runs
+
+
+def test_a_run_says_and_keeps_its_precision(run_adv, tmp_path, monkeypatch):
+    """Begun in bf16 with auto, it goes on in bf16 where auto would be float32."""
+    flags = [flag for flag in toy.TOY_RUN if flag not in ("--precision", "float32")]
+    monkeypatch.setattr("utils.run.best_precision", lambda device: "bf16")
+    outcome = run_adv(*flags, "--save_dir", tmp_path)
+    assert (outcome.code, "in bf16 on cpu" in outcome.out) == (0, True), outcome.err
+    root = only_run(tmp_path).root
+    content = load_checkpoint(root / "checkpoint.pth.tar")
+    assert content["precision"] == "bf16"
+    monkeypatch.setattr("utils.run.best_precision", lambda device: "float32")
+    grown = run_adv("--resume_dir", root, "--epochs", 3)
+    assert (grown.code, "in bf16 on cpu" in grown.out) == (0, True), grown.err
+    other = run_adv("--resume_dir", root, "--precision", "float32")
+    assert (other.code, "--precision float32 contradicts the checkpoint, which has auto" in other.err) == (2, True)
+
+
+def test_precisions_give_other_bits_and_final_figures_are_float32(run_adv, tmp_path, monkeypatch):
+    seen = {}
+    for precision in ("float32", "bf16"):
+        assert run_adv(*toy.TOY_RUN, "--precision", precision, "--save_dir", tmp_path / precision).code == 0
+        seen[precision] = load_checkpoint(only_run(tmp_path / precision).checkpoint)["state_dict"]["conv1.weight"]
+    assert not torch.equal(seen["float32"], seen["bf16"])
+    paths = only_run(tmp_path / "bf16")
+    evaluated = run_adv("--eval", "--pretrained", paths.best_ra)
+    assert f"test RA (PGD-1) {read_summary(paths)['best']['test_ra']:.2f}" in evaluated.out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_compiling_is_asked_for_and_may_fail(run_adv, tmp_path, monkeypatch, fails):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "plain").code == 0
+    count = Counting(fails)
+    monkeypatch.setattr(torch, "compile", count)
+    outcome = run_adv(*toy.TOY_RUN, "--compile", "on", "--save_dir", tmp_path / "fast")
+    assert outcome.code == 0, outcome.err
+    assert ("going on without" in outcome.out) == fails
+    assert ("compiled in" in outcome.out) != fails
+    assert (count.calls > 5) != fails
+    first, second = (load_checkpoint(only_run(tmp_path / name).checkpoint)["state_dict"] for name in ("plain", "fast"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tests_may_be_thinned_out(run_adv, tmp_path):
+    """Trained the same, measured less often, and after the last epoch in any case."""
+    assert run_adv(*METHODS["fb"], "--save_dir", tmp_path / "all").code == 0
+    outcome = run_adv(*METHODS["fb"], "--eval_every", 2, "--test_every", 3, "--save_dir", tmp_path / "some")
+    assert outcome.code == 0, outcome.err
+    whole, rows = (read_epochs(only_run(tmp_path / name)) for name in ("all", "some"))
+    assert [("val_ra" in row, "test_ra" in row) for row in rows] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    ]
+    measured = "val_sa val_ra val_loss test_sa test_ra".split()
+    for row, full in zip(rows, whole, strict=True):
+        assert {name: row[name] for name in measured if name in row} == {name: full[name] for name in measured if name in row}
+        assert (row["train_loss"], row["layer_densities"], row["updates"]) == (full["train_loss"], full["layer_densities"], full["updates"])
+    best = read_summary(only_run(tmp_path / "some"))["best"]["epoch"]
+    assert best == max((row for row in rows if "val_ra" in row), key=lambda row: row["val_ra"])["epoch"]
+
+
+def test_flying_bird_plus_must_see_every_epoch(run_adv, tmp_path):
+    outcome = run_adv(*METHODS["fbp"], "--eval_every", 2, "--save_dir", tmp_path)
+    assert (outcome.code, "--eval_every must stay 1" in outcome.err) == (2, True)
