@@ -338,11 +338,14 @@ def killing_flags(kills):
 
 
 def killed_and_resumed(tmp_path, kills):
-    """Start, kill at a random moment, start again, for five minutes at most; then let it end. Returns how many kills met it at work."""
+    """Start, kill at a random moment, start again, for five minutes at most; then let it end.
+
+    Returns how many kills met it at work, of how many."""
     flags = [*killing_flags(kills), "--save_every", "1", "--resume", "--save_dir", tmp_path / "cut"]
     moments, deadline = random.Random(1), time.monotonic() + 300
-    done = 0
+    done = tried = 0
     for _ in range(kills):
+        tried += 1
         process = start(*flags)
         if moments.random() < 0.9:  # most of them while it trains, tests and saves; the others while it starts
             for line in process.stdout:
@@ -359,11 +362,12 @@ def killed_and_resumed(tmp_path, kills):
     process = start(*flags)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    return done
+    return done, tried
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(run_adv, tmp_path, kills):
     assert run_adv(*killing_flags(kills), "--save_dir", tmp_path / "whole").code == 0
-    assert killed_and_resumed(tmp_path, kills) >= 0.7 * kills
+    done, tried = killed_and_resumed(tmp_path, kills)
+    assert done >= 0.7 * tried >= 0.3 * kills  # a slow machine has not time for all of them
     assert_equal(tmp_path / "whole", tmp_path / "cut")
