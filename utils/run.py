@@ -104,12 +104,14 @@ class Stage:
             f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for {world.size} processes; another --batch_size"
         )
         require(not together or self.loader.smallest >= world.size, smallest)
-        self.forward = Forward(model, execution, sizes=(self.loader.most, EVAL_BATCH))
-        self._is_prepared = not execution.compile
         rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = sgd(model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
         self.costs = flops.layer_costs(model, data.image_shape)
+        work = flops.real_training([flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps)
+        self.execution = execution.for_training(work, data.train.device)
+        self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH))
+        self._is_prepared = not self.execution.compile
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
 
     @property
@@ -189,7 +191,7 @@ class Run(ABC):
         self.saved = ""
         self.warning: str | None = None
         precision = best_precision(device) if settings.precision == "auto" else settings.precision
-        self.execution = Execution(precision, compile=settings.compile == "on", world=world)
+        self.execution = Execution(precision, {"auto": None, "on": True, "off": False}[settings.compile], world=world)
         self.processes = world.size  # of the checkpoint, if there is one
         if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
             content, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
@@ -509,7 +511,7 @@ class Run(ABC):
             "steps_per_epoch": self.stage.steps,
             "processes": self.world.size,
             "precision": self.execution.precision,
-            "compiled": self.execution.compile,
+            "compiled": self.stage.execution.compile,
             **environment(self.device),
         }
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Does training in bf16 reach the validation RA of float32? Three seeds each on some CIFAR-10 images at 16x16, then a table.
+#   bash scripts/precision.sh FOLDER       images as train/<class>/* and test/<class>/*; about half an hour on 2 cores
+# Run it again and finished runs are read, not repeated; cut ones go on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${1:?the folder of images, with train/<class>/* and test/<class>/*}
+out=${OUT:-runs/precision}
+bash scripts/setup.sh
+
+# Validation is a tenth of the training folder and is never thinned out, so a smaller folder of links makes it shorter.
+mkdir -p "$out"
+for class in "$data"/train/*/; do
+    for part in train test; do
+        folder=$out/images/$part/$(basename "$class")
+        [ -d "$folder" ] && continue
+        mkdir -p "$folder"
+        most=$([ $part = train ] && echo 750 || echo 50)
+        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | head -n "$most" | xargs ln -s -t "$folder"
+    done
+done
+
+for seed in 1 2 3; do
+    for precision in float32 bf16; do
+        .venv/bin/python main_adv.py --dataset imagefolder --data "$out/images" --cache_dir "$out/cache" --image_size 16 --width 0.5 \
+            --train_subset 2000 --epochs 24 --decreasing_lr 0.5,0.75 --train_step 5 --test_step 10 --eval_every 3 --test_every 24 \
+            --seed "$seed" --precision "$precision" --compile off --save_dir "$out/$precision" --resume
+    done
+done
+.venv/bin/python - "$out" << 'END'
+import json, pathlib, statistics, sys
+
+print("| precision | best validation RA, by seed | mean | last validation RA, by seed | mean |")
+print("|---|---|---|---|---|")
+for precision in ("float32", "bf16"):
+    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(pathlib.Path(sys.argv[1], precision).glob("*/metrics.jsonl"))]
+    measured = [[row["val_ra"] for row in rows if "val_ra" in row] for rows in runs]
+    cells = [precision]
+    for values in ([max(run) for run in measured], [run[-1] for run in measured]):
+        cells += [" ".join(f"{value:.2f}" for value in values), f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"]
+    print("| " + " | ".join(cells) + " |")
+END
