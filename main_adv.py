@@ -22,7 +22,7 @@ from utils.config import parse_settings, pick_device, require
 from utils.config_adv import DENSE, AdversarialSettings, cautions, evaluation_settings, refuse_idle_masks
 from utils.distributed import World, joined
 from utils.errors import InputError, run_command
-from utils.evaluate import auto_attack, evaluate, final_scores
+from utils.evaluate import auto_attack, evaluate, final_scores, full_precision
 from utils.network import build_network, network_of, network_spec, spec_in
 from utils.run import Run, Stage, load_data_for, settings_in, settings_of_run
 
@@ -87,7 +87,9 @@ def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, wor
     attack = settings.test_attack
     if settings.eval_attack == "autoattack":
         world.agree(lambda: require(world.size == 1, "--eval_attack autoattack works in one process; start it without torchrun"))
-        clean, robust = evaluate(model, data.test), auto_attack(model, data.test, attack, seed=settings.seed)
+        with full_precision():
+            clean = evaluate(model, data.test)
+        robust = auto_attack(model, data.test, attack, seed=settings.seed)
         print(f"test SA {clean.accuracy:.2f}  test RA (AutoAttack) {robust.accuracy:.2f}  on {robust.images} images")
         return
     name = f"PGD-{attack.steps}"

@@ -16,7 +16,7 @@ for class in "$data"/train/*/; do
         [ -d "$folder" ] && continue
         mkdir -p "$folder"
         most=$([ $part = train ] && echo 750 || echo 50)
-        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | head -n "$most" | xargs ln -s -t "$folder"
+        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | sed -n "1,${most}p" | xargs ln -s -t "$folder"
     done
 done
 

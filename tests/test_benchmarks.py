@@ -2,6 +2,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from models import build_model
+from utils.flops import layer_costs, real_inference
+from utils.forward import best_precision
+
 
 def test_masks_cost_little_beside_a_step():
     """The targets of benchmarks/masking.py: masks on at most 3 % of a step, an update at most two steps."""
@@ -12,6 +19,55 @@ def test_masks_cost_little_beside_a_step():
     step = ms.pop("training step")
     assert ms.pop("masks on") < 0.03 * step
     assert max(ms.values()) < 2 * step
+
+
+def test_the_step_is_timed_beside_the_papers_loop():
+    command = [
+        sys.executable,
+        "benchmarks/step.py",
+        "--quick",
+        "--width",
+        "0.125",
+        "--side",
+        "8",
+        "--channels",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    first, second, *others = record["rows"]
+    assert (first["name"], first["ratio"]) == ("the paper's loop", 1.0)
+    assert second["name"] == "ours: float32, channels-last"
+    assert [row["name"] for row in others] == ["+ bf16"] * (best_precision(torch.device("cpu")) == "bf16")
+    for row in record["rows"]:
+        assert row["ratio"] * row["ms"] == pytest.approx(first["ms"])
+        assert row["images_per_second"] * row["ms"] == pytest.approx(32_000)
+        assert 0 < row["share"] < 1.5
+    # Two attack steps forward and backward, an update forward, backward to images and weights: 2 x 2 + 3 inferences.
+    assert first["gflops"] * first["ms"] * 1e6 == pytest.approx(7 * 32 * real_inference_of_the_network(), rel=1e-9)
+    assert set(record["ceilings"]) == {"bf16 matrix product", "float32 matrix product"}
+
+
+def real_inference_of_the_network():
+    return real_inference(layer_costs(build_model("resnet18", 10, width=0.125, mean=[0.5], std=[0.5]), torch.Size((1, 8, 8))))
+
+
+def test_the_parts_of_an_epoch_add_up():
+    """And the targets hold even where a step is short: batches 2 % of a step, masks 3 %, a checkpoint 1 % of the epoch."""
+    command = [sys.executable, "benchmarks/parts.py", "--quick", "--device", "cpu", "--repeats", "3", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    ms, seconds = record["ms"], record["epoch_seconds"]
+    assert seconds["training step"] == pytest.approx(704 * ms["training step"] / 1e3)  # 45,000 images by 64
+    assert seconds["PGD-20 test of a batch"] == pytest.approx((20 + 40) * ms["PGD-20 test of a batch"] / 1e3)
+    assert ms["batch"] < 0.02 * ms["training step"]
+    assert ms["masks on"] < 0.03 * ms["training step"]
+    assert seconds["checkpoint"] < 0.01 * sum(seconds.values())
 
 
 def test_removed_channels_are_timed_beside_the_dense_network():

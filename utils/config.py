@@ -219,8 +219,10 @@ def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
     stored = settings.resume or settings.resume_dir is not None or getattr(settings, "eval", False)
     unable = settings.sync_bn and device.type == "cpu" and not (stored and world.size == 1)
     require(not unable, "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
-    if device.type == "cuda" and world.size > 1:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what is reported is measured without
     if settings.deterministic:
         require(device.type == "cuda", "--deterministic has no effect on a CPU, which always gives the same bits")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
