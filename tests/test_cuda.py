@@ -74,6 +74,21 @@ def test_a_graph_attacks_as_the_plain_attack_does(training):
                 parameter.mul_(1.01)
 
 
+def test_no_step_waits_for_the_device():
+    model = network()
+    optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 100))
+    loader = TrainLoader(on_gpu(toy.split(64 * 6, side=16)), 64, Augmentation(1, flip=True), seed=1)
+    forward = Forward(model, Execution("bf16"), [64])
+    try:
+        for step, batch in enumerate(loader.epoch(0)):
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps choose kernels and capture
+            train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
+            masking.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_masks_are_those_of_a_cpu():
     """Random draws and ties are the same on every device; magnitudes are, too, while the weights are."""
     hashes = []

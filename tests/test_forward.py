@@ -136,6 +136,15 @@ def test_odd_batches_are_not_compiled_for(monkeypatch):
     assert count.calls == 1
 
 
+@pytest.mark.parametrize(("flops", "compile"), [(1e12, False), (9e14, False), (1.1e15, True)])
+def test_compiling_is_for_long_trainings(flops, compile):
+    device = torch.device("cpu")
+    assert Execution(compile=None).for_training(flops, device) == Execution(compile=compile)
+    assert Execution("bf16", compile=None).for_training(flops, torch.device("meta")) == Execution("bf16")
+    for asked in (True, False):
+        assert Execution(compile=asked).for_training(flops, device).compile is asked
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
     count = Counting(fails)
