@@ -37,8 +37,10 @@ def main() -> None:
     flags.add_argument("--compile", action="store_true", help="the network, as --compile on of a run")
     options = timing.parse(flags)
     with tempfile.TemporaryDirectory() as folder:
-        work = parts(options, Path(folder))
+        run_folder = RunFolder.create(RunPaths(Path(folder) / "run"), {})
+        work = parts(options, run_folder)
         medians = timing.alternate(work, options.repeats, options.device)
+        run_folder.settle()
     steps, tests = math.ceil(TRAIN / options.batch_size), math.ceil(VAL / EVAL_BATCH) + math.ceil(TEST / EVAL_BATCH)
     times = {"training step": steps, "batch": steps, "masks on": steps, "mask update": steps / UPDATE_FREQUENCY}
     times |= {"PGD-20 test of a batch": tests, "clean test of a batch": tests, "checkpoint": 1}
@@ -56,7 +58,7 @@ def main() -> None:
     print(f"{'an epoch':26s}{'':36s}{total:10.2f}      200 epochs: {hours:.2f} h, of which training {training:.2f} h")
 
 
-def parts(options: timing.Options, folder: Path) -> dict[str, Callable[[], object]]:
+def parts(options: timing.Options, run_folder: RunFolder) -> dict[str, Callable[[], object]]:
     device = torch.device(options.device)
     model = timing.network(options)
     optimizer = timing.optimizer_of(model)
@@ -70,7 +72,6 @@ def parts(options: timing.Options, folder: Path) -> dict[str, Callable[[], objec
     loader = TrainLoader(split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1)
     batches = (batch for epoch in range(10**9) for batch in loader.epoch(epoch))
     tested = split.subset(torch.arange(EVAL_BATCH))
-    run_folder = RunFolder.create(RunPaths(folder / "run"), {})
     parameters = [name for name, _ in model.named_parameters()]
 
     def save() -> None:

@@ -18,9 +18,10 @@ from data import Batch
 from models import ARCHITECTURES, build_model
 from utils.attacks import PGD
 from utils.engine import sgd, train_step
-from utils.forward import Forward
+from utils.forward import Forward, use_fast_kernels
 
 Options = argparse.Namespace
+QUICK = {"width": 0.25, "batch_size": 64, "side": 8, "channels": 1, "repeats": 9}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -39,10 +40,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return flags
 
 
-def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(flags: argparse.ArgumentParser, quick: dict[str, object] | None = None) -> argparse.Namespace:
+    """The options, ``--quick`` standing for others (``QUICK`` by default)."""
     if flags.parse_known_args()[0].quick:
-        flags.set_defaults(width=0.25, batch_size=64, side=8, channels=1, repeats=9)
-    return flags.parse_args()
+        flags.set_defaults(**(QUICK if quick is None else quick))
+    options = flags.parse_args()
+    use_fast_kernels(torch.device(options.device))
+    return options
 
 
 def network(options: argparse.Namespace) -> nn.Module:

@@ -7,12 +7,15 @@ from data import Augmentation, Split, TrainLoader
 from models import build_model
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
-from tests.test_resume import FBP, LONGER, assert_equal
+from tests.test_resume import FBP, LONGER, assert_equal, stop_at
 from utils.attacks import PGD, attack_draws, pgd_attack
 from utils.engine import sgd, train_step
 from utils.forward import Execution, Forward
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("error:no CUDA graph"),
+]
 ATTACK = PGD(8 / 255, 2 / 255, 4)
 
 
@@ -35,6 +38,7 @@ def stepped(execution, steps=3):
     for batch in loader.epoch(0):
         loss, _ = train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
         losses.append(loss.item())
+    assert forward.graphs == execution.graphs
     return torch.tensor(losses), model
 
 
@@ -52,7 +56,7 @@ def test_faster_steps_are_the_same_steps(execution, tolerance):
     (plain, model), (fast, faster) = stepped(Execution(graphs=False)), stepped(execution)
     assert torch.allclose(plain, fast, rtol=tolerance)
     buffers = [(name, a, b) for (name, a), (_, b) in zip(model.named_buffers(), faster.named_buffers(), strict=True)]
-    assert all(torch.allclose(a, b, rtol=5 * tolerance, atol=5 * tolerance) for name, a, b in buffers if "running" in name)
+    assert all((a - b).norm() <= 3 * tolerance * a.norm() for name, a, b in buffers if "running_var" in name)
     assert all(torch.equal(a, b) for name, a, b in buffers if "tracked" in name)
 
 
@@ -72,6 +76,9 @@ def test_a_graph_attacks_as_the_plain_attack_does(training):
         with torch.no_grad():  # weights that change in place are seen
             for parameter in [*model.parameters(), *other.parameters()]:
                 parameter.mul_(1.01)
+            for one_buffer, other_buffer in zip(model.buffers(), other.buffers(), strict=True):
+                one_buffer.copy_(other_buffer.mul_(1.1) if other_buffer.is_floating_point() else other_buffer)
+    assert graphed.graphs == 1
 
 
 def test_no_step_waits_for_the_device():
@@ -85,6 +92,7 @@ def test_no_step_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps choose kernels and capture
             train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
             masking.step()
+        assert forward.graphs == 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -110,12 +118,14 @@ def test_attacks_agree_with_a_cpu():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_deterministic_runs_resume_to_the_bit(run_adv, tmp_path, precision):
-    flags = [*LONGER, *FBP, "--device", "cuda", "--deterministic", "--precision", precision, "--compile", "off"]
+def test_deterministic_runs_resume_to_the_bit(run_adv, tmp_path, monkeypatch, precision):
+    flags = [*LONGER, *FBP, "--test_subset", 300, "--device", "cuda", "--deterministic", "--precision", precision, "--compile", "off"]
     assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
     codes = []
     while not codes or codes[-1] == 75:
-        codes.append(run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume", "--time_limit", 0.05).code)
-        assert len(codes) < 20
+        stop_at(monkeypatch, 3)
+        codes.append(run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume").code)
+        assert len(codes) < 40
     assert codes[-1] == 0
+    assert len(codes) > 3
     assert_equal(tmp_path / "whole", tmp_path / "cut")

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import utils.evaluate
+import utils.run
 from data import Augmentation, TrainLoader
 from models import build_model
 from tests import toy
@@ -191,9 +193,28 @@ def test_precisions_give_other_bits_and_final_figures_are_float32(run_adv, tmp_p
         assert run_adv(*toy.TOY_RUN, "--precision", precision, "--save_dir", tmp_path / precision).code == 0
         seen[precision] = load_checkpoint(only_run(tmp_path / precision).checkpoint)["state_dict"]["conv1.weight"]
     assert not torch.equal(seen["float32"], seen["bf16"])
-    paths = only_run(tmp_path / "bf16")
-    evaluated = run_adv("--eval", "--pretrained", paths.best_ra)
-    assert f"test RA (PGD-1) {read_summary(paths)['best']['test_ra']:.2f}" in evaluated.out
+
+
+def test_the_figures_that_end_a_run_are_float32(run_adv, tmp_path, monkeypatch):
+    seen, ending, original = set(), [], utils.run.final_scores
+
+    def final(*arguments, **options):
+        ending.append(1)
+        return original(*arguments, **options)
+
+    class Watching(Forward):
+        def _logits(self, module, x):
+            hook = self.model.register_forward_pre_hook(lambda *_: seen.add((bool(ending), torch.is_autocast_enabled("cpu"))))
+            try:
+                return super()._logits(module, x)
+            finally:
+                hook.remove()
+
+    monkeypatch.setattr(utils.run, "final_scores", final)
+    monkeypatch.setattr(utils.run, "Forward", Watching)
+    monkeypatch.setattr(utils.evaluate, "Forward", Watching)
+    assert run_adv(*toy.TOY_RUN, "--precision", "bf16", "--save_dir", tmp_path).code == 0
+    assert seen == {(False, True), (True, False)}
 
 
 @pytest.mark.parametrize("fails", [False, True])

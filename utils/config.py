@@ -24,7 +24,7 @@ from utils.attacks import NORMS, PGD, fgsm_rs
 from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
-from utils.forward import PRECISIONS
+from utils.forward import PRECISIONS, use_fast_kernels
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
@@ -84,10 +84,12 @@ class CommonSettings:
     weight_decay: float = flag(5e-4, "training", "of SGD")
     sync_bn: bool = flag(False, "training", "several processes: batch norm sees the whole batch (GPUs only)")
     # speed
-    precision: str = flag("auto", "speed", "of convolutions; auto is bf16 where the hardware has it", choices=("auto", *PRECISIONS))
+    precision: str = flag(
+        "auto", "speed", "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs", choices=("auto", *PRECISIONS)
+    )
     compile: str = flag("auto", "speed", "torch.compile; auto where it pays", choices=("auto", "on", "off"), result=False)
-    eval_every: int = flag(1, "speed", "epochs between validations, among which the best models are")
-    test_every: int = flag(1, "speed", "epochs between tests", result=False)
+    eval_every: int = flag(1, "speed", "epochs of the last stage between validations, among which the best models are")
+    test_every: int = flag(1, "speed", "epochs of the last stage between tests", result=False)
     # attacks
     norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
     train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
@@ -191,6 +193,7 @@ class CommonSettings:
         require(not (self.device == "cpu" and self.gpu is not None), "--gpu has no effect with --device cpu")
         require(not (self.resume and self.resume_dir), "--resume names the folder by the flags, --resume_dir by its path; choose one")
         only(given, ["save_dir"], self.resume_dir is None, "--resume_dir, which names the folder itself")
+        require(not (self.sync_bn and self.compile == "on"), "--compile on cannot take a network whose batch norm talks, as with --sync_bn")
         only(given, ["train_gamma", "attack_mode"], self.train_step > 0, "--train_step 0")
         only(given, ["test_gamma"], self.test_step > 0, "--test_step 0")
 
@@ -219,10 +222,9 @@ def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
     stored = settings.resume or settings.resume_dir is not None or getattr(settings, "eval", False)
     unable = settings.sync_bn and device.type == "cpu" and not (stored and world.size == 1)
     require(not unable, "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
-    if device.type == "cuda":
+    use_fast_kernels(device)
+    if device.type == "cuda" and world.size > 1:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what is reported is measured without
     if settings.deterministic:
         require(device.type == "cuda", "--deterministic has no effect on a CPU, which always gives the same bits")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -275,8 +277,8 @@ def parse_settings(
     if unknown:
         raise InputError(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
     given = vars(namespace)
-    # How a run was told to go (device, --resume, ...) is not what it is; only where its data lies is taken over.
-    taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | {"data", "cache_dir"}
+    # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its data lies, and what it would notice.
+    taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | {"data", "cache_dir", "compile", "test_every"}
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
     settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
     _refuse_contradictions(given, stored, settings)

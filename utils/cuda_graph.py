@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +16,30 @@ class GraphedAttack:
     """``attack_once`` on batches of one shape. Weights and statistics are read where they lie, so they may change in place.
 
     Args:
-        model: whose statistics an attack in train mode moves; the capture leaves them as they are.
+        model: whose statistics an attack in train mode moves; the capture leaves them as they are, also when it fails.
         attack_once: images, labels and draws to adversarial images, without a look at any value.
         x, y, draws: a first batch, on the GPU.
+        pool: memory shared with other graphs that never run at the same time (``torch.cuda.graph_pool_handle``).
     """
 
-    def __init__(self, model: nn.Module, attack_once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, attack_once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None, pool: Any) -> None:
         self._x, self._y = torch.empty_like(x).copy_(x), y.clone()
         self._draws = None if draws is None else draws.clone()
         before = [buffer.clone() for buffer in model.buffers()]
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                attack_once(self._x, self._y, self._draws)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._adversarial = attack_once(self._x, self._y, self._draws)
-        with torch.no_grad():
-            for buffer, value in zip(model.buffers(), before, strict=True):
-                buffer.copy_(value)
+        try:
+            with torch.cuda.stream(stream):  # which puts the usual stream back, whatever a failed capture leaves
+                for _ in range(_WARM_UPS):
+                    attack_once(self._x, self._y, self._draws)
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self._adversarial = attack_once(self._x, self._y, self._draws)
+            torch.cuda.current_stream(x.device).wait_stream(stream)
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(model.buffers(), before, strict=True):
+                    buffer.copy_(value)
 
     def __call__(self, x: Tensor, y: Tensor, draws: Tensor | None) -> Tensor:
         """Adversarial images, in memory that the next call writes to."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from utils.attacks import PGD, in_mode, pgd_attack, without_parameter_gradients
-from utils.cuda_graph import GraphedAttack
+from utils.cuda_graph import AttackOnce, GraphedAttack
 from utils.distributed import ALONE, World
 from utils.errors import one_line
 
@@ -33,6 +33,13 @@ def best_precision(device: torch.device) -> str:
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         fast = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
     return "bf16" if fast else "float32"
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """On CUDA: the fastest convolution for each shape, and TF32 for what is float32; ``evaluate.full_precision`` undoes both."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class Forward:
         self._sizes = self._usual if execution.compile else frozenset()
         self._may_graph = execution.graphs
         self._graphs: dict[Any, GraphedAttack] = {}
-        self._compiled: dict[nn.Module, Any] = {}
+        self._pool: Any = None
+        self._compiled: Any = None
         self._replica: nn.Module | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -106,20 +114,25 @@ class Forward:
 
         if not (self._may_graph and x.device.type == "cuda" and len(x) in self._usual and attack.steps > 0):
             return once(x, y, draws)
+        if training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
+            return once(x, y, draws)  # collectives stay outside of graphs
         key = (attack, training, x.shape)
         if key not in self._graphs:
-            try:
-                self._refuse_collectives()
-                self._graphs[key] = GraphedAttack(self.model, once, x, y, draws)
-            except RuntimeError as error:  # an operation that cannot be captured
-                self._may_graph = False
-                warnings.warn(f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without", stacklevel=2)
-                return once(x, y, draws)
-        return self._graphs[key](x, y, draws)
+            self._capture(key, once, x, y, draws)
+        return self._graphs[key](x, y, draws) if key in self._graphs else once(x, y, draws)
 
-    def _refuse_collectives(self) -> None:
-        if any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
-            raise RuntimeError("batch norm talks to other processes")
+    def _capture(self, key: Any, once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[key] = GraphedAttack(self.model, once, x, y, draws, self._pool)
+        except RuntimeError as error:  # an operation that cannot be captured
+            self._may_graph = False
+            warnings.warn(f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without", stacklevel=3)
+
+    @property
+    def graphs(self) -> int:
+        """Attacks that have been captured."""
+        return len(self._graphs)
 
     def prepare(self, batch: Batch, attacked: bool, training: bool) -> str:
         """Compile for training on batches like this one; returns what to say of it. What fails to compile is computed without.
@@ -134,8 +147,9 @@ class Forward:
             if attacked:
                 with in_mode(self.model, training), without_parameter_gradients(self.model):
                     self(batch.x.detach().requires_grad_()).sum().backward()
-            with in_mode(self.model, True):
-                self(batch.x).sum().backward()
+            if self.world.size == 1:
+                with in_mode(self.model, True):
+                    self(batch.x).sum().backward()
         except Exception as error:  # a missing compiler, a network that it cannot take: in as many ways as there are layers below
             failure = one_line(error).split(". ")[0][:200]
         for parameter in self.model.parameters():
@@ -148,10 +162,10 @@ class Forward:
         return f"compiled in {time.perf_counter() - start:.0f} s"
 
     def _logits(self, module: Any, x: Tensor) -> Tensor:
-        if len(x) in self._sizes:
-            if module not in self._compiled:
-                self._compiled[module] = torch.compile(module, dynamic=False)
-            module = self._compiled[module]
+        # DDP's own pass is not compiled: should that fail in one process, the others would wait for its gradients.
+        if module is self.model and len(x) in self._sizes:
+            self._compiled = self._compiled or torch.compile(module, dynamic=False)
+            module = self._compiled
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocast):
             logits = module(x)
         return logits.to(x.dtype)

@@ -109,7 +109,7 @@ class Stage:
         self.masking: Masking | None = None
         self.costs = flops.layer_costs(model, data.image_shape)
         work = flops.real_training([flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps)
-        self.execution = execution.for_training(work, data.train.device)
+        self.execution = dataclasses.replace(execution, compile=False) if together else execution.for_training(work, data.train.device)
         self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH))
         self._is_prepared = not self.execution.compile
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
