@@ -92,7 +92,10 @@ def checksum(content: Mapping[str, Any]) -> str:
 def _digest(value: Any, digest: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        # By numpy: a thread that uses torch's OpenMP beside the training leaves it slow for good.
+        tensor = value.detach().cpu()
+        tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
     elif isinstance(value, Mapping):
         digest.update(f"{{{len(value)}".encode())
         for name, part in value.items():
