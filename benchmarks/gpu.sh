@@ -6,8 +6,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu}
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "error: torch sees no GPU on this machine" >&2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+    echo "error: no torch that sees a GPU on this machine; PYTHON chooses the interpreter" >&2
     exit 2
 fi
 mkdir -p "$out"

@@ -4,7 +4,11 @@
 # Run it again and finished runs are read, not repeated; cut ones go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:?the folder of images, with train/<class>/* and test/<class>/*}
+data=${1:-}
+if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
+    echo "error: '$data' is no folder of images with train/<class>/* and test/<class>/*" >&2
+    exit 2
+fi
 out=${OUT:-runs/precision}
 bash scripts/setup.sh
 
