@@ -7,24 +7,18 @@ Read it top to bottom: flags -> run -> epochs -> report. ``--help`` lists the fl
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import nn
-
-from data import Data, calibration_batches
+from data import calibration_batches
 from sparse_core import Masking
-from utils.checkpoint import load_checkpoint
-from utils.config import parse_settings, pick_device, require
-from utils.config_adv import DENSE, AdversarialSettings, cautions, evaluation_settings, refuse_idle_masks
-from utils.distributed import World, joined
+from utils.config import parse_settings, pick_device
+from utils.config_adv import DENSE, AdversarialSettings, cautions, refuse_idle_masks
+from utils.distributed import joined
 from utils.errors import InputError, run_command
-from utils.evaluate import auto_attack, evaluate, final_scores, full_precision
-from utils.network import build_network, network_of, network_spec, spec_in
-from utils.run import Run, Stage, load_data_for, settings_in, settings_of_run
+from utils.evaluation import evaluate_checkpoint, stored_settings
+from utils.network import build_network
+from utils.run import Run, Stage
 
 
 def main() -> None:
@@ -36,14 +30,6 @@ def main() -> None:
             evaluate_checkpoint(settings, device, world)
         else:
             world.agree(lambda: AdversarialRun(settings, device, world), in_turn=True).train()
-
-
-def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings in the checkpoint that the flags point to, if it has any."""
-    if given.get("eval") and given.get("pretrained"):
-        content = load_checkpoint(given["pretrained"])
-        return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
-    return settings_of_run(AdversarialSettings.script, given["resume_dir"]) if given.get("resume_dir") else {}
 
 
 class AdversarialRun(Run):
@@ -79,42 +65,6 @@ class AdversarialRun(Run):
 
     def cautions(self) -> Sequence[str]:
         return cautions(self.settings, self.stage.steps)
-
-
-def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
-    """``--eval``: print SA, RA and the gap of ``--pretrained``; writes nothing."""
-    model, data = world.agree(lambda: network_and_data(settings, device), in_turn=True)
-    attack = settings.test_attack
-    if settings.eval_attack == "autoattack":
-        world.agree(lambda: require(world.size == 1, "--eval_attack autoattack works in one process; start it without torchrun"))
-        with full_precision():
-            clean = evaluate(model, data.test)
-        robust = auto_attack(model, data.test, attack, seed=settings.seed)
-        print(f"test SA {clean.accuracy:.2f}  test RA (AutoAttack) {robust.accuracy:.2f}  on {robust.images} images")
-        return
-    name = f"PGD-{attack.steps}"
-    if settings.eval_attack == "cw":
-        attack, name = dataclasses.replace(attack, loss="margin"), f"CW-{attack.steps}"
-    scores = final_scores(model, data, attack, seed=settings.seed, world=world)
-    if world.is_first:
-        print(
-            f"test RA ({name}) {scores.test_ra:.2f}  test SA {scores.test_sa:.2f}  training RA {scores.train_ra:.2f}"
-            f"  robust generalization gap {scores.robust_gap:.2f}"
-        )
-
-
-def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[nn.Module, Data]:
-    """What ``--pretrained`` holds and what it is evaluated on; raises ``InputError`` if they do not fit."""
-    path = settings.pretrained
-    assert path is not None
-    content = load_checkpoint(path)
-    data = load_data_for(settings, device)
-    spec = spec_in(content, path) or network_spec(settings, data)
-    if spec["num_classes"] != len(data.classes):
-        raise InputError(f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}")
-    if len(spec["mean"]) != data.image_shape[0]:
-        raise InputError(f"{path} takes {len(spec['mean'])} channels and the images have {data.image_shape[0]}")
-    return network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device), data
 
 
 if __name__ == "__main__":

@@ -1,37 +1,64 @@
-"""One table and one picture of finished runs: ``python scripts/report.py RUN_FOLDER... [--figure FILE.png]``."""
+"""Tables, figures and a page of finished runs: ``python scripts/report.py RUNS... [--out DIR] [--paper DATASET] [--figure FILE.png]``.
+
+Without ``--out`` a table goes to the terminal: a line a run, or, where runs differ only in the seed or ``--paper`` is given, means
+and spreads beside the paper's figures.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.config import OneLineParser
+from utils.checkpoint import writable_folder
+from utils.config import OneLineParser, require
 from utils.errors import InputError, run_command
-from utils.metrics import read_epochs, read_summary, write_figure
-from utils.paths import RunPaths
-from utils.report import METHOD_NAMES, compared_curves, summary_table
+from utils.figures import compared_curves
+from utils.groups import Group, find_runs, grouped
+from utils.metrics import write_figure
+from utils.page import write_report
+from utils.paper import DATASETS
+from utils.report import Comparison, comparison_table, markdown, summary_table
 
-_ORDER = list(METHOD_NAMES)
+_LEGEND = "RA, SA and Diff. on the test set, robust gap = training RA - test RA of the final model, in percent; FLOPs: real count"
 
 
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders of finished runs")
-    parser.add_argument("--figure", type=Path, help="where to write the accuracy curves")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of finished runs, or folders of such folders")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write tables, figures and index.html")
+    parser.add_argument("--paper", choices=list(DATASETS), help="the paper's data set to lay beside runs on others")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="where to write the accuracy curves")
     arguments = parser.parse_args()
-    runs = sorted(((p, read_summary(p)) for p in map(RunPaths, arguments.runs)), key=lambda run: _ORDER.index(run[1]["method"]))
+    runs, unfinished = find_runs(arguments.runs)
+    groups, repeated = grouped(runs)
+    for note in (*unfinished, *repeated):
+        print(f"note: {note}", file=sys.stderr)
+    datasets = {group.settings.dataset for group in groups}
+    idle = f"--paper {arguments.paper} has no effect: the paper has the data of these runs ({', '.join(sorted(datasets))})"
+    require(arguments.paper in {None, *datasets} or not datasets <= set(DATASETS), idle)
+    if arguments.out is not None:
+        writable_folder(arguments.out, "--out DIR")
     if arguments.figure is not None:
-        figure = compared_curves([(METHOD_NAMES[summary["method"]], read_epochs(p)) for p, summary in runs])
-        try:
-            write_figure(arguments.figure, figure)
-        except OSError as error:
-            raise InputError(f"cannot write {arguments.figure} ({error.strerror or error})") from error
-    print(summary_table([summary for _, summary in runs]))
-    print("RA, SA and Diff. on the test set, robust gap = training RA - test RA of the final model, in percent; FLOPs: real count")
+        _write_curves(arguments.figure, groups)
+    if arguments.out is None and arguments.paper is None and all(len(group.runs) == 1 for group in groups):
+        print(f"{summary_table([run.summary for run in runs])}\n{_LEGEND}")
+    else:
+        print(markdown(comparison_table([Comparison.of(group, arguments.paper) for group in groups])), end="")
+    if arguments.out is not None:
+        print(f"page: {write_report(arguments.out, groups, arguments.paper)}")
     if arguments.figure is not None:
         print(f"accuracy curves: {arguments.figure}")
+
+
+def _write_curves(path: Path, groups: Sequence[Group]) -> None:
+    figure = compared_curves([(group.label, [run.epochs for run in group.runs]) for group in groups])
+    try:
+        write_figure(path, figure)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

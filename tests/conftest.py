@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from tests import toy
 
-torch.set_num_threads(2)
+# Two threads on two cores; OMP_NUM_THREADS=1 where something else runs beside, since threads that wait for each other crawl then.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture

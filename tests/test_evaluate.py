@@ -5,9 +5,10 @@ from torch import nn
 
 from data.augment import to_float
 from tests import toy
-from utils.attacks import PGD
+from tests.test_trials import fitted
+from utils.attacks import PGD, AutoAttack
 from utils.errors import InputError
-from utils.evaluate import auto_attack, epoch_scores, evaluate, final_scores
+from utils.evaluate import epoch_scores, evaluate, final_scores
 
 ATTACK = PGD(8 / 255, 2 / 255, 5)
 
@@ -74,25 +75,19 @@ def test_every_image_is_reported():
     assert sum(counts) == 40
 
 
-@pytest.mark.parametrize("classes", [10, 5])
-def test_autoattack_is_at_most_pgd(classes):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
-    split = toy.split(8, classes=classes)
-    with torch.no_grad():  # fit it, so that there is something to break
-        pixels = to_float(split.images).flatten(1)
-        model[1].weight.copy_((torch.linalg.pinv(pixels) @ F.one_hot(split.labels, classes).float() * 8).T)
-    attack = PGD(2 / 255, 0.5 / 255, 10)
-    pgd, autoattack = evaluate(model, split, attack), auto_attack(model, split, attack, seed=1)
+@pytest.mark.parametrize(("classes", "eps"), [(10, 32 / 255), (5, 24 / 255)])
+def test_autoattack_is_at_most_pgd(classes, eps):
+    model, split = fitted(classes, n=40)
+    pgd, autoattack = evaluate(model, split, PGD(eps, eps / 4, 5)), evaluate(model, split, AutoAttack(eps))
     assert evaluate(model, split).accuracy > 90
-    assert autoattack.accuracy <= pgd.accuracy
+    assert autoattack.accuracy <= pgd.accuracy < 90
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_autoattack_in_an_empty_ball_is_clean_accuracy(norm):
     torch.manual_seed(0)
     model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), toy.split(6, classes=10)
-    tiny = auto_attack(model, split, PGD(1e-7, 1e-8, 1, norm), seed=1)
+    tiny = evaluate(model, split, AutoAttack(1e-7, norm))
     assert tiny.accuracy == evaluate(model, split).accuracy
 
 
@@ -117,4 +112,13 @@ def test_reported_figures_are_full_float32(tf32_allowed):
 
 def test_autoattack_needs_four_classes():
     with pytest.raises(InputError, match="at least 4 classes"):
-        auto_attack(toy.network(), toy.split(6), ATTACK, seed=1)
+        evaluate(toy.network(), toy.split(6), AutoAttack(ATTACK.eps))
+
+
+def test_more_starts_never_find_less():
+    model, split = toy.network(), toy.split(40)
+    one, five = (evaluate(model, split, ATTACK, restarts=n) for n in (1, 5))
+    assert five.accuracy <= one.accuracy
+    assert five.images == 40
+    with pytest.raises(ValueError, match="restarts need an attack"):
+        evaluate(model, split, restarts=2)

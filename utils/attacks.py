@@ -43,6 +43,18 @@ class PGD:
             raise ValueError("eps, step_size and steps must not be negative")
 
 
+@dataclass(frozen=True)
+class AutoAttack:
+    """The standard ensemble of Croce and Hein (2020), whose four attacks have no settings but the ball (``eps`` in [0, 1])."""
+
+    eps: float
+    norm: str = "linf"
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+
+
 def fgsm_rs(eps: float) -> PGD:
     """One step of 1.25 eps from a uniform start, projected (Wong, Rice and Kolter, "Fast is better than free", 2020)."""
     return PGD(eps, 1.25 * eps, 1, "linf", random_start=True)

@@ -41,6 +41,22 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def writable_folder(folder: Path, instead: str = "") -> Path:
+    """Make a folder and try to write there, before the work whose results shall go there and not after it.
+
+    Raises:
+        InputError: that cannot be; ``instead`` is the flag that names another folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        elsewhere = f"; {instead} writes elsewhere" if instead else ""
+        raise InputError(f"cannot write into {folder} ({error.strerror or error}){elsewhere}") from error
+    return folder
+
+
 def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
     """Write a checkpoint with a checksum of what it holds.
 

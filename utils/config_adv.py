@@ -15,7 +15,8 @@ DENSE = "dense"  # the method without masks
 _MOVING_MASK = "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre second_frequency".split()
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
 _ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
-_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes time_limit precision compile eval_every test_every".split()
+_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes precision compile eval_every test_every".split()
+EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
 # Settings of a run that describe how a network came about; --eval may repeat them and not change them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm test_eps test_step test_gamma test_randinit".split()
@@ -31,7 +32,16 @@ class AdversarialSettings(CommonSettings):
     # run
     eval: bool = flag(False, "run", "evaluate --pretrained instead of training", result=False)
     pretrained: str | None = flag(None, "run", "checkpoint for --eval, ours or the paper's", result=False)
-    eval_attack: str = flag("pgd", "run", "attack of --eval", choices=("pgd", "cw", "autoattack"), result=False)
+    eval_attack: str = flag(
+        "pgd",
+        "run",
+        "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or signs of gradient masking",
+        choices=EVAL_ATTACKS,
+        result=False,
+    )
+    restarts: int = flag(1, "run", "random starts of --eval's attack; an image counts that withstands them all", result=False)
+    source: str | None = flag(None, "run", "checkpoint on which --eval crafts its images instead (transfer)", result=False)
+    eval_dir: str | None = flag(None, "run", "where --eval keeps its results (default: evaluations/ beside the checkpoint)", result=False)
     # training
     epochs: int = flag(200, "training", "epochs of the run")
     # sparsity
@@ -131,12 +141,21 @@ class AdversarialSettings(CommonSettings):
     def _refuse_idle_in_evaluation(self, given: frozenset[str]) -> None:
         require(self.pretrained is not None, "--eval needs --pretrained FILE")
         only(given, _TRAINING_ONLY, False, "--eval")
+        require(self.restarts >= 1, f"--restarts must be at least 1, not {self.restarts}")
+        require(self.restarts == 1 or self.test_randinit, "--restarts has no effect with --no-test_randinit: all starts are the same")
+        named = f"--eval_attack {self.eval_attack}"
+        if self.eval_attack in ("autoattack", "masking"):
+            only(given, ["restarts", "source"], False, f"{named}, which has attacks of its own")
+            only(given, ["train_subset"], False, f"{named}, which looks at test images alone")
+        if self.source is not None:
+            only(given, ["train_subset"], False, "--source, which looks at test images alone")
         if self.eval_attack == "autoattack":
-            only(given, ["test_step", "test_gamma", "test_randinit"], False, "--eval_attack autoattack, which has its own steps")
-            only(given, ["train_subset"], False, "--eval_attack autoattack, which looks at test images alone")
+            only(given, ["test_step", "test_gamma", "test_randinit"], False, f"{named}, which has its own steps")
+        if self.eval_attack == "masking":
+            only(given, ["test_step"], False, f"{named}, which tries several")
 
     def _refuse_idle_in_training(self, given: frozenset[str]) -> None:
-        only(given, ["pretrained", "eval_attack"], False, "training; add --eval")
+        only(given, ["pretrained", "eval_attack", "restarts", "source", "eval_dir"], False, "training; add --eval")
         masked = self.method != DENSE
         only(given, _ANY_MASK, masked, "a dense run, which has no masks; see --fb, --fbp and --fix")
         only(given, _MOVING_MASK, not self.fix, "--fix, whose masks do not move")

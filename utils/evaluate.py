@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch, Data, Split, plain_batches
-from utils.attacks import PGD, attack_draws, in_mode
+from utils.attacks import PGD, AutoAttack, attack_draws, in_mode
 from utils.distributed import ALONE, World
-from utils.errors import InputError
 from utils.forward import Execution, Forward
-
-_AUTOATTACK_CLASSES = 4
-EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
+from utils.trials import EVAL_BATCH, autoattack_trials, clean_trial, full_precision, pgd_trials, run_trials
 
 OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Score:
-    """``accuracy`` in percent and mean cross-entropy ``loss`` over ``images`` images."""
+    """``accuracy`` in percent and mean cross-entropy ``loss`` over ``images`` images; the loss of a worst case over several attacks
+    is NaN."""
 
     accuracy: float
     loss: float
@@ -45,9 +42,10 @@ class FinalScores:
 def evaluate(
     model: nn.Module,
     split: Split,
-    attack: PGD | None = None,
+    attack: PGD | AutoAttack | None = None,
     *,
     seed: int = 1,
+    restarts: int = 1,
     forward: Forward | None = None,
     on_batch: OnBatch = lambda images: None,
 ) -> Score:
@@ -57,10 +55,14 @@ def evaluate(
     in every epoch and at the end. Several processes share the batches, and have the score of one process to the bit.
 
     Args:
+        attack: one PGD attack, or the whole of AutoAttack, which is always computed in float32.
+        restarts: random starts of PGD; an image counts as right if it withstands them all. More than one is computed in float32.
         forward: how the network is computed, and by which processes; plainly in float32 and alone by default.
         on_batch: called after each batch, of several processes after each round of batches, with the images in it.
     """
     forward = Forward(model) if forward is None else forward
+    if isinstance(attack, AutoAttack) or restarts > 1:
+        return _worst_case(forward, split, attack, seed, restarts, on_batch)
     world = forward.world
     batches = math.ceil(len(split) / EVAL_BATCH)
     right_and_loss = torch.zeros(2, batches, dtype=torch.float64, device=split.device)
@@ -74,6 +76,22 @@ def evaluate(
     # A column is of one process, so the sum over processes adds zeros: it is exact, and then in the order of one process.
     right, loss = world.total(right_and_loss).sum(dim=1).tolist()
     return Score(100.0 * right / len(split), loss / len(split), len(split))
+
+
+def _worst_case(forward: Forward, split: Split, attack: PGD | AutoAttack | None, seed: int, restarts: int, on_batch: OnBatch) -> Score:
+    if attack is None:
+        raise ValueError("restarts need an attack")
+    if isinstance(attack, AutoAttack):
+        trials = [clean_trial(), *autoattack_trials(forward.model, attack, _classes(forward.model, split), split.device, seed)]
+    else:
+        trials = pgd_trials(forward.model, attack, seed, restarts=restarts)
+    outcomes = run_trials(forward.model, {"test": split}, trials, world=forward.world, on_round=lambda trial, images: on_batch(images))
+    return Score(outcomes.accuracy(trials[-1]), math.nan, len(split))
+
+
+def _classes(model: nn.Module, split: Split) -> int:
+    with in_mode(model, False), torch.no_grad():
+        return model(next(plain_batches(split, 2)).x).shape[1]
 
 
 def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: int) -> Tensor:
@@ -122,39 +140,3 @@ def final_scores(
         test_ra = evaluate(model, data.test, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
         train_ra = evaluate(model, data.train, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)
-
-
-def auto_attack(model: nn.Module, split: Split, attack: PGD, *, seed: int) -> Score:
-    """The standard AutoAttack (Croce and Hein, 2020) by pyautoattack within ``attack``'s ball: an image counts as
-    right only if it withstands all four attacks."""
-    from pyautoattack import AutoAttack
-
-    batches = list(plain_batches(split, EVAL_BATCH))
-    with in_mode(model, False), torch.no_grad():
-        classes = model(batches[0].x[:1]).shape[1]
-    if classes < _AUTOATTACK_CLASSES:
-        raise InputError(f"AutoAttack's targeted losses need at least {_AUTOATTACK_CLASSES} classes and the network has {classes}")
-    x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
-    with in_mode(model, False), full_precision():
-        library = AutoAttack(
-            model, norm={"linf": "Linf", "l2": "L2"}[attack.norm], eps=attack.eps, version="standard", seed=seed, device=split.device
-        )
-        # Its nine targets a class assume ten classes.
-        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
-        adversarial, _ = library.run_standard_evaluation(x.contiguous(), y, batch_size=EVAL_BATCH)
-        with torch.no_grad():
-            logits = torch.cat([model(part) for part in adversarial.split(EVAL_BATCH)])
-    accuracy = 100.0 * (logits.argmax(dim=1) == y).double().mean().item()
-    return Score(accuracy, F.cross_entropy(logits, y).item(), len(split))
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 without TF32, and the same kernels every time, for a while; whatever the training used."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -53,14 +53,14 @@ class RunFolder:
             lock = _locked(paths)
             for cut_off in paths.root.glob(".*-*"):  # half-written files of a process that was killed
                 cut_off.unlink()
-            write_atomically(paths.config, _json(config))
+            write_atomically(paths.config, json_bytes(config))
         except OSError as error:
             raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
         return cls(paths, lock)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         with self._writing(self.paths.config):
-            write_atomically(self.paths.config, _json(config))
+            write_atomically(self.paths.config, json_bytes(config))
 
     def say(self, line: str) -> None:
         """A line for the terminal and ``result.log``."""
@@ -142,7 +142,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with self._writing(self.paths.summary):
-            write_atomically(self.paths.summary, _json(summary))
+            write_atomically(self.paths.summary, json_bytes(summary))
 
     def write_picture(self, path: Path, figure: Figure) -> None:
         with self._writing(path):
@@ -264,5 +264,6 @@ class EpochDisplay:
         self._bar.update(count)
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """For a file that people look into too."""
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -20,8 +20,8 @@ from utils.distributed import joined
 from utils.engine import EpochResult
 from utils.errors import InputError
 from utils.evaluate import evaluate
+from utils.figures import mask_distances
 from utils.network import build_network, network_of, spec_in
-from utils.report import mask_distances
 from utils.run import Row, Run, Stage, settings_of_run
 from utils.slimming import kept_channels, slim
 

@@ -29,12 +29,13 @@ from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
 from utils.engine import EpochResult, Plan, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
+from utils.figures import training_curves
 from utils.forward import PLAIN, Execution, Forward, best_precision
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
-from utils.report import summary_text, training_curves
+from utils.report import summary_text
 
 _SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
 

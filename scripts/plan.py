@@ -1,0 +1,106 @@
+"""Which of some runs are finished and how long the others will take: ``python scripts/plan.py [--jobs N] < COMMANDS``.
+
+A command a line, as in ``main_adv.py --dataset digits --fb``. On stderr a table for people, on stdout for scripts a line a run:
+its number, ``finished``, ``begun`` or ``new``, and its folder, with tabs between.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.config import CommonSettings, OneLineParser, parse_settings, pick_device
+from utils.config_adv import AdversarialSettings
+from utils.config_rb import EarlyBirdSettings, TicketSettings
+from utils.errors import InputError, run_command
+from utils.estimate import duration, image_passes, images_of, seconds_per_pass, trainings
+from utils.metrics import read_epochs
+from utils.paths import RunPaths
+from utils.run import load_data_for
+
+_KINDS: dict[str, type[CommonSettings]] = {kind.script: kind for kind in (AdversarialSettings, EarlyBirdSettings, TicketSettings)}
+_MEASURED: dict[Any, Any] = {}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, its folder, and the epochs that it has behind it of those that it may have."""
+
+    settings: CommonSettings
+    paths: RunPaths
+    done: int
+    epochs: int
+
+    @property
+    def state(self) -> str:
+        if self.paths.summary.exists():
+            return "finished"
+        return "begun" if self.paths.checkpoint.exists() else "new"
+
+    @property
+    def left(self) -> float:
+        """The share of its work that is left, about."""
+        return 0.0 if self.state == "finished" else 1.0 - self.done / self.epochs
+
+
+def main() -> None:
+    parser = OneLineParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    jobs = parser.parse_args().jobs
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, not {jobs}")
+    runs = [planned(line) for line in sys.stdin.read().splitlines() if line.strip()]
+    show(runs, jobs)
+    for number, run in enumerate(runs):
+        print(f"{number}\t{run.state}\t{run.paths.root}")
+
+
+def planned(command: str) -> Planned:
+    """The run that a command would train; raises ``InputError`` as the command would."""
+    script, *flags = shlex.split(command)
+    kind = _KINDS.get(Path(script).name)
+    if kind is None:
+        raise InputError(f"{script} trains nothing; known: {', '.join(_KINDS)}")
+    settings = parse_settings(kind, flags, "", lambda given: {})
+    paths = RunPaths(Path(settings.save_dir) / settings.run_name())
+    done = len(read_epochs(paths)) if paths.metrics.exists() else 0
+    return Planned(settings, paths, done, sum(plan.epochs for plan, _ in trainings(settings)))
+
+
+def show(runs: list[Planned], jobs: int) -> None:
+    """The table for people: what is there and, measured for each kind of network, how long the rest will take."""
+    width = max((len(run.paths.root.name) for run in runs), default=0)
+    seconds = [estimated(run) if run.left else 0.0 for run in runs]
+    for run, time in zip(runs, seconds, strict=True):
+        state = f"{run.state}, {run.done} epochs done" if run.state == "begun" else run.state
+        about = f"about {duration(time)}" if time else ""
+        print(f"{run.paths.root.name:<{width}}  {state:<24}  {about}".rstrip(), file=sys.stderr)
+    # Runs beside each other on one CPU share it.
+    at_once = min(jobs, max(1, torch.cuda.device_count()))
+    unfinished = sum(time > 0 for time in seconds)
+    total = f", about {duration(sum(seconds) / at_once)} on this machine" if unfinished else ""
+    print(f"{unfinished} of {len(runs)} runs to train{total}", file=sys.stderr)
+
+
+def estimated(run: Planned) -> float:
+    """Seconds that are left of a run; data and speed are looked at once for each data set and network."""
+    s = run.settings
+    which = (s.dataset, s.data, s.image_size, s.train_subset, s.test_subset)
+    network = (*which, s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
+    if which not in _MEASURED:
+        _MEASURED[which] = load_data_for(s, pick_device(s))
+    data = _MEASURED[which]
+    if network not in _MEASURED:
+        _MEASURED[network] = seconds_per_pass(s, data, pick_device(s))
+    return run.left * image_passes(s, images_of(data)) * _MEASURED[network]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,218 @@
+# What the scripts of tables and figures share; each reads it with "source" and is called as
+#   bash scripts/<name>.sh DATA [flags for every run]
+# DATA is the folder of a data set (its name or its contents say which), or "digits". Set before the command, as in "SEEDS='1 2 3' bash ...":
+#   SEEDS="1"          seeds of every run                 EPOCHS=200      length of the adversarial training (and most of stage 1)
+#   JOBS=1             runs at a time, over all GPUs       OUT=runs/<name> where everything goes
+#   WIDTH=1            of ResNets and VGGs                 DATASET, PAPER  what DATA is; whose row of the paper to lay beside it
+#   UPDATE_FREQUENCY=900 SECOND_FREQUENCY=1200             steps between mask updates, for data sets of another size than CIFAR-10
+#   SMOKE=1            everything at toy size, in at most 3 minutes
+#   SLURM=1            an array job of the same script instead; SBATCH="--gres=gpu:1 --time=8:00:00" goes to sbatch
+# Finished runs are skipped and cut ones go on, so the same command again is always right.
+set -euo pipefail
+
+table_begin() {
+    self=$(realpath "$0")
+    name=$(basename "$0" .sh)
+    case ${1:-} in
+        -h | --help | "")
+            # What a script does stands in its first lines.
+            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$self" "$(dirname "$self")/table.sh"
+            [ -n "${1:-}" ] && exit 0
+            echo "error: the folder of the data is missing" >&2
+            exit 2
+            ;;
+    esac
+    data=$1
+    shift
+    extra=("$@")
+    [ ! -e "$data" ] || data=$(realpath "$data")
+    cd "$(dirname "$self")/.."
+    dataset=${DATASET:-$(guess_dataset "$data")} || exit 2
+    out=${OUT:-runs/$name}
+    seeds=${SEEDS:-1}
+    jobs=${JOBS:-1}
+    width=${WIDTH:-1}
+    check_number JOBS "$jobs"
+    for seed in $seeds; do check_number SEEDS "$seed"; done
+    [ -z "${EPOCHS:-}" ] || check_number EPOCHS "$EPOCHS"
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || bash scripts/setup.sh
+    python=$PWD/.venv/bin/python
+    runs=()
+    checks=()
+}
+
+check_number() {
+    [[ $2 =~ ^[0-9]+$ ]] || { echo "error: $1 is a number, not '$2'" >&2; exit 2; }
+}
+
+# Which data set a folder holds, by what lies in it, else by its name.
+guess_dataset() {
+    local lower=${1,,}
+    if [ "$1" = digits ]; then
+        echo digits
+    elif [ -f "$1/val/val_annotations.txt" ]; then
+        echo tinyimagenet
+    elif [ -d "$1/train" ] && { [ -d "$1/test" ] || [ -d "$1/val" ]; }; then
+        echo imagefolder
+    else
+        case $lower in
+            *cifar100* | *cifar-100*) echo cifar100 ;;
+            *cifar10* | *cifar-10*) echo cifar10 ;;
+            *svhn*) echo svhn ;;
+            *) echo "error: '$1' has neither train/<class>/* nor the name of a known data set; DATASET=... says what it is" >&2 && return 1 ;;
+        esac
+    fi
+}
+
+# A run: its script and its flags. Those that came with the call stand last, so that they win.
+run() {
+    local script=$1 arch=resnet18 slim=1 i
+    shift
+    local flags=("$@") size=()
+    for ((i = 0; i < ${#flags[@]}; i++)); do
+        [ "${flags[i]}" != --arch ] || arch=${flags[i + 1]}
+        [ "${flags[i]}" != --width ] || slim=${flags[i + 1]}
+    done
+    local scale=$width
+    [ -z "${SMOKE:-}" ] || scale=0.0625
+    if [ "$arch" = wideresnet ]; then
+        [ -z "${SMOKE:-}" ] || size=(--depth_factor 10 --width_factor 1)
+    elif [ "$scale" != 1 ] || [ "$slim" != 1 ]; then
+        size=(--width "$(awk "BEGIN { print $scale * $slim }")")
+    fi
+    [ "$dataset" = digits ] || size+=(--data "$data")
+    [ -z "${SMOKE:-}" ] || size+=(--train_subset 64 --test_subset 32 --batch_size 16 --train_step 1 --test_step 1)
+    runs+=("$(printf '%q ' "$script" "$@" --dataset "$dataset" "${size[@]}" --save_dir "$out" --resume "${extra[@]}")")
+}
+
+# A run of main_adv.py, with its schedule in the paper's proportions where it is not 200 epochs long.
+adv() {
+    local epochs=${EPOCHS:-} length=()
+    [ -z "${SMOKE:-}" ] || epochs=3
+    [ -z "$epochs" ] || length=(--epochs "$epochs" --decreasing_lr 0.5,0.75)
+    case " $* " in *" --fbp "*) [ -z "$epochs" ] || length+=(--dynamic_epoch 0.5) ;; esac
+    run main_adv.py "$@" "${length[@]}"
+}
+
+# A run of Flying Bird (--fb) or Flying Bird+ (--fbp).
+flying() {
+    local first=${UPDATE_FREQUENCY:-} second=${SECOND_FREQUENCY:-} often=()
+    [ -z "${SMOKE:-}" ] || { first=2 second=2; }
+    [ -z "$first" ] || often+=(--update_frequency "$first")
+    [ -z "$second" ] || often+=(--second_frequency "$second")
+    adv "$@" --dynamic_fre "${often[@]}"
+}
+
+# A run of Robust Bird.
+bird() {
+    local epochs=${EPOCHS:-} length=()
+    [ -z "${SMOKE:-}" ] || epochs=3
+    [ -z "$epochs" ] || length=(--epochs1 "$epochs" --epochs2 "$epochs" --decreasing_lr 0.25,0.75)
+    run Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd "$@" "${length[@]}"
+}
+
+# A strong evaluation of every run's best model, after the trainings: flags of main_adv.py --eval.
+check() {
+    checks+=("$*")
+}
+
+# Trains what is not finished, evaluates, and writes the report; arguments go to scripts/report.py.
+table_end() {
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        one "$SLURM_ARRAY_TASK_ID"
+        exit
+    fi
+    local plan
+    plan=$(printf '%s\n' "${runs[@]}" | "$python" scripts/plan.py --jobs "$jobs") || exit $?
+    mapfile -t folders < <(cut -f 3 <<< "$plan")
+    mapfile -t left < <(awk -F '\t' '$2 != "finished" { print $1 }' <<< "$plan")
+    if [ -n "${SLURM:-}" ] && [ -z "${REPORT:-}" ]; then
+        submit "$@"
+        return
+    fi
+    mkdir -p "$out"
+    failed=$(mktemp)
+    trap 'rm -f "$failed"' EXIT
+    if [ -z "${REPORT:-}" ]; then
+        printf '%s\n' "${left[@]}" | all_at_once one
+    fi
+    evaluate_all
+    local paper=()
+    [ -z "${PAPER:-}" ] || paper=(--paper "$PAPER")
+    local finished=()
+    for folder in "${folders[@]}"; do [ ! -f "$folder/summary.json" ] || finished+=("$folder"); done
+    if [ ${#finished[@]} -gt 0 ]; then
+        "$python" scripts/report.py "${finished[@]}" --out "$out/report" "${paper[@]}" "$@"
+    fi
+    if [ -s "$failed" ]; then
+        echo "not finished, the same command goes on with them:" >&2
+        sort "$failed" >&2
+        exit "$(awk '{ print $1 }' "$failed" | sort -n | tail -n 1)"
+    fi
+}
+
+# Run number $1.
+one() {
+    eval "set -- ${runs[$1]}"
+    "$python" "$@"
+}
+
+evaluate_all() {
+    evaluations=()
+    local folder flags
+    for flags in "${checks[@]}"; do
+        for folder in "${folders[@]}"; do
+            [ ! -f "$folder/summary.json" ] || evaluations+=("$(printf '%q ' --eval --pretrained "$folder/model_RA_best.pth.tar") $flags")
+        done
+    done
+    seq 0 $((${#evaluations[@]} - 1)) | all_at_once evaluation
+}
+
+evaluation() {
+    eval "set -- ${evaluations[$1]}"
+    "$python" main_adv.py "$@"
+}
+
+# Each number on stdin to the function $1, JOBS at a time; what fails is noted and the others go on.
+all_at_once() {
+    local what=$1 cores gpus
+    cores=$(nproc)
+    gpus=$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true)
+    export GPUS=$gpus
+    if [ "$jobs" -gt 1 ] && [ "$gpus" -eq 0 ]; then
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / jobs > 0 ? cores / jobs : 1))}
+    fi
+    # Processes of their own know the functions and arrays by this.
+    local script
+    script=$(declare -p runs python failed; declare -p evaluations 2> /dev/null || true; declare -f one evaluation one_of_many)
+    xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c "$script"$'\n''one_of_many "$@"' _ "$what" {}
+}
+
+one_of_many() {
+    local code=0
+    if [ "$GPUS" -gt 0 ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
+    fi
+    "$1" "$2" || code=$?
+    [ "$code" = 0 ] || echo "$code  ($1 $2)" >> "$failed"
+    # Asked to stop, so are all: 255 tells xargs to begin nothing more.
+    case $code in 75 | 130 | 143) exit 255 ;; esac
+}
+
+# An array job with a task for each run that is left, and the report when all have ended.
+submit() {
+    local numbers id call
+    mkdir -p "$out"
+    call=$(printf '%q ' bash "$self" "$data" "${extra[@]}")
+    numbers=$(IFS=,; echo "${left[*]}")
+    local dependency=()
+    if [ -n "$numbers" ]; then
+        # shellcheck disable=SC2086
+        id=$(sbatch --parsable --job-name "$name" --array "$numbers%$jobs" --output "$out/slurm-%A_%a.out" ${SBATCH:-} --wrap "$call")
+        dependency=(--dependency "afterany:${id%%;*}")
+        echo "submitted array job $id for ${#left[@]} runs"
+    fi
+    # shellcheck disable=SC2086
+    id=$(sbatch --parsable --job-name "$name-report" "${dependency[@]}" --output "$out/slurm-%j-report.out" ${SBATCH:-} --wrap "REPORT=1 $call")
+    echo "submitted job $id for the report: $out/report"
+}

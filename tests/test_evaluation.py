@@ -1,0 +1,213 @@
+"""``main_adv.py --eval`` as a user has it; the attacks themselves are in test_trials.py and test_evaluate.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import toy
+from utils.checkpoint import load_checkpoint
+from utils.evaluate import evaluate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def trained(run_adv, tmp_path):
+    """The best model of a toy run."""
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
+    assert outcome.code == 0, outcome.err
+    (run,) = (tmp_path / "runs").iterdir()
+    return run / "model_RA_best.pth.tar"
+
+
+def results(checkpoint):
+    return {path.name: json.loads(path.read_text()) for path in sorted((checkpoint.parent / "evaluations").glob("*.json"))}
+
+
+def answers(checkpoint):
+    (path,) = (checkpoint.parent / "evaluations").glob("*.pth.tar")
+    return load_checkpoint(path)
+
+
+def evaluation(run_adv, checkpoint, *flags):
+    outcome = run_adv("--eval", "--pretrained", checkpoint, *flags)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_answers_are_kept_by_image_and_their_means_are_the_summary(run_adv, trained):
+    out = evaluation(run_adv, trained, "--test_step", 2, "--restarts", 2)
+    ((name, result),) = results(trained).items()
+    assert name.startswith("model_RA_best_pgd-2-x-2_")
+    assert (result["checkpoint"], result["attack"], result["title"]) == ("model_RA_best.pth.tar", "pgd", "PGD-2 x 2")
+    assert (result["norm"], result["eps"], result["images"]) == ("linf", pytest.approx(8.0), {"test": 60, "train": 100})
+    assert f"test RA (PGD-2 x 2) {result['test_ra']:.2f}" in out
+    content = answers(trained)
+    predicted, labels = content["outcomes"]["predicted"], content["labels"]
+    assert 100 * (predicted["clean"] == labels["test"]).double().mean().item() == pytest.approx(result["test_sa"])
+    assert 100 * (predicted["PGD-2, start 2"] == labels["test"]).double().mean().item() == pytest.approx(result["test_ra"])
+    assert 100 * (predicted["PGD-2, train, start 2"] == labels["train"]).double().mean().item() == pytest.approx(result["train_ra"])
+    assert result["robust_gap"] == result["train_ra"] - result["test_ra"]
+
+
+def test_a_second_call_reads_what_the_first_found(run_adv, trained, monkeypatch):
+    first = evaluation(run_adv, trained)
+    monkeypatch.setattr("utils.trials._answers", lambda *given: pytest.fail("looked again"))
+    second = evaluation(run_adv, trained)
+    assert first.splitlines()[-2:] == second.splitlines()[-2:]
+    assert "going on from" in second
+
+
+def test_another_attack_seed_subset_or_network_is_another_evaluation(run_adv, trained):
+    for flags in ([], ["--test_eps", 4], ["--seed", 2], ["--test_subset", 20], ["--eval_attack", "cw"], ["--test_gamma", 1]):
+        evaluation(run_adv, trained, *flags)
+    assert len(results(trained)) == 6
+    content = load_checkpoint(trained)
+    content["state_dict"]["linear.bias"] += 1.0
+    torch.save(content, trained)
+    evaluation(run_adv, trained)
+    assert len(results(trained)) == 7
+
+
+COMMON = "--eval --restarts 30 --test_step 3 --eval_dir"
+
+
+def start(checkpoint, folder, *flags):
+    command = [sys.executable, "main_adv.py", *COMMON.split(), str(folder), "--pretrained", str(checkpoint), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcomes_in(folder):
+    (path,) = folder.glob("*.pth.tar")
+    return load_checkpoint(path)["outcomes"]
+
+
+@pytest.mark.parametrize("by", ["limit", "signal"])
+def test_cut_and_continued_is_uncut(trained, tmp_path, by):
+    whole = start(trained, tmp_path / "whole")
+    assert whole.wait(120) == 0
+    if by == "limit":
+        for turn in range(60):
+            process = start(trained, tmp_path / "cut", "--time_limit", "0.0001")
+            if process.wait(120) == 0:
+                break
+            assert process.returncode == 75
+            assert "goes on from" in process.stderr.read()
+            if turn == 2:  # enough cuts: each costs the start of a process
+                process = start(trained, tmp_path / "cut")
+                assert process.wait(120) == 0
+                break
+        assert turn >= 1
+    else:
+        process = start(trained, tmp_path / "cut")
+        while not process.stdout.readline().startswith("PGD-3:"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) in (130, 0)
+        process = start(trained, tmp_path / "cut")
+        assert process.wait(120) == 0
+    one, other = outcomes_in(tmp_path / "whole"), outcomes_in(tmp_path / "cut")
+    assert one["batches"] == other["batches"]
+    assert all(torch.equal(one["predicted"][name], other["predicted"][name]) for name in one["predicted"])
+    texts = [next(folder.glob("*.json")).read_text() for folder in (tmp_path / "whole", tmp_path / "cut")]
+    assert texts[0] == texts[1]
+
+
+def test_autoattack_by_image(run_adv, trained):
+    pgd = evaluation(run_adv, trained, "--test_step", 20, "--test_subset", 12)
+    out = evaluation(run_adv, trained, "--eval_attack", "autoattack", "--test_subset", 12)
+    strong, weak = (next(r for r in results(trained).values() if r["attack"] == kind) for kind in ("autoattack", "pgd"))
+    assert strong["title"] == "AutoAttack"
+    assert list(strong["trials"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert strong["test_ra"] == strong["trials"]["square"] <= weak["test_ra"]
+    assert strong["train_ra"] is None
+    assert "test RA (AutoAttack)" in out
+    assert "test RA (PGD-20)" in pgd
+
+
+def test_transfer_names_its_source(run_adv, trained, tmp_path):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "other", "--seed", 9).code == 0
+    (other,) = (tmp_path / "other").glob("*/model_RA_best.pth.tar")
+    out = evaluation(run_adv, trained, "--source", other)
+    (result,) = results(trained).values()
+    assert result["attack"] == "transfer"
+    assert result["source"] == str(other)
+    assert f"crafted on {other.parent.name}/model_RA_best" in out
+    assert result["train_ra"] is None
+
+
+def test_signs_of_gradient_masking(run_adv, trained):
+    out = evaluation(run_adv, trained, "--eval_attack", "masking", "--test_subset", 20)
+    (result,) = results(trained).values()
+    assert {"noise", "one step", "PGD-10", "PGD-100", "PGD-20 in 16 eps"} <= set(result["trials"])
+    assert len(result["signs"]) == 6
+    assert "does noise do as much as the gradient?" in out
+    (picture,) = (trained.parent / "evaluations").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_unsound_networks_are_refused_before_anything_is_measured(run_adv, trained):
+    content = load_checkpoint(trained)
+    content["state_dict"]["linear.weight"] *= 0.0
+    torch.save(content, trained)
+    outcome = run_adv("--eval", "--pretrained", trained)
+    assert outcome.code == 2
+    assert "gradient is zero at all 32 images" in outcome.err
+    assert not (trained.parent / "evaluations").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--restarts", 0], "at least 1"),
+        (["--restarts", 2, "--no-test_randinit"], "all starts are the same"),
+        (["--restarts", 2, "--eval_attack", "autoattack"], "attacks of its own"),
+        (["--source", "nowhere.pth.tar"], "no such checkpoint"),
+        (["--eval_attack", "masking", "--test_step", 3], "tries several"),
+        (["--eval_dir", "FILE"], "--eval_dir DIR writes elsewhere"),
+    ],
+)
+def test_bad_input(run_adv, trained, tmp_path, flags, message):
+    (tmp_path / "file").write_text("")
+    outcome = run_adv("--eval", "--pretrained", trained, *(str(tmp_path / "file") if f == "FILE" else f for f in flags))
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (trained.parent / "evaluations").exists()
+
+
+def test_flags_of_an_evaluation_are_refused_in_training(run_adv):
+    outcome = run_adv("--restarts", 2)
+    assert outcome.code == 2
+    assert "add --eval" in outcome.err
+
+
+def test_the_library_call_agrees(run_adv, trained):
+    from data import load_data
+    from utils.attacks import PGD
+    from utils.network import network_of
+
+    evaluation(run_adv, trained, "--test_step", 2, "--restarts", 3)
+    (result,) = results(trained).values()
+    content = load_checkpoint(trained)
+    model = network_of(content, trained, content["network"], torch.device("cpu"))
+    score = evaluate(model, load_data("digits", test_subset=60).test, PGD(8 / 255, 2 / 255, 2), restarts=3)
+    assert score.accuracy == result["test_ra"]
+
+
+def test_a_file_of_another_evaluation_is_not_gone_on_with(run_adv, trained):
+    evaluation(run_adv, trained)
+    (path,) = (trained.parent / "evaluations").glob("*.pth.tar")
+    content = load_checkpoint(path)
+    torch.save({**content, "key": "another"}, path)
+    outcome = run_adv("--eval", "--pretrained", trained)
+    assert outcome.code == 2
+    assert "is of another evaluation" in outcome.err
