@@ -5,6 +5,7 @@
 #   JOBS=1             runs at a time, over all GPUs       OUT=runs/<name> where everything goes
 #   WIDTH=1            of ResNets and VGGs                 DATASET, PAPER  what DATA is; whose row of the paper to lay beside it
 #   UPDATE_FREQUENCY=900 SECOND_FREQUENCY=1200             steps between mask updates, for data sets of another size than CIFAR-10
+#   PLAN=1             only say what is finished and how long the rest will take
 #   SMOKE=1            everything at toy size, in at most 3 minutes
 #   SLURM=1            an array job of the same script instead; SBATCH="--gres=gpu:1 --time=8:00:00" goes to sbatch
 # Finished runs are skipped and cut ones go on, so the same command again is always right.
@@ -16,7 +17,7 @@ table_begin() {
     case ${1:-} in
         -h | --help | "")
             # What a script does stands in its first lines.
-            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$self" "$(dirname "$self")/table.sh"
+            sed -s -n '1,/^[^#]/{/^#!/d;s/^# \{0,1\}//p}' "$self" "$(dirname "$self")/table.sh"
             [ -n "${1:-}" ] && exit 0
             echo "error: the folder of the data is missing" >&2
             exit 2
@@ -126,6 +127,7 @@ table_end() {
     plan=$(printf '%s\n' "${runs[@]}" | "$python" scripts/plan.py --jobs "$jobs") || exit $?
     mapfile -t folders < <(cut -f 3 <<< "$plan")
     mapfile -t left < <(awk -F '\t' '$2 != "finished" { print $1 }' <<< "$plan")
+    [ -z "${PLAN:-}" ] || return 0
     if [ -n "${SLURM:-}" ] && [ -z "${REPORT:-}" ]; then
         submit "$@"
         return

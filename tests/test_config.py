@@ -119,7 +119,6 @@ def test_fractions_of_the_run():
         ("--save_every 0", "at least 1"),
         ("--save_minutes 0", "positive"),
         ("--time_limit -1", "positive"),
-        ("--eval --pretrained x --time_limit 5", "no effect with --eval"),
         ("--fbp --growth_ratio nan", "finite"),
         ("--resume_dir x --save_dir y", "names the folder itself"),
         ("--train_step 0 --train_gamma 5", "--train_step 0"),

@@ -1,11 +1,15 @@
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models import ARCHITECTURES, build_model
 from sparse_core import layer_counts, prunable
 from tests import toy
 from utils.flops import layer_costs, paper_inference, paper_training, real_inference, real_training
+from utils.metrics import read_epochs, read_summary
+from utils.paths import RunPaths
+from utils.slimming import kept_channels, slim
 
 
 def test_by_hand():
@@ -36,13 +40,52 @@ def test_the_papers_cells():
     assert real_inference(costs, live) / real_inference(costs) == pytest.approx(0.516, abs=5e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vgg11", "wideresnet"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_real_count_equals_torchs_own_counter(arch):
     options = {"depth_factor": 10, "width_factor": 1} if arch == "wideresnet" else {"width": 0.125}
     model = build_model(arch, 10, **options).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     assert real_inference(layer_costs(model, (3, 32, 32))) == counter.get_total_flops()
+
+
+def torchs_count(model, side=32):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16", "wideresnet"])
+def test_real_count_of_slim_networks_equals_torchs_own_counter(arch):
+    options = {"depth_factor": 10, "width_factor": 1} if arch == "wideresnet" else {"width": 0.125}
+    model = build_model(arch, 10, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.1, 1.0)
+    slimmed = slim(model, kept_channels(model, 0.5, 0.1)[0])
+    counted = real_inference(layer_costs(slimmed, (3, 32, 32)))
+    assert counted == torchs_count(slimmed)
+    assert 0.15 < counted / torchs_count(model) < 0.5
+
+
+def test_the_paper_counts_output_channels_twice_for_convolutions_alone():
+    costs = layer_costs(build_model("vgg16", 10), (3, 32, 32))
+    convolutions = [cost for cost in costs if cost.convolution]
+    assert len(costs) - len(convolutions) == 1
+    assert paper_inference(costs) == sum(2 * c.weights * c.channels_out * c.positions for c in convolutions)
+
+
+def test_training_follows_the_density_of_each_epoch(run_adv, tmp_path):
+    """Flying Bird+: the real count adds up epochs as they were, the paper's takes the final network for all of them."""
+    flags = "--fbp --density 0.3 --update_frequency 1 --dynamic_epoch 1 --epochs 5 --decreasing_lr 2 --train_step 2 --prune_ratio 1"
+    assert run_adv(*toy.TOY_RUN, *flags.split(), "--update_threshold", 0.01, "--save_dir", tmp_path).code == 0
+    (run,) = map(RunPaths, tmp_path.iterdir())
+    rows, summary = read_epochs(run), read_summary(run)
+    by_epoch = [row["inference_flops"] for row in rows]
+    assert len(set(by_epoch)) > 1
+    assert summary["flops"]["real"] == {"inference": by_epoch[-1], "training": 3 * 3 * 100 * sum(by_epoch)}
+    assert summary["flops"]["paper"]["training"] == 3 * 3 * 100 * 5 * summary["flops"]["paper"]["inference"]
+    assert summary["density"] == rows[-1]["density"]
 
 
 def test_counting_leaves_the_network_as_it_was():

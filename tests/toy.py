@@ -61,16 +61,16 @@ def data(n: int = 12) -> Data:
     return Data(*parts, ["a", "b", "c"], (0.0,) * 3, (1.0,) * 3, Augmentation())
 
 
-def write_image_tree(root: Path, per_class: tuple[int, int] = (20, 8), side: int = 16) -> Path:
-    """Each class has a colour of its own, so that it can be learned."""
+def write_image_tree(root: Path, per_class: tuple[int, int] = (20, 8), side: int = 16, classes: int = 3) -> Path:
+    """Each class has a colour of its own, so that it can be learned; of more than three, some share one."""
     rng = np.random.RandomState(0)
     for part, count in zip(("train", "test"), per_class, strict=True):
-        for number, name in enumerate(("ant", "bee", "cow")):
+        for number, name in enumerate(("ant", "bee", "cow", "dog", "emu")[:classes]):
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.randint(0, 120, (side, side, 3))
-                pixels[..., number] += 120
+                pixels[..., number % 3] += 120
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
 

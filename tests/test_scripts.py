@@ -1,0 +1,197 @@
+"""The shell scripts of tables and figures: what they would run, at toy size what they leave, cut and gone on with, on a cluster."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "dense": ["dense"],
+    "rb": ["rb"],
+    "fb": ["fb"],
+    "fbp": ["fbp"],
+    "table1": ["dense", "rb", "fb", "fbp", "rb-channel"],
+    "fig1": ["dense", *["rb", "fb"] * 6],
+    "baselines": [*["static"] * 7, "dense"],
+    "architectures": ["dense", "rb", "fb", "fbp"] * 2,
+    "benchmark": ["rb", "fb", "fbp"] * 6,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Five classes of 32x32 images: enough for VGG-16 and for AutoAttack."""
+    return toy.write_image_tree(tmp_path_factory.mktemp("data") / "images", per_class=(20, 8), side=32, classes=5)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
+
+
+def script(name, data, environment, *flags, **variables):
+    command = ["bash", f"scripts/{name}.sh", str(data), *flags]
+    given = {**environment, **{key: str(value) for key, value in variables.items()}}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=900)
+
+
+def planned(result):
+    """Run folders named in a plan, by their first part."""
+    assert result.returncode == 0, result.stderr
+    return [line.split("_")[0] for line in result.stderr.splitlines() if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_each_script_would_run(name, images, environment):
+    result = script(name, images, environment, PLAN=1, SMOKE=1, DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "")
+    expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # at toy size one density
+    assert planned(result) == expected
+    assert f"{len(expected)} of {len(expected)} runs to train, about" in result.stderr
+    assert not Path(environment["OUT"]).exists()
+
+
+def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
+    """Nothing is shortened where nobody asks for it: the names are those of the README's commands."""
+    from utils.config import parse_settings
+    from utils.config_adv import AdversarialSettings
+    from utils.config_rb import EarlyBirdSettings
+
+    result = script("table1", "digits", environment, PLAN=1, CHANNELS=0, SEEDS="1 2")
+    names = [line.split()[0] for line in result.stderr.splitlines()[:-1]]
+    sparse = ["--density", "0.2", "--dynamic_fre"]
+    paper = [AdversarialSettings, [], EarlyBirdSettings, ["--density", "0.2"], AdversarialSettings, [*sparse, "--fb"], AdversarialSettings]
+    paper.append([*sparse, "--fbp"])
+    expected = [
+        parse_settings(kind, [*flags, "--seed", seed], "", lambda given: {}).run_name()
+        for seed in ("1", "2")
+        for kind, flags in zip(paper[::2], paper[1::2], strict=True)
+    ]
+    assert names == expected
+
+
+def test_a_table_from_nothing_again_and_after_a_kill(images, environment):
+    out = Path(environment["OUT"])
+    command = ["bash", "scripts/table1.sh", str(images)]
+    given = {**environment, "SMOKE": "1", "JOBS": "2", "EPOCHS": "3", "PAPER": "cifar10"}
+    process = subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    while not list(out.glob("*/checkpoint.pth.tar")):
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report").exists()
+
+    first = script("table1", images, given)
+    assert first.returncode == 0, first.stderr
+    assert len(list(out.glob("*/summary.json"))) == 5
+    assert {path.name for path in (out / "report").iterdir()} >= {"table.md", "table.csv", "index.html", "curves.png"}
+    table = (out / "report" / "table.md").read_text()
+    assert "the paper" in table.lower()
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.pth.tar")}
+    again = script("table1", images, given)
+    assert "0 of 5 runs to train" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*.pth.tar")} == before
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(images, environment):
+    # A folder where the dense run's checkpoint should be cannot be resumed from, and Flying Bird does not mind.
+    plan = script("fig1", images, environment, PLAN=1, SMOKE=1, METHODS="fb", DENSITIES="0.5")
+    dense = Path(environment["OUT"]) / plan.stderr.split()[0]
+    dense.mkdir(parents=True)
+    (dense / "metrics.jsonl").write_text("{}\n")
+    result = script("fig1", images, environment, SMOKE=1, METHODS="fb", DENSITIES="0.5")
+    assert result.returncode == 3
+    assert "not finished" in result.stderr
+    assert len(list(Path(environment["OUT"]).glob("fb_*/summary.json"))) == 1
+    assert (Path(environment["OUT"]) / "report" / "index.html").exists()
+
+
+def test_a_time_limit_stops_the_script_and_the_next_call_goes_on(images, environment):
+    cut = script("fb", images, environment, "--time_limit", "0.0001", SMOKE=1)
+    assert cut.returncode == 75, cut.stderr
+    assert "the same command goes on" in cut.stderr
+    assert script("fb", images, environment, SMOKE=1).returncode == 0
+
+
+SBATCH = """#!/usr/bin/env bash
+# Does at once what a cluster would do later: a task for each number, in order.
+echo "$*" >> "$CALLS"
+numbers=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --array) array=1 numbers=${2%%%*}; shift ;;
+        --wrap) wrap=$2; shift ;;
+    esac
+    shift
+done
+for number in ${numbers//,/ }; do
+    if [ -n "${array:-}" ]; then export SLURM_ARRAY_TASK_ID=$number; else unset SLURM_ARRAY_TASK_ID; fi
+    bash -c "$wrap" >> "$CALLS.out" 2>&1 || exit
+done
+echo 77
+"""
+
+
+def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path):
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    given = {**environment, "PATH": f"{sbatch.parent}:{environment['PATH']}", "CALLS": str(tmp_path / "calls")}
+    result = script("dense", images, given, "--lr", "0.05", SLURM=1, SMOKE=1, SEEDS="1 2", JOBS=4, SBATCH="--gres=gpu:1 --time=1:00:00")
+    assert result.returncode == 0, result.stderr + (tmp_path / "calls.out").read_text()
+    array, report = (tmp_path / "calls").read_text().splitlines()
+    assert "--array 0,1%4" in array
+    assert "--gres=gpu:1 --time=1:00:00" in array
+    assert "--dependency afterany:77" in report
+    assert len(list(Path(environment["OUT"]).glob("dense_*/summary.json"))) == 2
+    assert (Path(environment["OUT"]) / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {}, "the folder of the data is missing"),
+        (["/nowhere"], {}, "DATASET=... says what it is"),
+        (["digits"], {"SEEDS": "one"}, "SEEDS is a number"),
+        (["digits", "--densty", "2"], {}, "did you mean --density"),
+        (["digits"], {"JOBS": "0"}, "--jobs must be at least 1"),
+    ],
+)
+def test_bad_calls_are_one_line(environment, arguments, variables, message):
+    command = ["bash", "scripts/fb.sh", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not Path(environment["OUT"]).exists()
+
+
+def test_help_is_what_stands_at_the_top(environment):
+    result = subprocess.run(["bash", "scripts/fig1.sh", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "Fig. 1" in result.stdout
+    assert "JOBS=1" in result.stdout
+    assert "source" not in result.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_at_toy_size(name, images, environment):
+    start = time.monotonic()
+    result = script(name, images, environment, SMOKE=1, JOBS=2)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start < 180
+    assert (Path(environment["OUT"]) / "report" / "index.html").exists()
+    start = time.monotonic()
+    assert script(name, images, environment, SMOKE=1, JOBS=2).returncode == 0
+    assert time.monotonic() - start < 60
