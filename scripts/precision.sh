@@ -5,24 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-}
-if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
-    echo "error: '$data' is no folder of images with train/<class>/* and test/<class>/*" >&2
-    exit 2
-fi
 out=${OUT:-runs/precision}
+bash scripts/link_images.sh "$data" "$out/images" 750 50
 bash scripts/setup.sh
-
-# Validation is a tenth of the training folder and is never thinned out, so a smaller folder of links makes it shorter.
-mkdir -p "$out"
-for class in "$data"/train/*/; do
-    for part in train test; do
-        folder=$out/images/$part/$(basename "$class")
-        [ -d "$folder" ] && continue
-        mkdir -p "$folder"
-        most=$([ $part = train ] && echo 750 || echo 50)
-        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | sed -n "1,${most}p" | xargs ln -s -t "$folder"
-    done
-done
 
 for seed in 1 2 3; do
     for precision in float32 bf16; do

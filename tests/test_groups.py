@@ -10,7 +10,8 @@ from utils.early_bird import KINDS
 from utils.errors import InputError
 from utils.groups import METHOD_NAMES, FinishedRun, Measured, find_runs, grouped, lines_by_density
 
-FLAGS = {"dense": {}, "fb": {"fb": True, "dynamic_fre": True}, "fbp": {"fbp": True, "dynamic_fre": True}, "static": {"fix": True}, "rb": {}, "rb-channel": {"pruning": "channel"}}
+FLAGS = {"dense": {}, "fb": {"fb": True, "dynamic_fre": True}, "fbp": {"fbp": True, "dynamic_fre": True}}
+FLAGS |= {"static": {"fix": True}, "rb": {}, "rb-channel": {"pruning": "channel"}}
 
 
 def figures(ra, train_ra=60.0, sa=80.0):

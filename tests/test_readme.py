@@ -80,7 +80,7 @@ def toy_data(tmp_path, monkeypatch):
 def test_the_readme_has_the_papers_commands():
     assert len(TRAINING) == 9
     assert len(BIRD) == 4
-    assert len(EVALUATION) == 3
+    assert len(EVALUATION) == 6
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -134,16 +134,37 @@ def test_robust_birds_commands_parse_as_they_stand(monkeypatch):
         assert parse_settings(kind, arguments_of(command), "", lambda given: {}).epochs2 == 200
 
 
+def train_as(name, run_adv, folder):
+    """A small run as the README's recipes leave it, in a folder RUN."""
+    source = next(command for command in TRAINING if f"experiment/{name} " in f"{command} ")
+    assert run_adv(*smaller(arguments_of(source)), "--save_dir", f"experiment/{name}").code == 0
+    (run,) = (folder / "experiment" / name).iterdir()
+    run.rename(run.with_name("RUN"))
+
+
 @pytest.mark.parametrize("command", EVALUATION)
 def test_evaluation_commands(command, run_adv, toy_data):
-    source = TRAINING[2]
-    assert run_adv(*smaller(arguments_of(source)), "--save_dir", "experiment/fbp").code == 0
-    (run,) = (toy_data / "experiment" / "fbp").iterdir()
-    run.rename(run.with_name("RUN"))
-    fewer = ["--test_subset", 10] + ([] if "autoattack" in command else ["--train_subset", 10])
-    outcome = run_adv(*arguments_of(command), *fewer)
+    train_as("fbp", run_adv, toy_data)
+    if "--source" in command:
+        train_as("dense", run_adv, toy_data)
+    test_alone = any(word in command for word in ("autoattack", "masking", "--source"))
+    outcome = run_adv(*arguments_of(command), "--test_subset", 10, *([] if test_alone else ["--train_subset", 10]))
     assert outcome.code == 0, outcome.err
     assert "test RA" in outcome.out
+
+
+def test_the_command_that_explains(run_adv, toy_data, monkeypatch, capsys):
+    train_as("fbp", run_adv, toy_data)
+    (command,) = commands("python scripts/explain.py")
+    outcome = toy.Command("explain", monkeypatch, capsys)(*arguments_of(command), "--grid", 3, "--explain_images", 2)
+    assert outcome.code == 0, outcome.err
+    assert (toy_data / "experiment" / "fbp" / "RUN" / "explain" / "landscape.png").exists()
+
+
+def test_the_scripts_in_the_table_are_those_there():
+    named = set(re.findall(r"`(?:scripts/)?(\w+\.sh)`", README.split("## The paper's tables")[1].split("```")[0]))
+    sourcing = {path.name for path in (ROOT / "scripts").glob("*.sh") if "table_begin" in path.read_text() and path.name != "table.sh"}
+    assert named == sourcing
 
 
 def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A smaller folder of images, by links: the first TRAIN and TEST of each class. Validation is a tenth of the training folder and is
+# never thinned out, so this makes it shorter too.
+#   bash scripts/link_images.sh FOLDER OUT TRAIN TEST       FOLDER holds train/<class>/* and test/<class>/*
+set -euo pipefail
+data=${1:-} out=${2:-} train=${3:-} test=${4:-}
+if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
+    echo "error: '$data' is no folder of images with train/<class>/* and test/<class>/*" >&2
+    exit 2
+fi
+for class in "$data"/train/*/; do
+    for part in train test; do
+        folder=$out/$part/$(basename "$class")
+        [ ! -d "$folder" ] || continue
+        mkdir -p "$folder"
+        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | sed -n "1,${!part}p" | xargs ln -s -t "$folder"
+    done
+done
