@@ -181,7 +181,7 @@ def test_help_is_what_stands_at_the_top(environment):
     assert result.returncode == 0
     assert "Fig. 1" in result.stdout
     assert "JOBS=1" in result.stdout
-    assert "source" not in result.stdout
+    assert "table_begin" not in result.stdout
 
 
 @pytest.mark.long
