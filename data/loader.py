@@ -39,6 +39,10 @@ class Split:
         """The uint8 images at ``indices``, on ``device``."""
         return self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
 
+    def spread(self, n: int) -> Tensor:
+        """The indices of ``n`` of its images, evenly over the split (all, where it has fewer): folders come sorted by class."""
+        return self.indices[:: max(1, len(self) // n)][:n]
+
     def subset(self, indices: Tensor) -> Split:
         """The same storage with other rows."""
         return replace(self, indices=indices.to(self.device))

@@ -9,10 +9,14 @@ if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
     exit 2
 fi
 for class in "$data"/train/*/; do
+    name=$(basename "$class")
     for part in train test; do
-        folder=$out/$part/$(basename "$class")
-        [ ! -d "$folder" ] || continue
-        mkdir -p "$folder"
-        find "$(realpath "$data/$part/$(basename "$class")")" -type f | sort | sed -n "1,${!part}p" | xargs ln -s -t "$folder"
+        [ ! -d "$out/$part/$name" ] || continue
+        # Whole or not at all: a folder that is there is complete.
+        mkdir -p "$out/$part"
+        made=$(mktemp -d "$out/$part/.XXXXXX")
+        find -L "$(realpath "$data/$part/$name")" -type f -print0 | sort -z | sed -z -n "1,${!part}p" | xargs -0 -r ln -s -t "$made"
+        chmod 755 "$made"
+        mv "$made" "$out/$part/$name"
     done
 done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ _MEASURED: dict[Any, Any] = {}
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, its folder, and the epochs that it has behind it of those that it may have."""
+    """A run, its folder, the epochs that it has behind it, and the share of its work that these are."""
 
     settings: CommonSettings
     paths: RunPaths
     done: int
-    epochs: int
+    share: float
 
     @property
     def state(self) -> str:
@@ -46,8 +47,8 @@ class Planned:
 
     @property
     def left(self) -> float:
-        """The share of its work that is left, about."""
-        return 0.0 if self.state == "finished" else 1.0 - self.done / self.epochs
+        """The share of its work that is left, about; a run that lacks its final tests alone has a little."""
+        return 0.0 if self.state == "finished" else max(0.02, 1.0 - self.share)
 
 
 def main() -> None:
@@ -70,8 +71,14 @@ def planned(command: str) -> Planned:
         raise InputError(f"{script} trains nothing; known: {', '.join(_KINDS)}")
     settings = parse_settings(kind, flags, "", lambda given: {})
     paths = RunPaths(Path(settings.save_dir) / settings.run_name())
-    done = len(read_epochs(paths)) if paths.metrics.exists() else 0
-    return Planned(settings, paths, done, sum(plan.epochs for plan, _ in trainings(settings)))
+    rows = read_epochs(paths) if paths.metrics.exists() else []
+    return Planned(settings, paths, len(rows), _share_done(settings, rows))
+
+
+def _share_done(settings: CommonSettings, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the adversarial training, which is nearly all of the work: stage 1 of Robust Bird may end at any epoch."""
+    last = [row for row in rows if row.get("stage", 2) == 2]
+    return len(last) / trainings(settings)[-1][0].epochs
 
 
 def show(runs: list[Planned], jobs: int) -> None:
@@ -84,7 +91,7 @@ def show(runs: list[Planned], jobs: int) -> None:
         print(f"{run.paths.root.name:<{width}}  {state:<24}  {about}".rstrip(), file=sys.stderr)
     # Runs beside each other on one CPU share it.
     at_once = min(jobs, max(1, torch.cuda.device_count()))
-    unfinished = sum(time > 0 for time in seconds)
+    unfinished = sum(run.state != "finished" for run in runs)
     total = f", about {duration(sum(seconds) / at_once)} on this machine" if unfinished else ""
     print(f"{unfinished} of {len(runs)} runs to train{total}", file=sys.stderr)
 

@@ -3,8 +3,8 @@
 #   bash scripts/precision.sh FOLDER       images as train/<class>/* and test/<class>/*; about 25 minutes on 2 cores
 # Run it again and finished runs are read, not repeated; cut ones go on.
 set -euo pipefail
+data=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
-data=${1:-}
 out=${OUT:-runs/precision}
 bash scripts/link_images.sh "$data" "$out/images" 750 50
 bash scripts/setup.sh

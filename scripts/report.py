@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.out is None and arguments.paper is None and all(len(group.runs) == 1 for group in groups):
         print(f"{summary_table([run.summary for run in runs])}\n{_LEGEND}")
     else:
-        print(markdown(comparison_table([Comparison.of(group, arguments.paper) for group in groups])), end="")
+        print(markdown(comparison_table([Comparison.of(group, arguments.paper, groups) for group in groups])), end="")
     if arguments.out is not None:
         print(f"page: {write_report(arguments.out, groups, arguments.paper)}")
     if arguments.figure is not None:

@@ -2,7 +2,7 @@
 #   bash scripts/<name>.sh DATA [flags for every run]
 # DATA is the folder of a data set (its name or its contents say which), or "digits". Set before the command, as in "SEEDS='1 2 3' bash ...":
 #   SEEDS="1"          seeds of every run                 EPOCHS=200      length of the adversarial training (and most of stage 1)
-#   JOBS=1             runs at a time, over all GPUs       OUT=runs/<name> where everything goes
+#   JOBS=1             runs at a time, over all GPUs       OUT=runs/<name>-<data set>   where everything goes
 #   WIDTH=1            of ResNets and VGGs                 DATASET, PAPER  what DATA is; whose row of the paper to lay beside it
 #   UPDATE_FREQUENCY=900 SECOND_FREQUENCY=1200             steps between mask updates, for data sets of another size than CIFAR-10
 #   PLAN=1             only say what is finished and how long the rest will take
@@ -29,14 +29,14 @@ table_begin() {
     [ ! -e "$data" ] || data=$(realpath "$data")
     cd "$(dirname "$self")/.."
     dataset=${DATASET:-$(guess_dataset "$data")} || exit 2
-    out=${OUT:-runs/$name}
+    out=${OUT:-runs/$name-$dataset${SMOKE:+-smoke}}
     seeds=${SEEDS:-1}
     jobs=${JOBS:-1}
     width=${WIDTH:-1}
     check_number JOBS "$jobs"
     for seed in $seeds; do check_number SEEDS "$seed"; done
     [ -z "${EPOCHS:-}" ] || check_number EPOCHS "$EPOCHS"
-    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || bash scripts/setup.sh
+    [ -n "${TASK:-}" ] || bash scripts/setup.sh
     python=$PWD/.venv/bin/python
     runs=()
     checks=()
@@ -119,12 +119,13 @@ check() {
 
 # Trains what is not finished, evaluates, and writes the report; arguments go to scripts/report.py.
 table_end() {
-    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        one "$SLURM_ARRAY_TASK_ID"
+    if [ -n "${TASK:-}" ]; then
+        one "$TASK"
         exit
     fi
     local plan
     plan=$(printf '%s\n' "${runs[@]}" | "$python" scripts/plan.py --jobs "$jobs") || exit $?
+    [ ${#checks[@]} -eq 0 ] || echo "then ${#checks[@]} strong evaluation(s) of each, whose time is not in this" >&2
     mapfile -t folders < <(cut -f 3 <<< "$plan")
     mapfile -t left < <(awk -F '\t' '$2 != "finished" { print $1 }' <<< "$plan")
     [ -z "${PLAN:-}" ] || return 0
@@ -133,34 +134,33 @@ table_end() {
         return
     fi
     mkdir -p "$out"
-    failed=$(mktemp)
-    trap 'rm -f "$failed"' EXIT
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    : > "$work/failed"
     if [ -z "${REPORT:-}" ]; then
-        printf '%s\n' "${left[@]}" | all_at_once one
+        labels=("${folders[@]}")
+        all_at_once one "${left[@]}"
+    else  # the tasks of the array have ended
+        jobs=1
+        for number in "${left[@]}"; do echo "3  ${folders[number]}" >> "$work/failed"; done
     fi
-    leave_if_stopped
     evaluate_all
-    leave_if_stopped
-    local paper=()
-    [ -z "${PAPER:-}" ] || paper=(--paper "$PAPER")
-    local finished=()
-    for folder in "${folders[@]}"; do [ ! -f "$folder/summary.json" ] || finished+=("$folder"); done
-    if [ ${#finished[@]} -gt 0 ]; then
-        "$python" scripts/report.py "${finished[@]}" --out "$out/report" "${paper[@]}" "$@"
-    fi
+    report "$@"
     leave_if_failed
 }
 
-# What was asked to stop, by Ctrl-C or --time_limit, ends here, with its code.
-leave_if_stopped() {
-    ! grep -qE '^(75|130|143) ' "$failed" || leave_if_failed
+report() {
+    local finished=() paper=() folder
+    [ -z "${PAPER:-}" ] || paper=(--paper "$PAPER")
+    for folder in "${folders[@]}"; do [ ! -f "$folder/summary.json" ] || finished+=("$folder"); done
+    [ ${#finished[@]} -eq 0 ] || "$python" scripts/report.py "${finished[@]}" --out "$out/report" "${paper[@]}" "$@"
 }
 
 leave_if_failed() {
-    [ -s "$failed" ] || return 0
+    [ -s "$work/failed" ] || return 0
     echo "not finished, the same command goes on with them:" >&2
-    sort "$failed" >&2
-    exit "$(awk '{ print $1 }' "$failed" | sort -n | tail -n 1)"
+    sort "$work/failed" >&2
+    exit "$(awk '{ print $1 }' "$work/failed" | sort -n | tail -n 1)"
 }
 
 # Run number $1.
@@ -170,14 +170,23 @@ one() {
 }
 
 evaluate_all() {
+    local folder flags where=() i
+    [ "$dataset" = digits ] || where=(--data "$data")
+    for ((i = 0; i < ${#extra[@]}; i++)); do  # those of the call that are about how and where
+        case ${extra[i]} in
+            --device | --gpu | --cache[_-]dir | --time[_-]limit) where+=("${extra[i]}" "${extra[i + 1]}") ;;
+        esac
+    done
     evaluations=()
-    local folder flags
+    labels=()
     for flags in "${checks[@]}"; do
         for folder in "${folders[@]}"; do
-            [ ! -f "$folder/summary.json" ] || evaluations+=("$(printf '%q ' --eval --pretrained "$folder/model_RA_best.pth.tar") $flags")
+            [ -f "$folder/summary.json" ] || continue
+            evaluations+=("$(printf '%q ' --eval --pretrained "$folder/model_RA_best.pth.tar" "${where[@]}") $flags")
+            labels+=("evaluation of $folder")
         done
     done
-    seq 0 $((${#evaluations[@]} - 1)) | all_at_once evaluation
+    all_at_once evaluation "${!evaluations[@]}"
 }
 
 evaluation() {
@@ -185,28 +194,42 @@ evaluation() {
     "$python" main_adv.py "$@"
 }
 
-# Each number on stdin to the function $1, JOBS at a time; what fails is noted and the others go on.
+# Each number after the function $1 to it, JOBS at a time; what fails is noted and the others go on. Ends the script if asked to stop.
 all_at_once() {
-    local what=$1 cores gpus
+    local what=$1 cores pid code=0
+    shift
+    [ $# -gt 0 ] || return 0
     cores=$(nproc)
-    gpus=$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true)
-    export GPUS=$gpus
-    if [ "$jobs" -gt 1 ] && [ "$gpus" -eq 0 ]; then
+    gpus=${CUDA_VISIBLE_DEVICES:-$( (nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true) | paste -s -d ,)}
+    if [ "$jobs" -gt 1 ] && [ -z "$gpus" ]; then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / jobs > 0 ? cores / jobs : 1))}
     fi
-    # Processes of their own know the functions and arrays by this.
-    local script
-    script=$(declare -p runs python failed; declare -p evaluations 2> /dev/null || true; declare -f one evaluation one_of_many)
-    xargs -r -P "$jobs" --process-slot-var=SLOT -I{} bash -c "$script"$'\n''one_of_many "$@"' _ "$what" {} || true
+    # Processes of their own know the functions and arrays by this file.
+    { declare -p runs labels python work gpus jobs; declare -p evaluations 2> /dev/null || true; declare -f one evaluation one_of_many; } > "$work/known"
+    printf '%s\n' "$@" > "$work/numbers"
+    # In the background, where it and its children do not see Ctrl-C: a run asks for it itself, saves, and then all is known here.
+    xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'source "$0/known"; one_of_many "$@"' "$work" "$what" {} < "$work/numbers" &
+    pid=$!
+    trap : INT
+    trap 'for child in $(pgrep -P "$pid"); do pkill -TERM -P "$child" || true; done' TERM
+    while kill -0 "$pid" 2> /dev/null; do
+        code=0
+        wait "$pid" || code=$?
+    done
+    trap - INT TERM
+    # 123 and 124: something failed, or was asked to stop, and is noted.
+    [[ $code =~ ^(0|123|124)$ ]] || { echo "error: xargs ended with $code" >&2; exit 1; }
+    ! grep -qE '^(75|130|143) ' "$work/failed" || leave_if_failed
 }
 
 one_of_many() {
-    local code=0
-    if [ "$GPUS" -gt 0 ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
+    local code=0 each
+    if [ -n "$gpus" ] && [ "$jobs" -gt 1 ]; then
+        IFS=, read -r -a each <<< "$gpus"
+        export CUDA_VISIBLE_DEVICES=${each[$((SLOT % ${#each[@]}))]}
     fi
     "$1" "$2" || code=$?
-    [ "$code" = 0 ] || echo "$code  ($1 $2)" >> "$failed"
+    [ "$code" = 0 ] || echo "$code  ${labels[$2]}" >> "$work/failed"
     # Asked to stop, so are all: 255 tells xargs to begin nothing more.
     case $code in 75 | 130 | 143) exit 255 ;; esac
 }
@@ -216,15 +239,16 @@ submit() {
     local numbers id call
     mkdir -p "$out"
     call=$(printf '%q ' bash "$self" "$data" "${extra[@]}")
+    call="cd $(printf '%q' "$PWD") && OUT=$(printf '%q' "$out") $call"
     numbers=$(IFS=,; echo "${left[*]}")
     local dependency=()
     if [ -n "$numbers" ]; then
         # shellcheck disable=SC2086
-        id=$(sbatch --parsable --job-name "$name" --array "$numbers%$jobs" --output "$out/slurm-%A_%a.out" ${SBATCH:-} --wrap "$call")
+        id=$(sbatch --parsable --job-name "$name" --array "$numbers%$jobs" --output "$out/slurm-%A_%a.out" ${SBATCH:-} --wrap "export TASK=\$SLURM_ARRAY_TASK_ID; $call")
         dependency=(--dependency "afterany:${id%%;*}")
         echo "submitted array job $id for ${#left[@]} runs"
     fi
     # shellcheck disable=SC2086
-    id=$(sbatch --parsable --job-name "$name-report" "${dependency[@]}" --output "$out/slurm-%j-report.out" ${SBATCH:-} --wrap "REPORT=1 $call")
+    id=$(sbatch --parsable --job-name "$name-report" "${dependency[@]}" --output "$out/slurm-%j-report.out" ${SBATCH:-} --wrap "export REPORT=1; $call")
     echo "submitted job $id for the report: $out/report"
 }

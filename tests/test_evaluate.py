@@ -122,3 +122,5 @@ def test_more_starts_never_find_less():
     assert five.images == 40
     with pytest.raises(ValueError, match="restarts need an attack"):
         evaluate(model, split, restarts=2)
+    with pytest.raises(ValueError, match="no effect on AutoAttack"):
+        evaluate(model, split, AutoAttack(0.1), restarts=2)

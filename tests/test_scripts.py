@@ -1,5 +1,6 @@
 """The shell scripts of tables and figures: what they would run, at toy size what they leave, cut and gone on with, on a cluster."""
 
+import json
 import os
 import re
 import signal
@@ -45,8 +46,12 @@ def script(name, data, environment, *flags, **variables):
 
 def planned(result):
     """Run folders named in a plan, by their first part."""
+    return [name.split("_")[0] for name in names_in(result)]
+
+
+def names_in(result):
     assert result.returncode == 0, result.stderr
-    return [line.split("_")[0] for line in result.stderr.splitlines() if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)]
+    return [line.split()[0] for line in result.stderr.splitlines() if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -54,6 +59,12 @@ def test_what_each_script_would_run(name, images, environment):
     result = script(name, images, environment, PLAN=1, SMOKE=1, DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "")
     expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # at toy size one density
     assert planned(result) == expected
+    assert len(set(names_in(result))) == len(expected)
+    if name == "fig1":
+        sparse = [part for run in names_in(result)[1:] for part in run.split("_") if re.fullmatch(r"d0\.\d+", part)]
+        assert sparse == [density for d in "0.8 0.6 0.4 0.2 0.1 0.05".split() for density in [f"d{d}"] * 2]
+    if name in ("architectures", "benchmark"):
+        assert [run.split("_")[1] for run in names_in(result)].count("vgg16") == len(expected) / 2
     assert f"{len(expected)} of {len(expected)} runs to train, about" in result.stderr
     assert not Path(environment["OUT"]).exists()
 
@@ -110,7 +121,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(images, environment):
     (dense / "metrics.jsonl").write_text("{}\n")
     result = script("fig1", images, environment, SMOKE=1, METHODS="fb", DENSITIES="0.5")
     assert result.returncode == 3
-    assert "not finished" in result.stderr
+    assert f"3  {dense}" in result.stderr.split("not finished")[1]
     assert len(list(Path(environment["OUT"]).glob("fb_*/summary.json"))) == 1
     assert (Path(environment["OUT"]) / "report" / "index.html").exists()
 
@@ -120,6 +131,34 @@ def test_a_time_limit_stops_the_script_and_the_next_call_goes_on(images, environ
     assert cut.returncode == 75, cut.stderr
     assert "the same command goes on" in cut.stderr
     assert script("fb", images, environment, SMOKE=1).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_stops_the_script_once_its_runs_have_saved(images, environment, number, whole_group):
+    """Ctrl-C reaches every process, kill the script alone."""
+    out, given = Path(environment["OUT"]), {**environment, "SMOKE": "1", "JOBS": "2"}
+    command = ["bash", "scripts/table1.sh", str(images), "--train_step", "5"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(out.glob("*/checkpoint.pth.tar")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "the same command goes on" in error
+    assert not (out / "report").exists()
+    assert subprocess.run(["pgrep", "-f", f"save_dir {out}"], capture_output=True).stdout == b""
+
+
+def test_the_benchmark_evaluates_what_it_trained(images, environment):
+    given = {"ARCHS": "resnet18", "METHODS": "fb", "AA_IMAGES": 6, "PAPER": "cifar10"}
+    result = script("benchmark", images, environment, SMOKE=1, **given)
+    assert result.returncode == 0, result.stderr
+    (found,) = Path(environment["OUT"]).glob("fb_resnet18_*/evaluations/*autoattack*.json")
+    assert json.loads(found.read_text())["images"] == {"test": 6}
+    assert "AutoAttack" in (Path(environment["OUT"]) / "report" / "evaluations.md").read_text()
 
 
 SBATCH = """#!/usr/bin/env bash

@@ -49,8 +49,7 @@ def writable_folder(folder: Path, instead: str = "") -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes may try at once
     except OSError as error:
         elsewhere = f"; {instead} writes elsewhere" if instead else ""
         raise InputError(f"cannot write into {folder} ({error.strerror or error}){elsewhere}") from error

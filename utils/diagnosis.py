@@ -95,7 +95,7 @@ def signs(model: nn.Module, split: Split, attack: PGD, seed: int, accuracies: Ma
 def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Tensor, float, float]:
     """Mean loss ``[points, points]`` over some images; the rise along the gradient as a share of what the gradient at the image
     promises (for the median image); the share of images whose loss rises at every point of the way."""
-    indices = split.indices[:_SURFACE_IMAGES]
+    indices = split.spread(_SURFACE_IMAGES)
     x, y = to_float(split.rows(indices)), split.labels[indices]
     with in_mode(model, False), full_precision():
         x_free = x.clone().requires_grad_()

@@ -82,6 +82,8 @@ def _worst_case(forward: Forward, split: Split, attack: PGD | AutoAttack | None,
     if attack is None:
         raise ValueError("restarts need an attack")
     if isinstance(attack, AutoAttack):
+        if restarts > 1:
+            raise ValueError("restarts have no effect on AutoAttack, which has its own")
         trials = [clean_trial(), *autoattack_trials(forward.model, attack, _classes(forward.model, split), split.device, seed)]
     else:
         trials = pgd_trials(forward.model, attack, seed, restarts=restarts)

@@ -31,7 +31,7 @@ from utils.network import network_of, network_spec, spec_in
 from utils.preemption import Interruption
 from utils.run import load_data_for, settings_in, settings_of_run
 from utils.sanity import check_network
-from utils.trials import Outcomes, Trial, autoattack_trials, clean_trial, pgd_trials, run_trials
+from utils.trials import Outcomes, Trial, autoattack_trials, clean_trial, full_precision, pgd_trials, run_trials
 
 _SECONDS_BETWEEN_SAVES = 30.0
 _LOOKED_AT = 32  # images, before a strong evaluation begins
@@ -122,11 +122,11 @@ class Evaluation:
 
     def _look_at_network(self) -> list[str]:
         split = self.data.test
-        indices = split.indices[:_LOOKED_AT]
+        indices = split.spread(_LOOKED_AT)
         warnings = []
         for model in (self.model, self.source):
             if model is not None:
-                with in_mode(model, False):
+                with in_mode(model, False), full_precision():
                     warnings += check_network(model, to_float(split.rows(indices)), split.labels[indices])
         return warnings
 
@@ -236,16 +236,17 @@ class Evaluation:
         accuracies = {trial.name: self.outcomes.accuracy(trial) for trial in self.asked.trials}
         ra = accuracies[self.asked.test.name]
         train_ra = None if self.asked.train is None else accuracies[self.asked.train.name]
-        attack = self.attack
+        attack, kind = self.attack, "transfer" if self.source is not None else self.settings.eval_attack
         return {
             "checkpoint": Path(self.settings.pretrained or "").name,
-            "attack": "transfer" if self.source is not None else self.settings.eval_attack,
+            "attack": kind,
             "title": self.asked.title,
             "norm": attack.norm,
             "eps": attack.eps * 255,
-            "step_size": attack.step_size * 255,
-            "steps": attack.steps,
-            "restarts": self.settings.restarts,
+            # AutoAttack has its own steps, and the signs of gradient masking are of many attacks, RA being PGD-20's.
+            "step_size": None if kind == "autoattack" else attack.step_size * 255,
+            "steps": {"autoattack": None, "masking": 20}.get(kind, attack.steps),
+            "restarts": None if kind == "autoattack" else self.settings.restarts,
             "source": self.settings.source,
             "seed": self.settings.seed,
             "images": {part: len(self.splits[part]) for part in {trial.part: None for trial in self.asked.trials}},
@@ -306,5 +307,5 @@ def _short(path: str) -> str:
 
 def _digest_of_images(split: Split) -> str:
     """Rows, labels and a few of the images."""
-    some = split.rows(split.indices[:: max(1, len(split) // 64)])
+    some = split.rows(split.spread(64))
     return checksum({"indices": split.indices, "labels": split.labels[split.indices], "images": some})

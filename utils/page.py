@@ -82,7 +82,7 @@ def write_report(folder: Path, groups: Sequence[Group], instead: str | None) -> 
     Raises:
         InputError: files of a run that are missing or damaged, a folder that cannot be written.
     """
-    compared, strong = [Comparison.of(group, instead) for group in groups], strong_evaluations(groups)
+    compared, strong = [Comparison.of(group, instead, groups) for group in groups], strong_evaluations(groups)
     tables, texts = [comparison_table(compared)], {"table.csv": comparison_csv(compared)}
     texts["table.md"] = markdown(tables[0])
     if strong:

@@ -161,11 +161,17 @@ class Comparison:
     theirs: Mapping[str, float]
 
     @classmethod
-    def of(cls, group: Group, instead: str | None) -> Comparison:
-        """``instead``: the paper's data set for groups whose own the paper has not."""
+    def of(cls, group: Group, instead: str | None, among: Sequence[Group] = ()) -> Comparison:
+        """
+        Args:
+            instead: the paper's data set for groups whose own the paper has not.
+            among: the groups of a report; one narrower than the widest of them is a small network, of which the paper has no row.
+        """
+        widest = max([group.settings.width, *(other.settings.width for other in among)])
+        theirs = paper.table1(group, instead) if group.settings.width == widest else {}
         ours = {name: group.measured(figure) for name, (_, figure) in {**_ACCURACIES, **_PAPER_FLOPS}.items()}
         real = {name: group.measured(figure) for name, (_, figure) in _REAL_FLOPS.items()}
-        return cls(group, paper.dataset_of(group, instead), ours, real, group.measured(density), paper.table1(group, instead))
+        return cls(group, paper.dataset_of(group, instead), ours, real, group.measured(density), theirs)
 
     def difference(self, name: str) -> float | None:
         """Ours - the paper's, if the paper has a figure."""
@@ -354,10 +360,12 @@ def _benchmark_table(cell: tuple[str | None, str, int], ours: Sequence[Strong]) 
     dataset, arch, sparsity = cell
     lines = []
     for p in paper.benchmark(*cell):
-        lines.append((p.autoattack, False, [p.method, "benchmark", NOTHING, NOTHING, _percent(p.clean), _percent(p.autoattack)]))
+        figures = [NOTHING, _percent(p.clean), _percent(p.autoattack)]
+        lines.append((p.autoattack, False, [p.method, "benchmark", NOTHING, f"{1 - sparsity / 100:g}", *figures]))
     for s in ours:
         name = f"{s.group.label}, {s.checkpoint}"
-        lines.append((s.ra.mean, True, [name, "ours", str(s.ra.n), str(s.images), _percents(s.sa), _percents(s.ra)]))
+        reached = _density(s.group.measured(density))  # Flying Bird+ ends below what was asked for
+        lines.append((s.ra.mean, True, [name, "ours", str(s.ra.n), reached, str(s.images), _percents(s.sa), _percents(s.ra)]))
     lines.sort(key=lambda line: -line[0])
     title = f"AutoAttack beside the benchmark: {paper.DATASETS[str(dataset)]}, {arch}, {sparsity} % sparsity"
     notes = ["Others' figures: arXiv 2409.01249, linf 8/255; in percent, the highest AutoAttack accuracy first."]
@@ -365,5 +373,5 @@ def _benchmark_table(cell: tuple[str | None, str, int], ours: Sequence[Strong]) 
     if substitutes:
         notes.append(f"These runs are of other data or scale than {paper.DATASETS[str(dataset)]}: {'; '.join(substitutes)}.")
     notes += _setup_notes(list({s.group.label: (s.group, dataset) for s in ours}.values()))
-    columns = ("method", "whose", "seeds", "test images", "clean accuracy", "AutoAttack accuracy")
+    columns = ("method", "whose", "seeds", "density", "test images", "clean accuracy", "AutoAttack accuracy")
     return Table(title, columns, [line for _, _, line in lines], notes, marked=frozenset(i for i, line in enumerate(lines) if line[1]))
