@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,6 @@ from utils.seeding import random_bits, stream, uniform
 DENSITY_METHODS = ("igq", "erk", "er", "uniform")
 SCORED_STARTS = ("magnitude", "random_global", "snip", "grasp", "synflow")
 SPARSE_INITS = DENSITY_METHODS + SCORED_STARTS
-GROWTHS = ("random", "gradient", "momentum")
 SCHEDULES = ("cosine", "linear", "constant")
 _GRASP_TEMPERATURE = 200.0
 _SYNFLOW_ROUNDS = 100
@@ -401,7 +400,7 @@ class MaskingConfig:
         total_steps: optimizer steps of the whole run; the drop fraction's schedule spans them.
         sparse_init: one of ``SPARSE_INITS``.
         fixed: the masks of the start stay (static sparsity).
-        growth: ``random``, ``gradient`` (largest |gradient| of the last batch) or ``momentum``.
+        growth: one of ``GROWTHS``: ``random``, ``gradient`` (largest |gradient| of the last batch) or ``momentum``.
         drop_fraction, drop_schedule: of a layer's live weights, dropped and regrown at one update.
         update_frequency: optimizer steps between updates; ``second_frequency`` once past half of ``total_steps``.
         adaptive: Flying Bird+, whose density follows the verdicts of a ``DensityController`` made of
@@ -454,7 +453,7 @@ class Masking:
     """Keeps a network sparse: masks, their updates, and what is needed to resume them.
 
     The network stays plain: dense tensors whose dead weights are zero, so ``param.grad`` is the dense
-    gradient that growth needs. ``masks`` maps names to bool tensors shaped like the weights.
+    gradient that growth needs. ``masks`` maps names to bool tensors shaped like ``weights``, the prunable ones.
 
     Args:
         model: its prunable weights (``prunable``) are masked in place at once.
@@ -481,7 +480,7 @@ class Masking:
         self.events: list[dict[str, Any]] = []
         self.controller = DensityController(config.epoch_range, config.update_threshold, config.start_epoch)
         self.schedule = DropFractionSchedule(config.drop_fraction, config.total_steps, config.drop_schedule)
-        self._weights = prunable(model)
+        self.weights = prunable(model)
         self._optimizer = optimizer
         if masks is None:
             masks = initial_masks(model, config.density, config.sparse_init, seed=config.seed, batches=batches)
@@ -510,14 +509,16 @@ class Masking:
         """Set dead weights and their momentum to zero, in place."""
         tensors: list[Tensor] = []
         multipliers: list[Tensor] = []
-        for name, weight in self._weights.items():
-            for tensor in (weight, *self._moments(weight)):
+        for name, weight in self.weights.items():
+            for tensor in (weight, *self.moments(name)):
                 tensors.append(tensor)
                 multipliers.append(self._multipliers[name])
         torch._foreach_mul_(tensors, multipliers)
         torch._foreach_add_(tensors, 0.0)  # -0.0 becomes 0.0: dead weights have one bit pattern
 
-    def _moments(self, weight: nn.Parameter) -> Iterable[Tensor]:
+    def moments(self, name: str) -> Iterable[Tensor]:
+        """What the optimizer remembers of a layer, each tensor shaped like its weight: the momentum of SGD."""
+        weight = self.weights[name]
         state = self._optimizer.state.get(weight, {})
         return [s for s in state.values() if isinstance(s, Tensor) and s.shape == weight.shape]
 
@@ -551,7 +552,7 @@ class Masking:
         )
 
     def _update_layer(self, name: str, live: int, fraction: float, verdict: Verdict) -> Tensor:
-        mask, weight = self.masks[name], self._weights[name]
+        mask, weight = self.masks[name], self.weights[name]
         if live == mask.numel():
             return mask
         n_drop = min(live, math.ceil(fraction * live))
@@ -559,31 +560,18 @@ class Masking:
         n_grow = int(n_drop * (1 + self.config.growth_ratio)) if verdict.grow else n_drop
         n_dropped = min(live, n_drop + n_prune)
         dropped = drop_lowest(weight.abs(), mask, n_dropped)
-        return grow_highest(self._growth_score(name), dropped, min(n_grow, mask.numel() - live + n_dropped))
-
-    def _growth_score(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        if self.config.growth == "random":
-            return _random_score(weight, self.config.seed, "grow", self.steps, name)
-        if self.config.growth == "gradient":
-            if weight.grad is None:
-                raise ValueError(f"gradient growth needs the gradient of {name}: update masks before zero_grad()")
-            return weight.grad.abs()
-        moments = list(self._moments(weight))
-        if not moments:
-            raise ValueError("momentum growth needs an optimizer with momentum")
-        return moments[0].abs()
+        return grow_highest(GROWTHS[self.config.growth](self, name), dropped, min(n_grow, mask.numel() - live + n_dropped))
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
             raise ValueError("the masks do not fit the network: names or shapes differ")
         # Same device and memory layout as the weights, so that applying them is one pass.
         self.masks = {
             name: torch.empty_like(weight, dtype=torch.bool, requires_grad=False).copy_(masks[name])
-            for name, weight in self._weights.items()
+            for name, weight in self.weights.items()
         }
-        self._multipliers = {name: mask.to(self._weights[name].dtype) for name, mask in self.masks.items()}
+        self._multipliers = {name: mask.to(self.weights[name].dtype) for name, mask in self.masks.items()}
 
     # ---- every epoch, and questions
 
@@ -634,6 +622,32 @@ class Masking:
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
         self.events = [dict(event) for event in state["events"]]
         self.apply()
+
+
+def _random_growth(masking: Masking, name: str) -> Tensor:
+    return _random_score(masking.weights[name], masking.config.seed, "grow", masking.steps, name)
+
+
+def _gradient_growth(masking: Masking, name: str) -> Tensor:
+    gradient = masking.weights[name].grad
+    if gradient is None:
+        raise ValueError(f"gradient growth needs the gradient of {name}: update masks before zero_grad()")
+    return gradient.abs()
+
+
+def _momentum_growth(masking: Masking, name: str) -> Tensor:
+    moments = list(masking.moments(name))
+    if not moments:
+        raise ValueError("momentum growth needs an optimizer with momentum")
+    return moments[0].abs()
+
+
+# Scores shaped like a layer's weight, by the masking and the layer's name; the highest among the dead positions grow.
+GROWTHS: dict[str, Callable[[Masking, str], Tensor]] = {
+    "random": _random_growth,
+    "gradient": _gradient_growth,
+    "momentum": _momentum_growth,
+}
 
 
 def mask_hash(masks: Mapping[str, Tensor]) -> int:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from models.loading import load_model
 from models.normalize import Normalize
 from models.resnet import BasicBlock, Bottleneck, PreActResNet
 from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
 from utils.seeding import seeded, stream
+
+__all__ = [
+    "ALIASES",
+    "ARCHITECTURES",
+    "RESNETS",
+    "STAGES",
+    "VGG",
+    "BasicBlock",
+    "Bottleneck",
+    "Normalize",
+    "PreActResNet",
+    "WideResNet",
+    "build_model",
+    "canonical_arch",
+    "check_image_size",
+    "load_model",
+]
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -20,6 +38,8 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] 
 # The paper's scripts name the VGGs with and without "_bn" and mean the same network.
 ALIASES = {f"{name}_bn": name for name in STAGES}
 ARCHITECTURES = (*RESNETS, *STAGES, "wideresnet")
+# Networks that others add: of the number of classes and the module that normalizes, which comes first.
+OWN: dict[str, Callable[[int, Normalize], nn.Module]] = {}
 # Every stride and pool must still find a pixel: five pools in a VGG, three strides in a ResNet (rounding up), two in a WRN.
 _SMALLEST_IMAGE = {"resnet": 8, "vgg": 32, "wideresnet": 8}
 
@@ -39,7 +59,7 @@ def build_model(
     """A fresh network that maps images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N, num_classes]``.
 
     Args:
-        arch: one of ``ARCHITECTURES`` (``vgg16_bn`` and the like are the same as ``vgg16``).
+        arch: one of ``ARCHITECTURES`` or ``OWN`` (``vgg16_bn`` and the like are the same as ``vgg16``).
         num_classes: number of classes.
         mean, std: by channel, for the ``normalize`` module; their length is the number of image channels.
         width: factor on every channel count of ResNets and VGGs (SPEC: the paper's "small dense" baseline).
@@ -62,20 +82,29 @@ def build_model(
         if arch in STAGES:
             return VGG([[_scaled(c, width) for c in stage] for stage in STAGES[arch]], num_classes, normalize)
         if width != 1.0:
-            raise ValueError("width scales ResNets and VGGs; for wideresnet use width_factor")
+            raise ValueError(f"width scales ResNets and VGGs, not {arch}; wideresnet has width_factor")
+        if arch in OWN:
+            return OWN[arch](num_classes, normalize)
         return WideResNet(depth_factor, width_factor, num_classes, normalize)
 
 
 def canonical_arch(arch: str) -> str:
     """The name without aliases; raises ``ValueError`` for an unknown one."""
     name = ALIASES.get(arch, arch)
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    if name not in (*ARCHITECTURES, *OWN):
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join((*ARCHITECTURES, *OWN))}")
     return name
 
 
+def arch_names() -> tuple[str, ...]:
+    """Every name that ``build_model`` takes now, aliases included."""
+    return (*ARCHITECTURES, *ALIASES, *OWN)
+
+
 def check_image_size(arch: str, image_size: int | None) -> None:
-    """Raise ``ValueError``, naming the network, if it cannot take images of this side."""
+    """Raise ``ValueError``, naming the network, if it cannot take images of this side; of networks in ``OWN`` that is not known."""
+    if arch in OWN:
+        return
     family = "wideresnet" if arch == "wideresnet" else arch[: 3 if arch.startswith("vgg") else 6]
     smallest = _SMALLEST_IMAGE[family]
     if image_size is not None and image_size < smallest:

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -80,3 +81,42 @@ def test_removed_channels_are_timed_beside_the_dense_network():
     assert list(record["ms"]) == [f"{name}: {what}" for name in names for what in ("step", "inference")]
     assert sorted(record["flops"].values(), reverse=True) == [record["flops"][name] for name in names]
     assert record["flops"]["dense"] > 2 * record["flops"]["channels 0.5"]
+
+
+NETWORKS = ["dense", "Flying Bird, density 0.2", "Flying Bird, density 0.1", "Robust Bird, channels 0.5", "Robust Bird, channels 0.2"]
+
+
+def test_inference_is_timed_for_every_network_and_engine():
+    command = [sys.executable, "benchmarks/inference.py", "--quick", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert list(record["speed"]) == list(record["bytes"]) == NETWORKS
+    for row in record["speed"].values():
+        assert sorted(row) == sorted(f"{engine} {what}" for engine in ("PyTorch", "onnxruntime") for what in ("latency", "throughput"))
+        assert all(value > 0 for value in row.values())
+    size = record["bytes"]
+    for density, name in ((0.2, NETWORKS[1]), (0.1, NETWORKS[2])):
+        assert size[name]["float32"] == pytest.approx(size["dense"]["float32"], rel=0.01)  # zeros are stored too
+        assert size[name]["xz"] < (density + 0.15) * size["dense"]["xz"]
+        assert size[name]["checkpoint"] < (density + 0.15) * size["dense"]["checkpoint"]
+    for name in NETWORKS[3:]:
+        assert size[name]["float32"] < 0.4 * size["dense"]["float32"]
+
+
+def test_inference_prints_markdown(monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    inference = importlib.import_module("inference")
+    rows = {name: {f"{engine} latency": 2.0, f"{engine} throughput": 100.0} for name in ("dense", "slim") for engine in ("PyTorch",)}
+    rows = {name: {**row, "onnxruntime latency": 1.0, "onnxruntime throughput": 200.0} for name, row in rows.items()}
+    rows["slim"]["PyTorch latency"], rows["slim"]["onnxruntime throughput"] = 0.5, 500.0
+    assert inference.speed_table(rows, 64).splitlines() == [
+        "| network | PyTorch, 1 image | onnxruntime, 1 image | PyTorch, batch 64 | onnxruntime, batch 64 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| dense | 2.00 ms (1.00x) | 1.00 ms (1.00x) | 100 img/s (1.00x) | 200 img/s (1.00x) |",
+        "| slim | 0.50 ms (4.00x) | 1.00 ms (1.00x) | 100 img/s (1.00x) | 500 img/s (2.50x) |",
+    ]
+    size = {"checkpoint": 8e6, "float32": 4e6, "gzip": 3e6, "xz": 2e6}
+    table = inference.size_table({"dense": size, "masked": {**size, "xz": 5e5}}).splitlines()
+    assert table[0] == "| network | checkpoint to resume from | float32 weights | the same, gzip | the same, xz |"
+    assert table[3].endswith("| 3.00 MB (1.00x smaller) | 0.50 MB (4.00x smaller) |")

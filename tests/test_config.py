@@ -133,6 +133,7 @@ def test_fractions_of_the_run():
         ("--pretrained x", "add --eval"),
         ("--eval_attack cw", "add --eval"),
         ("--eval --pretrained x --save_dir y", "no effect with --eval"),
+        ("--eval --pretrained x --tensorboard", "no effect with --eval"),
         ("--eval --pretrained x --lr 0.2", "no effect with --eval"),
         ("--eval --pretrained x --eval_attack autoattack --test_step 5", "its own steps"),
     ],

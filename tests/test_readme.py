@@ -161,6 +161,36 @@ def test_the_command_that_explains(run_adv, toy_data, monkeypatch, capsys):
     assert (toy_data / "experiment" / "fbp" / "RUN" / "explain" / "landscape.png").exists()
 
 
+EXPORTS = commands("python scripts/export.py")
+
+
+def test_the_readme_exports_every_format():
+    from utils.export import FORMATS
+
+    assert {arguments_of(command)[2] for command in EXPORTS} == set(FORMATS)
+
+
+@pytest.mark.parametrize("command", EXPORTS)
+def test_the_commands_that_export(command, run_adv, run_eb, toy_data, monkeypatch, capsys):
+    if "rb-channel" in command:
+        (source,) = [command for command in BIRD if "--save_dir experiment/rb-channel" in command]
+        assert run_eb(*smaller_bird(arguments_of(source)), "--save_dir", "experiment/rb-channel").code == 0
+        (run,) = (toy_data / "experiment" / "rb-channel").iterdir()
+        run.rename(run.with_name("RUN"))
+    else:
+        train_as("fb", run_adv, toy_data)
+    outcome = toy.Command("export", monkeypatch, capsys)(*arguments_of(command))
+    assert outcome.code == 0, outcome.err
+    assert Path(outcome.out.split(": ")[0]).is_file()
+
+
+def test_the_snippet_that_loads_a_network(run_adv, toy_data, capsys):
+    train_as("fb", run_adv, toy_data)
+    (snippet,) = [block for block in blocks("python") if "load_model" in block]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("tensor([")
+
+
 def test_the_scripts_in_the_table_are_those_there():
     named = set(re.findall(r"`(?:scripts/)?(\w+\.sh)`", README.split("## The paper's tables")[1].split("```")[0]))
     sourcing = {path.name for path in (ROOT / "scripts").glob("*.sh") if "table_begin" in path.read_text() and path.name != "table.sh"}
@@ -210,7 +240,7 @@ def test_the_commands_for_several_processes(tmp_path):
 
 
 def test_the_library_snippet_runs(capsys):
-    (snippet,) = blocks("python")
+    (snippet,) = [block for block in blocks("python") if "Masking" in block]
     exec(compile(snippet, "README.md", "exec"), {})
     density, explored = map(float, capsys.readouterr().out.split())
     assert density == pytest.approx(0.1, abs=1e-4)

@@ -7,7 +7,7 @@ from torch import nn
 from models import build_model
 from tests import toy
 from utils.flops import layer_costs, real_inference
-from utils.slimming import kept_channels, mask_channels, slim
+from utils.slimming import for_channels_first, full_size_state, kept_channels, mask_channels, slim
 
 NETWORKS = {
     "resnet18": {"width": 0.25},
@@ -121,3 +121,36 @@ def test_what_cannot_be_slimmed_is_refused():
     other = toy.network()
     with pytest.raises(ValueError, match="neither a ResNet"):
         slim(other, kept_channels(other, 0.5)[0])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_in_full_size_the_slim_network_computes_the_same(arch, density):
+    model = network(arch)
+    kept, _ = kept_channels(model, density)
+    small = slim(model, kept).eval()
+    state = full_size_state(build_model(arch, 10, **NETWORKS[arch]), kept, small.state_dict())
+    full = build_model(arch, 10, **NETWORKS[arch]).eval()
+    full.load_state_dict(state)
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = small(x)
+        assert (full(x) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1.0)
+    for name, value in small.state_dict().items():
+        live = state[name] != (1 if name.endswith("running_var") else 0)
+        assert int(live.sum()) <= value.numel()
+        assert torch.equal(state[name][live].sort().values, value[value != (1 if name.endswith("running_var") else 0)].sort().values)
+    if density == 1.0:
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_picking_channels_first_is_the_same_arithmetic(arch):
+    model = network(arch)
+    small = slim(model, kept_channels(model, 0.5)[0]).eval()
+    other = for_channels_first(small)
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(other(x), small(x), rtol=1e-4, atol=1e-5)
+    assert type(other) is type(small)
+    assert list(other.state_dict()) == list(small.state_dict())

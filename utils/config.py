@@ -12,14 +12,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 import torch
 
 from data import DECODED_HERE, SOURCES
-from models import ARCHITECTURES, STAGES, canonical_arch
+from models import OWN, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs
 from utils.distributed import ALONE, World
 from utils.engine import Plan
@@ -28,20 +28,25 @@ from utils.forward import PRECISIONS, use_fast_kernels
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
+# Settings without influence on the result that a resumed run keeps, because somebody would miss them.
+_TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard")
 _FAST_PEAK = 0.2  # highest learning rate of ``fast`` (SPEC 4)
 
 
-def flag(default: Any, group: str, text: str, *, choices: Sequence[str] = (), result: bool = True) -> Any:
+Choices = Collection[str] | Callable[[], Collection[str]]
+
+
+def flag(default: Any, group: str, text: str, *, choices: Choices = (), result: bool = True) -> Any:
     """A dataclass field that is also the flag ``--<field>``, spelled with ``_`` or with ``-``.
 
     Args:
         default: value where the flag is not given.
         group: heading in ``--help``.
         text: help line, with the unit.
-        choices: allowed values.
+        choices: allowed values, looked at when a command line is read: to a registry somebody may have added by then.
         result: whether it can change the outcome of a run, and so belongs to the run's hash.
     """
-    metadata = {"group": group, "help": text, "choices": tuple(choices), "result": result}
+    metadata = {"group": group, "help": text, "choices": choices, "result": result}
     return field(default=default, metadata=metadata)
 
 
@@ -53,14 +58,14 @@ class CommonSettings:
     may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
 
     # data
-    dataset: str = flag("digits", "data", "data set", choices=tuple(SOURCES))
+    dataset: str = flag("digits", "data", "data set", choices=SOURCES)
     data: str = flag("data", "data", "folder of the data, or where torchvision downloads it", result=False)
     image_size: int | None = flag(None, "data", "side in pixels to which image folders are resized when decoded")
     train_subset: int | None = flag(None, "data", "train on so many images, stratified by class")
     test_subset: int | None = flag(None, "data", "test on so many images, stratified by class")
     cache_dir: str | None = flag(None, "data", "where decoded image folders are kept", result=False)
     # network
-    arch: str = flag("resnet18", "network", "architecture", choices=(*ARCHITECTURES, *(f"{n}_bn" for n in STAGES)))
+    arch: str = flag("resnet18", "network", "architecture", choices=arch_names)
     width: float = flag(1.0, "network", "factor on all channel counts of ResNets and VGGs")
     depth_factor: int = flag(34, "network", "depth of wideresnet")
     width_factor: int = flag(10, "network", "widening of wideresnet")
@@ -76,6 +81,7 @@ class CommonSettings:
     save_every: int | None = flag(None, "run", "steps between checkpoints within an epoch", result=False)
     save_minutes: float = flag(10.0, "run", "minutes between checkpoints within an epoch", result=False)
     time_limit: float | None = flag(None, "run", "minutes after which the run saves and leaves with exit code 75", result=False)
+    tensorboard: bool = flag(False, "run", "write events for TensorBoard too, into the run folder's tensorboard/", result=False)
     # training
     batch_size: int = flag(128, "training", "images a step")
     lr: float = flag(0.1, "training", "learning rate at the start")
@@ -190,6 +196,7 @@ class CommonSettings:
         only(given, ["image_size", "cache_dir"], decoded, f"--dataset {self.dataset}, which is not decoded from a folder")
         only(given, ["depth_factor", "width_factor"], self.arch == "wideresnet", f"--arch {self.arch}, only with wideresnet")
         only(given, ["width"], self.arch != "wideresnet", "--arch wideresnet, which has --width_factor")
+        only(given, ["width"], self.arch not in OWN, f"--arch {self.arch}, whose size is its own")
         require(not (self.device == "cpu" and self.gpu is not None), "--gpu has no effect with --device cpu")
         require(not (self.resume and self.resume_dir), "--resume names the folder by the flags, --resume_dir by its path; choose one")
         only(given, ["save_dir"], self.resume_dir is None, "--resume_dir, which names the folder itself")
@@ -278,7 +285,7 @@ def parse_settings(
         raise InputError(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
     given = vars(namespace)
     # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its data lies, and what it would notice.
-    taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | {"data", "cache_dir", "compile", "test_every"}
+    taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
     settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
     _refuse_contradictions(given, stored, settings)
@@ -322,10 +329,16 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> l
         else:
             options["type"] = next(t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None))
             options["metavar"] = options["type"].__name__.upper()
-            if f.metadata["choices"]:
-                options["choices"], options["metavar"] = f.metadata["choices"], "|".join(f.metadata["choices"])
+            if choices := allowed(f):
+                options["choices"], options["metavar"] = choices, "|".join(choices)
         groups[title].add_argument(*spellings, **options)
     return known
+
+
+def allowed(f: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The values that a flag's field may have now, none where any will do."""
+    choices = f.metadata["choices"]
+    return tuple(choices() if callable(choices) else choices)
 
 
 def _spellings(name: str) -> list[str]:

@@ -15,7 +15,7 @@ DENSE = "dense"  # the method without masks
 _MOVING_MASK = "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre second_frequency".split()
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
 _ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
-_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes precision compile eval_every test_every".split()
+_TRAINING_ONLY = "resume resume_dir save_dir print_freq save_every save_minutes precision compile eval_every test_every tensorboard".split()
 EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
 # Settings of a run that describe how a network came about; --eval may repeat them and not change them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from models import OWN
 from utils.config import STAGE_KINDS, CommonSettings, flag, only, require
 from utils.early_bird import KINDS, TOLERANCES, EarlyBird
 from utils.engine import Plan
@@ -118,6 +119,8 @@ class TicketSettings(CommonSettings):
         super().refuse_idle(given)
         if self.stage1_pretrained is not None:
             only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
+        removable = self.pruning != "channel" or self.arch not in OWN
+        require(removable, f"--pruning channel cannot take {self.arch}: channels are removed from ResNets, VGGs and wide ResNets")
         only(given, ["channel_floor"], self.pruning == "channel", "--pruning unstructured")
         only(given, ["channel_floor"], self.density < 1, "--density 1, which removes nothing")
         kinds = set(self.stages)

@@ -25,8 +25,9 @@ from utils.checkpoint import save_checkpoint, snapshot, write_atomically
 from utils.engine import Progress
 from utils.errors import InputError, RunError
 from utils.paths import RunPaths
+from utils.tensorboard import Events, require_tensorboard
 
-_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack")
+_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack", "tensorboard")
 
 
 class RunFolder:
@@ -38,16 +39,25 @@ class RunFolder:
 
     writes = True
 
-    def __init__(self, paths: RunPaths, lock: IO[str] | None = None) -> None:
+    def __init__(self, paths: RunPaths, lock: IO[str] | None = None, tensorboard: bool = False) -> None:
         self.paths = paths
         self._lock = lock
+        self._tensorboard = tensorboard
+        self._events: Events | None = None  # from ``rewrite_epochs`` on, which knows the past
+        self._epochs = 0  # lines handed over so far
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._behind: deque[tuple[Path, Future[None]]] = deque()
         self._broken = False  # after a failure nothing more is written behind
 
     @classmethod
-    def create(cls, paths: RunPaths, config: Mapping[str, Any]) -> RunFolder:
-        """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be."""
+    def create(cls, paths: RunPaths, config: Mapping[str, Any], tensorboard: bool = False) -> RunFolder:
+        """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be.
+
+        Args:
+            tensorboard: events too, of every epoch and picture, from ``rewrite_epochs`` on.
+        """
+        if tensorboard:
+            require_tensorboard()
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
             lock = _locked(paths)
@@ -56,7 +66,7 @@ class RunFolder:
             write_atomically(paths.config, json_bytes(config))
         except OSError as error:
             raise InputError(f"cannot write the run folder {paths.root} ({error.strerror or error})") from error
-        return cls(paths, lock)
+        return cls(paths, lock, tensorboard)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         with self._writing(self.paths.config):
@@ -71,18 +81,25 @@ class RunFolder:
 
     def append_epoch(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row) + "\n"
+        self._epochs += 1
 
         def write() -> None:
             with self.paths.metrics.open("a") as file:
                 file.write(line)
+            if self._events is not None:
+                self._events.append(row)
 
         self._write_behind(self.paths.metrics, write)
 
     def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make ``metrics.jsonl`` agree with a checkpoint: later lines are of epochs that will be run again."""
         self.settle()
+        self._epochs = len(rows)
         with self._writing(self.paths.metrics):
             write_atomically(self.paths.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if self._tensorboard:
+            with self._writing(self.paths.tensorboard):
+                self._events = Events(self.paths.tensorboard, rows)
 
     def save(self, path: Path, checkpoint: Mapping[str, Any], keep: Path | None = None, on_disk: Callable[[], None] = lambda: None) -> None:
         """A checkpoint at ``path`` as it is now; the one that was there stays at ``keep``. ``on_disk`` is called once it is written."""
@@ -129,8 +146,16 @@ class RunFolder:
             try:
                 self.settle()
             finally:
-                if self._lock is not None:
-                    self._lock.close()
+                try:
+                    self._close_events()
+                finally:
+                    if self._lock is not None:
+                        self._lock.close()
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            with self._writing(self.paths.tensorboard):
+                self._events.close()
 
     def drop(self, path: Path) -> None:
         """Remove a file that is no longer true, or a folder that has served, with what lies in it."""
@@ -147,6 +172,8 @@ class RunFolder:
     def write_picture(self, path: Path, figure: Figure) -> None:
         with self._writing(path):
             write_figure(path, figure)
+            if self._events is not None:
+                self._events.picture(path.stem, figure, self._epochs)
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from data import Data
 from models import build_model
-from utils.checkpoint import load_weights, network_weights
+from utils.checkpoint import load_checkpoint, load_weights, network_weights
 from utils.config import CommonSettings
 from utils.errors import InputError, one_line
+from utils.safe_tensors import SUFFIX, load_safetensors
 from utils.slimming import slim
 
 
@@ -72,3 +74,37 @@ def network_of(content: Mapping[str, Any], path: object, spec: Mapping[str, Any]
     model = build_network(spec, device)
     load_weights(model, network_weights(content, str(path)), str(path), spec["arch"])
     return model
+
+
+def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a file with a network, and what the network is.
+
+    Args:
+        path: a checkpoint of ours (masked, packed or slim), our safetensors, or a state dict such as the paper's code wrote.
+        given: for a file that does not describe its network: ``arch``, ``num_classes`` and whatever of ``width``,
+            ``depth_factor``, ``width_factor`` and ``image_size`` is unusual. None counts as not given.
+
+    Raises:
+        InputError: no such file, a broken one, one that needs a description, or one that has it already.
+    """
+    content = load_safetensors(path) if str(path).endswith(SUFFIX) else load_checkpoint(path)
+    given = {name: value for name, value in given.items() if value is not None}
+    spec = spec_in(content, path)
+    if spec is None:
+        return content, _described(content, path, given)
+    if given:
+        raise InputError(f"{path} says itself which network it holds; {', '.join(given)} could not take effect")
+    return content, spec
+
+
+def _described(content: Mapping[str, Any], path: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A description from what is ``given`` and, for the pixels, from the weights."""
+    missing = [name for name in ("arch", "num_classes") if name not in given]
+    if missing:
+        raise InputError(f"{path} does not say which network it holds: give its {' and '.join(missing)}")
+    state = network_weights(content, str(path))
+    if not {"normalize.mean", "normalize.std"} <= state.keys():
+        raise InputError(f"{path} holds no network of this project: it has no normalize.mean and normalize.std")
+    pixels = {name: state[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std")}
+    usual = {"width": 1.0, "depth_factor": 34, "width_factor": 10, "image_size": 32}
+    return {**usual, **pixels, **given}

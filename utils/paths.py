@@ -46,6 +46,11 @@ class RunPaths:
         return self.root / "net_train.png"
 
     @property
+    def tensorboard(self) -> Path:
+        """Folder of the events for TensorBoard, with ``--tensorboard``."""
+        return self.root / "tensorboard"
+
+    @property
     def stage1(self) -> Path:
         """Robust Bird: the dense network that the ticket was drawn from."""
         return self.root / "model_stage1.pth.tar"

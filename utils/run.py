@@ -252,8 +252,7 @@ class Run(ABC):
             return
         if world.size > 1:
             self._take_over()
-        create = RunFolder.create if world.is_first else lambda paths, config: ForeignRunFolder(paths)
-        self.folder = world.agree(lambda: create(self.paths, self.config()))
+        self.folder = world.agree(self._own_folder if world.is_first else lambda: ForeignRunFolder(self.paths))
         with self._saying_how_it_ends(), self.interruption, self.folder.settled():
             self.folder.drop(self.paths.summary)  # of a run that has grown
             self.folder.rewrite_epochs(self.history)
@@ -262,6 +261,9 @@ class Run(ABC):
             self._announce()
             self.train_stages()
             self._finish()
+
+    def _own_folder(self) -> RunFolder:
+        return RunFolder.create(self.paths, self.config(), self.settings.tensorboard)
 
     @contextlib.contextmanager
     def _saying_how_it_ends(self) -> Iterator[None]:

@@ -101,6 +101,31 @@ def slim(model: nn.Module, kept: Kept) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def full_size_state(full: nn.Module, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A slim network's weights in the full network's shapes: what ``mask_channels`` leaves, for programs that know no other.
+
+    Args:
+        full: the network before ``slim``; only its shapes matter.
+        kept: the channels that stayed.
+        state: state dict of the slim network.
+
+    Returns:
+        A state dict for ``full`` with zeros where channels were removed, and variance 1 in their statistics.
+    """
+    numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
+    for value in numbered.state_dict().values():
+        value.copy_(torch.arange(value.numel()).view(value.shape))
+    positions = slim(numbered, kept).state_dict()  # slimming numbers instead of weights tells where each weight comes from
+    spread = {}
+    for name, value in full.state_dict().items():
+        fill = 1 if name.endswith("running_var") else 0
+        whole = torch.full((value.numel(),), fill, dtype=state[name].dtype)
+        whole[positions[name].long().flatten()] = state[name].cpu().flatten()
+        spread[name] = whole.view(value.shape)
+    return spread
+
+
 Indices = Mapping[nn.Module, Tensor]
 
 
@@ -114,6 +139,22 @@ class PickingBatchNorm2d(nn.BatchNorm2d):
         n, _, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(1, self.picked)
         return super().forward(rows.view(n, height, width, -1).permute(0, 3, 1, 2))
+
+
+class _PickingFirst(PickingBatchNorm2d):
+    """The same where channels lie one after the other in memory, so that picking one copies a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x.index_select(1, self.picked))
+
+
+def for_channels_first(model: nn.Module) -> nn.Module:
+    """A copy that computes the same and suits engines with images as ``[N, C, H, W]`` in memory, as onnxruntime has them."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, PickingBatchNorm2d):
+            module.__class__ = _PickingFirst
+    return model
 
 
 def _slim_chain(model: Any, indices: Indices) -> None:

@@ -1,0 +1,195 @@
+"""Which sparsity makes inference faster and which only a smaller file: PyTorch and onnxruntime on the CPU, in one run.
+
+    python benchmarks/inference.py --arch resnet18 --batch 64
+    python benchmarks/inference.py --quick
+
+Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2 of the channels) take turns
+with both engines; medians and ratios to dense are printed. Weights are initial ones and the channels are chosen by random scales:
+the time does not depend on training, and size only by what compresses, which are the zeros. Float32, channels-last in PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import timing
+import torch
+from slimming import slimmed, with_random_scales
+from torch import Tensor, nn
+
+from models import ARCHITECTURES
+from sparse_core import Masking, MaskingConfig
+from utils.compact import compact
+from utils.errors import run_command
+from utils.export import onnx_bytes, onnx_session
+
+MASKED, SLIM = (0.2, 0.1), (0.5, 0.2)
+ENGINES = ("PyTorch", "onnxruntime")
+FILES = ("checkpoint", "float32", "gzip", "xz")
+_CALLS = 10  # of one image: a single call is too short to time, and finds the caches as the network before left them
+_QUICK = {"width": 0.25, "batch": 16, "side": 8, "channels": 1, "repeats": 3}
+Row = dict[str, float]
+
+
+def main() -> None:
+    options = timing.parse(parser(), _QUICK)
+    made = candidates(options)
+    sizes = {name: file_sizes(candidate) for name, candidate in made.items()}
+    speed = speeds({name: candidate.model for name, candidate in made.items()}, options)
+    if options.json:
+        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "speed": speed, "bytes": sizes}))
+        return
+    print(f"{setting(options)}\n\n{speed_table(speed, options.batch)}\n\n{size_table(sizes)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    flags.add_argument("--arch", default="resnet18", choices=ARCHITECTURES)
+    flags.add_argument("--width", type=float, default=1.0)
+    flags.add_argument("--batch", type=int, default=64, help="images at once, for the throughput")
+    flags.add_argument("--side", type=int, default=32, help="of the images, in pixels")
+    flags.add_argument("--channels", type=int, default=3, help="of the images")
+    flags.add_argument("--repeats", type=int, default=15)
+    flags.add_argument("--json", action="store_true", help="one line of JSON")
+    flags.add_argument("--quick", action="store_true", help="the quickstart's network on 8x8 images, under a minute")
+    flags.set_defaults(device="cpu")
+    return flags
+
+
+# ---- the networks
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network in eval mode, with what trained it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    masking: Masking | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, density: float | None = None) -> Candidate:
+        """Masked to ``density``, or as it is."""
+        optimizer = timing.optimizer_of(model)
+        return cls(model.eval(), optimizer, None if density is None else Masking(model, optimizer, MaskingConfig(density, 1000)))
+
+
+def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
+    dense = with_random_scales(timing.network(options))
+    made = {"dense": Candidate.of(dense)}
+    made |= {f"Flying Bird, density {density:g}": Candidate.of(timing.network(options), density) for density in MASKED}
+    made |= {f"Robust Bird, channels {density:g}": Candidate.of(slimmed(dense, density, options)) for density in SLIM}
+    return made
+
+
+# ---- size
+
+
+def file_sizes(candidate: Candidate) -> Row:
+    """Bytes of the checkpoint to resume from, of the float32 state dict, zeros included, and of that compressed."""
+    weights = saved({name: value.contiguous() for name, value in candidate.model.state_dict().items()})
+    files = {"checkpoint": saved(checkpoint(candidate)), "float32": weights, "gzip": gzip.compress(weights), "xz": lzma.compress(weights)}
+    return {name: len(file) for name, file in files.items()}
+
+
+def checkpoint(candidate: Candidate) -> dict[str, object]:
+    """Weights, momentum and masks as a run writes them: packed where there are masks."""
+    model, optimizer, masking = candidate.model, candidate.optimizer, candidate.masking
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # momentum is made, weights stay
+    optimizer.step()
+    if masking is not None:
+        masking.apply()
+    optimizer.zero_grad()
+    state = {"optimizer": optimizer.state_dict(), "masking": None if masking is None else masking.state_dict()}
+    return compact({"state_dict": model.state_dict(), **state}, [name for name, _ in model.named_parameters()])
+
+
+def saved(content: Mapping[str, object]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getvalue()
+
+
+# ---- speed
+
+
+def speeds(networks: Mapping[str, nn.Module], options: argparse.Namespace) -> dict[str, Row]:
+    """Milliseconds for one image and images a second in a batch, by network and engine."""
+    shape = (options.channels, options.side, options.side)
+    one, many = torch.rand(1, *shape), torch.rand(options.batch, *shape)
+    work: dict[str, Callable[[], object]] = {}
+    for name, model in networks.items():
+        for engine, run in zip(ENGINES, (with_torch(model), with_onnxruntime(model, many)), strict=True):
+            work[f"{name}; {engine} latency"] = repeated(run, one)
+            work[f"{name}; {engine} batch"] = lambda run=run: run(many)
+    ms = timing.alternate(work, options.repeats, options.device)
+    rows: dict[str, Row] = {}
+    for name in networks:
+        rows[name] = {f"{engine} latency": ms[f"{name}; {engine} latency"] / _CALLS for engine in ENGINES}
+        rows[name] |= {f"{engine} throughput": 1e3 * options.batch / ms[f"{name}; {engine} batch"] for engine in ENGINES}
+    return rows
+
+
+def with_torch(model: nn.Module) -> Callable[[Tensor], object]:
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images.contiguous(memory_format=torch.channels_last))
+
+    return run
+
+
+def with_onnxruntime(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
+    session = onnx_session(onnx_bytes(model, images[:2]))
+    return lambda images: session.run(["logits"], {"images": images.numpy()})
+
+
+def repeated(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
+    return lambda: [run(images) for _ in range(_CALLS)]
+
+
+# ---- what is printed
+
+
+def setting(options: argparse.Namespace) -> str:
+    size = f"{options.arch} x{options.width:g}, {options.side}x{options.side}, cpu, {torch.get_num_threads()} threads"
+    return f"{size}, torch {torch.__version__}; initial weights, masks and channels applied; in brackets the gain over dense"
+
+
+def speed_table(rows: Mapping[str, Row], batch: int) -> str:
+    columns = [f"{engine} latency" for engine in ENGINES] + [f"{engine} throughput" for engine in ENGINES]
+    titles = [f"{engine}, 1 image" for engine in ENGINES] + [f"{engine}, batch {batch}" for engine in ENGINES]
+    cells = {name: [_speed(rows, name, column) for column in columns] for name in rows}
+    return table(["network", *titles], cells)
+
+
+def _speed(rows: Mapping[str, Row], name: str, column: str) -> str:
+    value, dense = rows[name][column], rows["dense"][column]
+    if column.endswith("latency"):
+        return f"{value:.2f} ms ({dense / value:.2f}x)"
+    return f"{value:.0f} img/s ({value / dense:.2f}x)"
+
+
+def size_table(rows: Mapping[str, Row]) -> str:
+    titles = ["checkpoint to resume from", "float32 weights", "the same, gzip", "the same, xz"]
+    cells = {n: [f"{row[f] / 1e6:.2f} MB ({rows['dense'][f] / row[f]:.2f}x smaller)" for f in FILES] for n, row in rows.items()}
+    return table(["network", *titles], cells)
+
+
+def table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,52 @@
+"""A run's ``metrics.jsonl`` as CSV, a line an epoch: ``python scripts/metrics_csv.py RUN [--out FILE]``.
+
+The density of each layer is in the columns ``density/<layer>``, mask updates are counted in ``updates``, ``updates/prune`` and
+``updates/grow``. A figure that an epoch does not have is left empty. Without ``--out`` the table goes to the terminal.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.checkpoint import write_atomically
+from utils.config import OneLineParser
+from utils.errors import InputError, run_command
+from utils.metrics import read_epochs
+from utils.paths import RunPaths
+from utils.tensorboard import flattened
+
+
+def main() -> None:
+    parser = OneLineParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the CSV (default: the terminal)")
+    arguments = parser.parse_args()
+    table = csv_of(read_epochs(RunPaths(arguments.run)))
+    if arguments.out is None:
+        print(table, end="")
+        return
+    try:
+        write_atomically(arguments.out, table.encode())
+    except OSError as error:
+        raise InputError(f"cannot write {arguments.out} ({error.strerror or error})") from error
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The epochs as CSV with a header; columns in the order in which they first appear."""
+    flat = [flattened(row) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

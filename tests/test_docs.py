@@ -1,0 +1,178 @@
+"""What the pages in docs/ say is so: commands, snippets, links, flags, errors. Commands of the README are run by test_readme.py."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import flags
+import numpy as np
+import pytest
+
+from data.sources import SOURCES
+from models import OWN
+from sparse_core import GROWTHS
+from tests import toy
+from tests.test_scripts import RUNS
+from tests.toy import TOY_MASKS, TOY_RUN
+from utils.checkpoint import load_checkpoint
+from utils.config import parse_settings
+from utils.config_adv import AdversarialSettings
+from utils.config_rb import EarlyBirdSettings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+# Commands that are no training, and the test that runs them.
+RUN_ELSEWHERE = {
+    "scripts/report.py": "test_report.py",
+    "scripts/metrics_csv.py": "test_tensorboard.py",
+    "scripts/flags.py": "test_docs.py",
+    "scripts/setup.sh": "test_scripts.py",  # every script of a table begins with it
+    "scripts/test.sh": None,  # runs this test
+    "scripts/precision.sh": None,  # hours; test_scripts_are_whole looks at it
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)
+
+
+def command_lines():
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            marked = "# needs a Slurm" in block and "#!" in block
+            for line in block.replace("\\\n", " ").splitlines():
+                if line and not line.startswith("#"):
+                    yield pytest.param(line, marked, id=f"{page.stem}: {line[:60]}")
+
+
+def test_every_page_is_there_and_linked_from_the_readme():
+    names = "algorithms reproducing clusters precision extending flags faq".split()
+    readme = (ROOT / "README.md").read_text()
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} == set(names)
+    assert all(f"(docs/{name}.md)" in readme for name in names)
+
+
+@pytest.mark.parametrize(("line", "job"), command_lines())
+def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
+    """Trainings at full size are parsed: as toys the same methods and flags are trained by the tests that docs/flags.md names."""
+    command, _, comment = line.partition("  #")
+    words = [word for word in shlex.split(command) if word not in ("||", "code=$?")]
+    while "=" in words[0] and not words[0].startswith("-"):  # variables before the command
+        words.pop(0)
+        if not words:
+            return
+    if words[0] == "torchrun":
+        assert "needs" in comment
+        words = ["python", *words[3:]]
+    if words[0] == "python" and "scripts/" not in words[1]:
+        kind = {"main_adv.py": AdversarialSettings, "Robust-Bird/train_eb.py": EarlyBirdSettings}[words[1]]
+        stored = {"epochs": 200} if "--resume_dir" in words else {}
+        settings = parse_settings(kind, words[2:], "", lambda given: stored)
+        assert settings.deterministic <= ("needs a GPU" in comment)
+    elif words[0] in ("python", "bash"):
+        assert (ROOT / words[1]).exists()
+        assert words[1] in RUN_ELSEWHERE or Path(words[1]).stem in RUNS
+    else:
+        assert job or words[0] == "tensorboard"  # a job of a cluster; the server, whose files test_tensorboard.py reads
+
+
+def test_scripts_are_whole():
+    for page in PAGES:
+        for script in blocks(page, "bash"):
+            subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for command in re.findall(r"`bash (scripts/\w+\.sh) \S+`", (ROOT / "docs" / "reproducing.md").read_text()):
+        assert Path(command).stem in RUNS
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            path, _, section = target.partition("#")
+            assert (page.parent / path).exists(), f"{page.name}: {target}"
+            if section:
+                headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), flags=re.M)
+                assert section in map(flags.anchor, headings), f"{page.name}: {target}"
+
+
+# ---------------------------------------------------------------- extending
+
+
+@pytest.fixture
+def own_script(monkeypatch, tmp_path, capsys):
+    """Run a snippet of docs/extending.md as the script it is; what it registers is gone afterwards."""
+
+    def run(part, *arguments):
+        (snippet,) = [s for s in blocks(ROOT / "docs" / "extending.md", "python") if part in s]
+        monkeypatch.setattr(sys, "argv", ["mine.py", *map(str, arguments), "--save_dir", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as left:
+            exec(compile(snippet, "mine.py", "exec"), {"__name__": "__main__"})
+        assert left.value.code == 0, capsys.readouterr().err
+        (folder,) = (tmp_path / "out").iterdir()
+        return load_checkpoint(folder / "checkpoint.pth.tar")
+
+    kept = [(registry, dict(registry)) for registry in (SOURCES, OWN, GROWTHS)]
+    yield run
+    for registry, content in kept:
+        registry.clear()
+        registry.update(content)
+
+
+def small_run(*without):
+    return [*TOY_RUN[2:], "--fb", *TOY_MASKS] if "--dataset" in without else [*TOY_RUN, "--fb", *TOY_MASKS]
+
+
+def test_a_data_set_of_ones_own(own_script, tmp_path):
+    rng = np.random.RandomState(0)
+    for part, n in (("train", 120), ("test", 60)):
+        np.savez(tmp_path / f"{part}.npz", images=rng.randint(0, 256, (n, 8, 8, 3)).astype(np.uint8), labels=np.arange(n) % 3)
+    content = own_script("SOURCES[", "--dataset", "arrays", "--data", tmp_path, *small_run("--dataset"))
+    assert content["network"]["num_classes"] == 3
+    assert len(content["masking"]["events"]) >= 2
+
+
+def test_a_network_of_ones_own(own_script, run_eb, tmp_path):
+    flags_without_width = [flag for flag in small_run() if flag not in ("--width", "0.0625")]
+    content = own_script("OWN[", "--arch", "plain", *flags_without_width)
+    assert content["network"]["arch"] == "plain"
+    assert len(content["masking"]["events"]) >= 2
+    for refused, reason in ((["--width", 2], "size is its own"), (["--pruning", "channel"], "cannot take plain")):
+        outcome = run_eb("--arch", "plain", *refused, "--save_dir", tmp_path)
+        assert (outcome.code, reason in outcome.err) == (2, True), outcome.err
+
+
+def test_a_growth_rule_of_ones_own(own_script):
+    content = own_script("GROWTHS[", "--growth", "quiet", *small_run())
+    densities = {event["density"] for event in content["masking"]["events"]}
+    assert len(densities) == 1
+    assert content["settings"]["growth"] == "quiet"
+
+
+def test_nothing_of_ones_own_is_known_without_it(run_adv):
+    assert "invalid choice: 'plain'" in run_adv("--arch", "plain").err
+
+
+# ---------------------------------------------------------------- flags and errors
+
+
+def test_the_page_of_flags_is_up_to_date(monkeypatch, capsys):
+    outcome = toy.Command("flags", monkeypatch, capsys)()
+    assert outcome.out == (ROOT / "docs" / "flags.md").read_text(), "python scripts/flags.py > docs/flags.md"
+
+
+def test_the_tests_of_the_flags_exist():
+    for _, test in flags.PLACES.values():
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_the_errors_of_the_faq_are_those_of_the_code():
+    sources = [path for folder in ("data", "models", "utils", "Robust-Bird") for path in (ROOT / folder).glob("*.py")]
+    said = " ".join(" ".join(path.read_text() for path in sources).split())
+    errors = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)
+    assert len(errors) > 12
+    for error in errors:
+        # Names of flags and numbers are filled in, and "only" says the rest.
+        parts = re.split(r"--[\w?]+|\b\d+x?\d*\b|,|has no effect with", error)
+        assert all(part.strip() in said for part in parts), error

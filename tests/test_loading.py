@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from models import build_model, load_model
+from tests import toy
+from utils.checkpoint import load_checkpoint
+from utils.errors import InputError
+from utils.export import export
+
+
+@pytest.fixture
+def trained(run_adv, tmp_path):
+    """The folder of a toy Flying Bird run."""
+    outcome = run_adv(*toy.TOY_RUN, *toy.TOY_MASKS, "--fb", "--save_dir", tmp_path / "runs")
+    assert outcome.code == 0, outcome.err
+    (run,) = (tmp_path / "runs").iterdir()
+    return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def save_plain(path, prefix="", **options):
+    """A state dict as the paper's code leaves it, and the network it is of."""
+    model = build_model("resnet18", 7, width=0.0625, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], seed=5)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "best_sa": 3.0, **options} if options else state, path)
+    return model.eval()
+
+
+DESCRIBED = {"arch": "resnet18", "num_classes": 7, "width": 0.0625}
+
+
+@pytest.mark.parametrize("name", ["model_RA_best.pth.tar", "model_SA_best.pth.tar", "checkpoint.pth.tar"])
+def test_a_run_s_checkpoints(trained, name):
+    model = load_model(trained / name)
+    assert not model.training
+    state = load_checkpoint(trained / name)["state_dict"]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    if name.startswith("checkpoint"):
+        assert "packed" in torch.load(trained / name, weights_only=True)  # live weights alone
+
+
+def test_slim_checkpoints_and_their_safetensors(run_eb, tmp_path):
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5, "--save_dir", tmp_path]
+    assert run_eb(*flags).code == 0
+    checkpoint = next(tmp_path.glob("*/model_RA_best.pth.tar"))
+    path, _ = export(checkpoint, "safetensors")
+    images = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_model(path)(images), load_model(str(checkpoint))(images))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix": "module."}, {"epoch": 3}, {"prefix": "module.", "epoch": 3}])
+def test_the_papers_state_dicts(options, tmp_path):
+    model = save_plain(tmp_path / "paper.pth.tar", **options)
+    images = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "paper.pth.tar", **DESCRIBED)(images), model(images), atol=1e-6)
+
+
+def test_a_url_is_downloaded_once_and_two_of_one_name_are_two_files(tmp_path, hub):
+    urls = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        save_plain(tmp_path / folder / "best model.pth")
+        urls.append((tmp_path / folder / "best model.pth").as_uri())
+    first = load_model(urls[0], **DESCRIBED)
+    (kept,) = hub.iterdir()
+    assert kept.name.endswith("_best model.pth")
+    (tmp_path / "one" / "best model.pth").unlink()
+    again = load_model(urls[0], **DESCRIBED)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    load_model(urls[1], **DESCRIBED)
+    assert len(list(hub.iterdir())) == 2
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
+    save_plain(tmp_path / "paper.pth")
+    torch.save({"linear.bias": torch.zeros(7)}, tmp_path / "other.pth")
+    torch.save({"state_dict": torch.nn.Linear(2, 2)}, tmp_path / "code.pth")
+    for path, given, message in [
+        ("paper.pth", {}, "give its arch and num_classes"),
+        ("paper.pth", {"arch": "resnet18"}, "give its num_classes"),
+        ("paper.pth", {**DESCRIBED, "num_classes": 10}, "linear.weight has shape"),
+        ("paper.pth", {**DESCRIBED, "arch": "resnet19"}, "unknown architecture"),
+        ("paper.pth", {**DESCRIBED, "width": -1}, "width must be positive"),
+        ("other.pth", DESCRIBED, "no normalize.mean"),
+        ("code.pth", DESCRIBED, "could run code"),
+        ("none.pth", DESCRIBED, "no such checkpoint"),
+        (trained / "model_RA_best.pth.tar", {"num_classes": 10}, "num_classes could not take effect"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_model(tmp_path / path, **given)
+    for url in ((tmp_path / "none.pth").as_uri(), "nothing://here/x.pth"):
+        with pytest.raises(InputError, match="cannot download"):
+            load_model(url, **DESCRIBED)
+    assert not hub.exists() or not list(hub.iterdir())
