@@ -3,9 +3,10 @@
     python benchmarks/inference.py --arch resnet18 --batch 64
     python benchmarks/inference.py --quick
 
-Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2 of the channels) take turns
-with both engines; medians and ratios to dense are printed. Weights are initial ones and the channels are chosen by random scales:
-the time does not depend on training, and size only by what compresses, which are the zeros. Float32, channels-last in PyTorch.
+Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2 of the channels) take turns,
+first with one engine and then with the other; medians and ratios to dense are printed. Weights are initial ones and the channels are
+chosen by random scales: the time does not depend on training, and size only by what compresses, which are the zeros. Float32,
+channels-last in PyTorch.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
 
 MASKED, SLIM = (0.2, 0.1), (0.5, 0.2)
-ENGINES = ("PyTorch", "onnxruntime")
 FILES = ("checkpoint", "float32", "gzip", "xz")
 _CALLS = 10  # of one image: a single call is too short to time, and finds the caches as the network before left them
-_QUICK = {"width": 0.25, "batch": 16, "side": 8, "channels": 1, "repeats": 3}
+_PAUSE = 0.05  # seconds
+_QUICK = {"width": 0.25, "batch": 16, "side": 8, "channels": 1, "repeats": 15, "calls": 10}
 Row = dict[str, float]
 
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--side", type=int, default=32, help="of the images, in pixels")
     flags.add_argument("--channels", type=int, default=3, help="of the images")
     flags.add_argument("--repeats", type=int, default=15)
+    flags.add_argument("--calls", type=int, default=1, help="batches a measurement")
     flags.add_argument("--json", action="store_true", help="one line of JSON")
     flags.add_argument("--quick", action="store_true", help="the quickstart's network on 8x8 images, under a minute")
     flags.set_defaults(device="cpu")
@@ -127,20 +129,20 @@ def speeds(networks: Mapping[str, nn.Module], options: argparse.Namespace) -> di
     """Milliseconds for one image and images a second in a batch, by network and engine."""
     shape = (options.channels, options.side, options.side)
     one, many = torch.rand(1, *shape), torch.rand(options.batch, *shape)
-    work: dict[str, Callable[[], object]] = {}
-    for name, model in networks.items():
-        for engine, run in zip(ENGINES, (with_torch(model), with_onnxruntime(model, many)), strict=True):
-            work[f"{name}; {engine} latency"] = repeated(run, one)
-            work[f"{name}; {engine} batch"] = lambda run=run: run(many)
-    ms = timing.alternate(work, options.repeats, options.device)
-    rows: dict[str, Row] = {}
-    for name in networks:
-        rows[name] = {f"{engine} latency": ms[f"{name}; {engine} latency"] / _CALLS for engine in ENGINES}
-        rows[name] |= {f"{engine} throughput": 1e3 * options.batch / ms[f"{name}; {engine} batch"] for engine in ENGINES}
+    rows: dict[str, Row] = {name: {} for name in networks}
+    for engine, prepared in ENGINES.items():
+        runs = {name: prepared(model, many) for name, model in networks.items()}
+        ms = timing.alternate({name: repeated(run, one, _CALLS) for name, run in runs.items()}, options.repeats, options.device, _PAUSE)
+        for name, time in ms.items():
+            rows[name][f"{engine} latency"] = time / _CALLS
+        calls = options.calls
+        ms = timing.alternate({name: repeated(run, many, calls) for name, run in runs.items()}, options.repeats, options.device, _PAUSE)
+        for name, time in ms.items():
+            rows[name][f"{engine} throughput"] = 1e3 * options.batch * calls / time
     return rows
 
 
-def with_torch(model: nn.Module) -> Callable[[Tensor], object]:
+def with_torch(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():
             return model(images.contiguous(memory_format=torch.channels_last))
@@ -153,8 +155,11 @@ def with_onnxruntime(model: nn.Module, images: Tensor) -> Callable[[Tensor], obj
     return lambda images: session.run(["logits"], {"images": images.numpy()})
 
 
-def repeated(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
-    return lambda: [run(images) for _ in range(_CALLS)]
+def repeated(run: Callable[[Tensor], object], images: Tensor, calls: int) -> Callable[[], object]:
+    return lambda: [run(images) for _ in range(calls)]
+
+
+ENGINES = {"PyTorch": with_torch, "onnxruntime": with_onnxruntime}
 
 
 # ---- what is printed

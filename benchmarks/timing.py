@@ -84,11 +84,18 @@ def setting(options: argparse.Namespace) -> str:
     return f"{size}, PGD-{options.train_step}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def alternate(work: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows down slows all of them."""
+def alternate(work: Mapping[str, Callable[[], object]], repeats: int, device: str, pause: float = 0.0) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows down slows all of them.
+
+    With a ``pause`` (seconds) every turn begins with it and a call that does not count: work that brings threads of its own,
+    as each onnxruntime session does, leaves them spinning for a while, on the cores that the next one needs.
+    """
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats + 1):
         for name, run in work.items():
+            if pause:
+                time.sleep(pause)
+                run()
             _wait(device)
             start = time.perf_counter()
             run()

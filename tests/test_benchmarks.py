@@ -87,7 +87,7 @@ NETWORKS = ["dense", "Flying Bird, density 0.2", "Flying Bird, density 0.1", "Ro
 
 
 def test_inference_is_timed_for_every_network_and_engine():
-    command = [sys.executable, "benchmarks/inference.py", "--quick", "--json"]
+    command = [sys.executable, "benchmarks/inference.py", "--quick", "--repeats", "2", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
