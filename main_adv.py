@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import utils.installed  # noqa: F401
 from data import calibration_batches
 from sparse_core import Masking
 from utils.config import parse_settings, pick_device

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.installed  # noqa: F401
 from utils.config_rb import TicketSettings
 from utils.errors import run_command
 from utils.robust_bird import main as two_stages

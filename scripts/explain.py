@@ -11,10 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.installed  # noqa: F401
+
+# isort: split
 from tqdm import tqdm
 
 from utils.checkpoint import writable_folder, write_atomically
-from utils.config import OneLineParser, only, parse_settings, pick_device, require
+from utils.command_line import OneLineParser
+from utils.config import only, parse_settings, pick_device, require
 from utils.config_adv import AdversarialSettings
 from utils.errors import run_command
 from utils.evaluation import network_and_data, stored_settings

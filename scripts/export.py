@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.installed  # noqa: F401
 from models import ARCHITECTURES
-from utils.config import OneLineParser
+from utils.command_line import OneLineParser
 from utils.errors import run_command
 from utils.export import FORMATS, export
 

@@ -15,8 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.installed  # noqa: F401
 from utils.checkpoint import write_atomically
-from utils.config import OneLineParser
+from utils.command_line import OneLineParser
 from utils.errors import InputError, run_command
 from utils.metrics import read_epochs
 from utils.paths import RunPaths

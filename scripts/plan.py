@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.config import CommonSettings, OneLineParser, parse_settings, pick_device
+import utils.installed  # noqa: F401
+
+# isort: split
+import torch
+
+from utils.command_line import OneLineParser
+from utils.config import CommonSettings, parse_settings, pick_device
 from utils.config_adv import AdversarialSettings
 from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError, run_command
-from utils.estimate import duration, image_passes, images_of, seconds_per_pass, trainings
+from utils.estimate import duration, epochs_done, image_passes, images_of, seconds_per_pass
 from utils.metrics import read_epochs
 from utils.paths import RunPaths
 from utils.run import load_data_for
@@ -32,23 +35,18 @@ _MEASURED: dict[Any, Any] = {}
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, its folder, the epochs that it has behind it, and the share of its work that these are."""
+    """A run, its folder, and the epochs that it has behind it, by stage."""
 
     settings: CommonSettings
     paths: RunPaths
-    done: int
-    share: float
+    rows: int
+    done: list[float]
 
     @property
     def state(self) -> str:
         if self.paths.summary.exists():
             return "finished"
         return "begun" if self.paths.checkpoint.exists() else "new"
-
-    @property
-    def left(self) -> float:
-        """The share of its work that is left, about; a run that lacks its final tests alone has a little."""
-        return 0.0 if self.state == "finished" else max(0.02, 1.0 - self.share)
 
 
 def main() -> None:
@@ -72,21 +70,15 @@ def planned(command: str) -> Planned:
     settings = parse_settings(kind, flags, "", lambda given: {})
     paths = RunPaths(Path(settings.save_dir) / settings.run_name())
     rows = read_epochs(paths) if paths.metrics.exists() else []
-    return Planned(settings, paths, len(rows), _share_done(settings, rows))
-
-
-def _share_done(settings: CommonSettings, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of the adversarial training, which is nearly all of the work: stage 1 of Robust Bird may end at any epoch."""
-    last = [row for row in rows if row.get("stage", 2) == 2]
-    return len(last) / trainings(settings)[-1][0].epochs
+    return Planned(settings, paths, len(rows), epochs_done(settings, rows))
 
 
 def show(runs: list[Planned], jobs: int) -> None:
     """The table for people: what is there and, measured for each kind of network, how long the rest will take."""
     width = max((len(run.paths.root.name) for run in runs), default=0)
-    seconds = [estimated(run) if run.left else 0.0 for run in runs]
+    seconds = [estimated(run) if run.state != "finished" else 0.0 for run in runs]
     for run, time in zip(runs, seconds, strict=True):
-        state = f"{run.state}, {run.done} epochs done" if run.state == "begun" else run.state
+        state = f"{run.state}, {run.rows} epochs done" if run.state == "begun" else run.state
         about = f"about {duration(time)}" if time else ""
         print(f"{run.paths.root.name:<{width}}  {state:<24}  {about}".rstrip(), file=sys.stderr)
     # Runs beside each other on one CPU share it.
@@ -106,7 +98,7 @@ def estimated(run: Planned) -> float:
     data = _MEASURED[which]
     if network not in _MEASURED:
         _MEASURED[network] = seconds_per_pass(s, data, pick_device(s))
-    return run.left * image_passes(s, images_of(data)) * _MEASURED[network]
+    return image_passes(s, images_of(data), run.done) * _MEASURED[network]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.installed  # noqa: F401
 from utils.checkpoint import writable_folder
-from utils.config import OneLineParser, require
+from utils.command_line import OneLineParser
+from utils.config import require
 from utils.errors import InputError, run_command
 from utils.figures import compared_curves
 from utils.groups import Group, find_runs, grouped

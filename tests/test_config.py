@@ -1,10 +1,14 @@
 import os
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 
 from sparse_core import MaskingConfig
 from utils.config import parse_settings, pick_device, settings_from
 from utils.config_adv import AdversarialSettings, cautions, refuse_idle_masks
+from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError
 
 
@@ -147,8 +151,35 @@ def test_help_shows_groups_defaults_and_units(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("data:", "sparsity:", "in 1/255 (default 8.0)", "--death_rate FLOAT", "--death-rate"):
+    for part in ("data:", "sparsity:", "in 1/255 (default 8.0)", "--death_rate X", "--time_limit MINUTES", "with - for _"):
         assert part in text
+    assert "--death-rate" not in text  # it works, and would double the text
+
+
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"usage: {Path(sys.argv[0]).name} [flags]"
+    assert max(map(len, lines[: lines.index("examples:")])) <= 101  # the description is not wrapped
+
+
+@pytest.mark.parametrize("kind", [AdversarialSettings, EarlyBirdSettings, TicketSettings])
+def test_examples_in_help_are_commands_that_work(kind):
+    for example in kind.examples:
+        _, script, *flags = shlex.split(example)
+        assert Path(script).name == kind.script
+        assert (Path(__file__).parents[1] / script).exists()
+        parse_settings(kind, flags, "", lambda given: {})
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"), [("--arch resnet19", "resnet18"), ("--dataset CIFAR-10", "cifar10"), ("--growth grad", "gradient")]
+)
+def test_the_nearest_of_several_choices_is_suggested(line, nearest):
+    with pytest.raises(InputError, match=f"did you mean {nearest}"):
+        parse(line)
 
 
 @pytest.mark.parametrize(

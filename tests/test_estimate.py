@@ -8,8 +8,8 @@ import torch
 from tests import toy
 from utils.config import parse_settings
 from utils.config_adv import AdversarialSettings
-from utils.config_rb import EarlyBirdSettings
-from utils.estimate import Images, duration, image_passes, images_of, seconds_per_pass
+from utils.config_rb import EarlyBirdSettings, TicketSettings
+from utils.estimate import Forecast, Images, duration, epochs_done, image_passes, images_of, seconds_left, seconds_per_pass
 from utils.run import load_data_for
 
 
@@ -28,6 +28,56 @@ def test_passes_of_two_stages_by_hand():
     first = 7 * (100 * 3 + 30)
     second = 10 * 100 * 9 + 10 * (30 + 50) * 10
     assert image_passes(bird, Images(100, 30, 50)) == first + second + 2 * 2 * 10 * 150
+
+
+TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5"
+
+
+@pytest.mark.parametrize(
+    ("kind", "history", "done"),
+    [
+        (EarlyBirdSettings, [], [0, 0]),
+        (EarlyBirdSettings, [{"stage": 1, "ticket": False}] * 3, [3, 0]),
+        (EarlyBirdSettings, [{"stage": 1, "ticket": True}] * 3, [7, 0]),
+        (TicketSettings, [{"stage": 1, "ticket": True}] * 3, [3, 0]),  # trains on to --epochs1
+        (EarlyBirdSettings, [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}], [7, 2]),
+        (AdversarialSettings, [{"epoch": 1}] * 4, [4]),
+    ],
+)
+def test_what_lies_behind_a_run(kind, history, done):
+    assert epochs_done(settings(kind, TWO_STAGES if kind is not AdversarialSettings else "--epochs 10 --decreasing_lr 5"), history) == done
+
+
+def test_what_is_left_by_hand():
+    """Half of the third epoch of stage 2 is done; an image in training, which is nine passes, takes 9 ms."""
+    bird, history = settings(EarlyBirdSettings, TWO_STAGES), [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}]
+    passes = 7.5 * 100 * 9 + 7.5 * (30 + 50) * 10 + 2 * 2 * 10 * 150
+    assert seconds_left(bird, Images(100, 30, 50), history, 0.5, 0.009) == pytest.approx(passes * 1e-3)
+
+
+def test_a_forecast_leaves_out_the_slow_start_and_comes_once():
+    forecast = Forecast()
+    assert forecast.look(100, 8.0, is_over=False) is None  # the clock starts
+    assert forecast.look(500, 12.0, is_over=False) is None  # too short a time
+    assert forecast.look(700, 14.0, is_over=False) == pytest.approx(6 / 600)
+    assert forecast.look(900, 16.0, is_over=True) is None
+
+
+def test_a_forecast_of_short_epochs_is_that_of_the_second():
+    forecast = Forecast()
+    assert forecast.look(1000, 3.0, is_over=True) is None
+    assert forecast.look(500, 0.5, is_over=False) is None
+    assert forecast.look(1000, 1.0, is_over=True) == pytest.approx(1e-3)
+
+
+def test_a_run_says_what_it_does_where_it_writes_and_how_long_that_takes(run_adv, tmp_path):
+    lines = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).out.splitlines()
+    assert "resnet18 on digits" in lines[0]
+    assert lines[1].startswith(f"writing to {tmp_path}")
+    likely = [number for number, line in enumerate(lines) if line.startswith("likely ")]
+    assert len(likely) == 1
+    assert lines[likely[0] - 1].startswith("epoch 1/")
+    assert lines[likely[0]].endswith("to go, tests included, at the pace of the first steps")
 
 
 def test_a_pass_is_measured():

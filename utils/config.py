@@ -1,26 +1,26 @@
 """Flags and settings are one thing: a frozen dataclass a script, whose fields are its flags.
 
-The only place that sees argparse. A flag that could not take effect is refused with the reason.
+A flag that could not take effect is refused with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 
 from data import DECODED_HERE, SOURCES
 from models import OWN, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs
+from utils.command_line import EXIT_CODES, Help, OneLineParser, metavar_and_text, suggestion
 from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
@@ -33,20 +33,24 @@ _TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard")
 _FAST_PEAK = 0.2  # highest learning rate of ``fast`` (SPEC 4)
 
 
+# Groups of flags, with their headings in --help and in this order.
+GROUPS = {name: name for name in ("stages", "sparsity", "training", "attack", "data", "network", "evaluation")}
+GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
 Choices = Collection[str] | Callable[[], Collection[str]]
 
 
-def flag(default: Any, group: str, text: str, *, choices: Choices = (), result: bool = True) -> Any:
+def flag(default: Any, group: str, text: str, *, metavar: str = "", choices: Choices = (), result: bool = True) -> Any:
     """A dataclass field that is also the flag ``--<field>``, spelled with ``_`` or with ``-``.
 
     Args:
         default: value where the flag is not given.
-        group: heading in ``--help``.
+        group: one of ``GROUPS``.
         text: help line, with the unit.
+        metavar: what stands for the value in ``--help``; a letter for its type by default.
         choices: allowed values, looked at when a command line is read: to a registry somebody may have added by then.
         result: whether it can change the outcome of a run, and so belongs to the run's hash.
     """
-    metadata = {"group": group, "help": text, "choices": choices, "result": result}
+    metadata = {"group": group, "help": text, "metavar": metavar, "choices": choices, "result": result}
     return field(default=default, metadata=metadata)
 
 
@@ -55,47 +59,52 @@ class CommonSettings:
     """What every training script can be told, in the units of its flags (eps and step sizes in 1/255)."""
 
     script: ClassVar[str]  # the script whose flags these are
+    examples: ClassVar[tuple[str, ...]]  # commands, for ``--help``
     may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
 
     # data
     dataset: str = flag("digits", "data", "data set", choices=SOURCES)
-    data: str = flag("data", "data", "folder of the data, or where torchvision downloads it", result=False)
-    image_size: int | None = flag(None, "data", "side in pixels to which image folders are resized when decoded")
-    train_subset: int | None = flag(None, "data", "train on so many images, stratified by class")
-    test_subset: int | None = flag(None, "data", "test on so many images, stratified by class")
-    cache_dir: str | None = flag(None, "data", "where decoded image folders are kept", result=False)
+    data: str = flag("data", "data", "folder of the data, or where torchvision downloads it", result=False, metavar="DIR")
+    image_size: int | None = flag(None, "data", "side in pixels to which image folders are resized when decoded", metavar="PIXELS")
+    train_subset: int | None = flag(None, "data", "train on so many images, stratified by class", metavar="IMAGES")
+    test_subset: int | None = flag(None, "data", "test on so many images, stratified by class", metavar="IMAGES")
+    cache_dir: str | None = flag(None, "data", "where decoded image folders are kept", result=False, metavar="DIR")
     # network
     arch: str = flag("resnet18", "network", "architecture", choices=arch_names)
     width: float = flag(1.0, "network", "factor on all channel counts of ResNets and VGGs")
     depth_factor: int = flag(34, "network", "depth of wideresnet")
     width_factor: int = flag(10, "network", "widening of wideresnet")
     # run
-    seed: int = flag(1, "run", "seed of every draw")
-    device: str = flag("auto", "run", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"), result=False)
-    deterministic: bool = flag(False, "run", "the same bits again on one GPU, by slower kernels; a CPU always gives them", result=False)
-    gpu: int | None = flag(None, "run", "number of the GPU", result=False)
-    save_dir: str = flag("runs", "run", "folder of run folders", result=False)
-    print_freq: int = flag(50, "run", "steps between progress lines", result=False)
-    resume: bool = flag(False, "run", "go on with the run folder that these flags name", result=False)
-    resume_dir: str | None = flag(None, "run", "go on with this run folder", result=False)
-    save_every: int | None = flag(None, "run", "steps between checkpoints within an epoch", result=False)
-    save_minutes: float = flag(10.0, "run", "minutes between checkpoints within an epoch", result=False)
-    time_limit: float | None = flag(None, "run", "minutes after which the run saves and leaves with exit code 75", result=False)
-    tensorboard: bool = flag(False, "run", "write events for TensorBoard too, into the run folder's tensorboard/", result=False)
+    seed: int = flag(1, "training", "seed of every draw")
+    device: str = flag("auto", "hardware", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"), result=False)
+    deterministic: bool = flag(
+        False, "hardware", "the same bits again on one GPU, by slower kernels; a CPU always gives them", result=False
+    )
+    gpu: int | None = flag(None, "hardware", "number of the GPU", result=False)
+    save_dir: str = flag("runs", "files", "folder of run folders", result=False, metavar="DIR")
+    print_freq: int = flag(50, "files", "steps between progress lines", result=False, metavar="STEPS")
+    resume: bool = flag(False, "files", "go on with the run folder that these flags name", result=False)
+    resume_dir: str | None = flag(None, "files", "go on with this run folder", result=False, metavar="DIR")
+    save_every: int | None = flag(None, "files", "steps between checkpoints within an epoch", result=False, metavar="STEPS")
+    save_minutes: float = flag(10.0, "files", "minutes between checkpoints within an epoch", result=False, metavar="MINUTES")
+    time_limit: float | None = flag(
+        None, "files", "minutes after which the run saves and leaves with exit code 75", result=False, metavar="MINUTES"
+    )
+    tensorboard: bool = flag(False, "files", "write events for TensorBoard too, into the run folder's tensorboard/", result=False)
     # training
-    batch_size: int = flag(128, "training", "images a step")
+    batch_size: int = flag(128, "training", "images a step", metavar="IMAGES")
     lr: float = flag(0.1, "training", "learning rate at the start")
-    decreasing_lr: str = flag("100,150", "training", "epochs at which it is divided by 10; fractions of the run too")
+    decreasing_lr: str = flag("100,150", "training", "epochs at which it is divided by 10; fractions of the run too", metavar="EPOCHS")
     momentum: float = flag(0.9, "training", "of SGD")
     weight_decay: float = flag(5e-4, "training", "of SGD")
     sync_bn: bool = flag(False, "training", "several processes: batch norm sees the whole batch (GPUs only)")
     # speed
     precision: str = flag(
-        "auto", "speed", "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs", choices=("auto", *PRECISIONS)
+        "auto", "hardware", "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs", choices=("auto", *PRECISIONS)
     )
-    compile: str = flag("auto", "speed", "torch.compile; auto where it pays", choices=("auto", "on", "off"), result=False)
-    eval_every: int = flag(1, "speed", "epochs of the last stage between validations, among which the best models are")
-    test_every: int = flag(1, "speed", "epochs of the last stage between tests", result=False)
+    compile: str = flag("auto", "hardware", "torch.compile; auto where it pays", choices=("auto", "on", "off"), result=False)
+    eval_every: int = flag(1, "hardware", "epochs of the last stage between validations, among which the best models are", metavar="EPOCHS")
+    test_every: int = flag(1, "hardware", "epochs of the last stage between tests", result=False, metavar="EPOCHS")
     # attacks
     norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
     train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
@@ -256,13 +265,6 @@ def _device(settings: CommonSettings, world: World) -> torch.device:
     return torch.device("cuda", number)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with errors on one line and a suggestion for a flag it does not know."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def parse_settings(
     kind: type[S], arguments: Sequence[str], description: str, stored_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> S:
@@ -278,11 +280,18 @@ def parse_settings(
     Raises:
         InputError: unknown flags, bad values, flags that could not take effect or contradict the checkpoint.
     """
-    parser = OneLineParser(description=description, allow_abbrev=False)
+    examples = "\n".join(f"  {example}" for example in kind.examples)
+    parser = OneLineParser(
+        usage="%(prog)s [flags]",
+        description=f"{description}\nA flag may be spelled with - for _.",
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
     known = _add_flags(parser, kind)
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise InputError(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
+        raise InputError(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)}")
     given = vars(namespace)
     # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its data lies, and what it would notice.
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
@@ -291,12 +300,6 @@ def parse_settings(
     _refuse_contradictions(given, stored, settings)
     settings.refuse_idle(frozenset(given))
     return settings
-
-
-def _suggestion(unknown: str, known: Sequence[str]) -> str:
-    plain = {name.replace("-", "_"): name for name in known}
-    near = difflib.get_close_matches(unknown.split("=")[0].replace("-", "_"), list(plain), n=1)
-    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -314,24 +317,23 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
 def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> list[str]:
     """Add a flag for each field, in its group; returns the spellings for suggestions."""
     hints = get_type_hints(kind)
-    groups: dict[str, Any] = {}
+    groups = {name: parser.add_argument_group(heading) for name, heading in GROUPS.items()}
     known = []
     for f in dataclasses.fields(kind):
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
         spellings = _spellings(f.name)
         known += spellings
-        text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default {f.default})")
-        options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
+        text = f.metadata["help"]
+        options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         if hints[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            text = f"turns off: {text}" if f.default else text
         else:
             options["type"] = next(t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None))
-            options["metavar"] = options["type"].__name__.upper()
-            if choices := allowed(f):
-                options["choices"], options["metavar"] = choices, "|".join(choices)
-        groups[title].add_argument(*spellings, **options)
+            options["choices"] = allowed(f) or None
+            letter = {int: "N", float: "X", str: "NAME"}[options["type"]]
+            options["metavar"], text = metavar_and_text(allowed(f), f.metadata["metavar"] or letter, text)
+            text += "" if f.default is None else f" (default {f.default})"
+        groups[f.metadata["group"]].add_argument(*spellings, help=text, **options)
     return known
 
 

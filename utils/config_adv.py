@@ -27,23 +27,32 @@ class AdversarialSettings(CommonSettings):
     """Everything ``main_adv.py`` can be told."""
 
     script: ClassVar[str] = "main_adv.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        "python main_adv.py --dataset cifar10 --data data/cifar10 --fbp --density 0.2 --dynamic_fre",
+        "python main_adv.py --resume_dir runs/RUN",
+        "python main_adv.py --eval --pretrained runs/RUN/model_RA_best.pth.tar",
+    )
     may_grow: ClassVar[frozenset[str]] = frozenset({"epochs"})
 
     # run
-    eval: bool = flag(False, "run", "evaluate --pretrained instead of training", result=False)
-    pretrained: str | None = flag(None, "run", "checkpoint for --eval, ours or the paper's", result=False)
+    eval: bool = flag(False, "evaluation", "evaluate --pretrained instead of training", result=False)
+    pretrained: str | None = flag(None, "evaluation", "checkpoint for --eval, ours or the paper's", result=False, metavar="FILE")
     eval_attack: str = flag(
         "pgd",
-        "run",
+        "evaluation",
         "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or signs of gradient masking",
         choices=EVAL_ATTACKS,
         result=False,
     )
-    restarts: int = flag(1, "run", "random starts of --eval's attack; an image counts that withstands them all", result=False)
-    source: str | None = flag(None, "run", "checkpoint on which --eval crafts its images instead (transfer)", result=False)
-    eval_dir: str | None = flag(None, "run", "where --eval keeps its results (default: evaluations/ beside the checkpoint)", result=False)
+    restarts: int = flag(1, "evaluation", "random starts of --eval's attack; an image counts that withstands them all", result=False)
+    source: str | None = flag(
+        None, "evaluation", "checkpoint on which --eval crafts its images instead (transfer)", result=False, metavar="FILE"
+    )
+    eval_dir: str | None = flag(
+        None, "evaluation", "where --eval keeps its results (default: evaluations/ beside the checkpoint)", result=False, metavar="DIR"
+    )
     # training
-    epochs: int = flag(200, "training", "epochs of the run")
+    epochs: int = flag(200, "training", "epochs of the run", metavar="EPOCHS")
     # sparsity
     fb: bool = flag(False, "sparsity", "Flying Bird: prune and regrow at one density")
     fbp: bool = flag(False, "sparsity", "Flying Bird+: the density adapts too")
@@ -56,11 +65,11 @@ class AdversarialSettings(CommonSettings):
     reset: bool = flag(False, "sparsity", "refused: it has no meaning in the paper's method")
     death_rate: float = flag(0.5, "sparsity", "fraction of live weights dropped at the first update")
     decay_schedule: str = flag("cosine", "sparsity", "of the dropped fraction", choices=SCHEDULES)
-    update_frequency: int = flag(900, "sparsity", "steps between mask updates")
+    update_frequency: int = flag(900, "sparsity", "steps between mask updates", metavar="STEPS")
     dynamic_fre: bool = flag(False, "sparsity", "use --second_frequency in the second half of the run")
-    second_frequency: int = flag(1200, "sparsity", "steps between mask updates in the second half")
-    dynamic_epoch: str = flag("100", "sparsity", "first epoch at which Flying Bird+ adapts; a fraction of the run too")
-    epoch_range: int = flag(4, "sparsity", "epoch-to-epoch differences that Flying Bird+ looks at")
+    second_frequency: int = flag(1200, "sparsity", "steps between mask updates in the second half", metavar="STEPS")
+    dynamic_epoch: str = flag("100", "sparsity", "first epoch at which Flying Bird+ adapts; a fraction of the run too", metavar="EPOCH")
+    epoch_range: int = flag(4, "sparsity", "epoch-to-epoch differences that Flying Bird+ looks at", metavar="EPOCHS")
     update_threshold: float = flag(0.5, "sparsity", "fraction of them that makes a verdict")
     prune_ratio: float = flag(0.4, "sparsity", "size of Flying Bird+'s extra prune, of the dropped fraction")
     growth_ratio: float = flag(0.05, "sparsity", "size of its extra growth, of the grown weights")

@@ -28,21 +28,27 @@ class TicketSettings(CommonSettings):
     """Everything ``train_base.py`` can be told: the ticket is drawn after exactly ``--epochs1`` epochs."""
 
     script: ClassVar[str] = "train_base.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        "python Robust-Bird/train_base.py --data data/cifar10 --stage1 fast --epochs1 30 --density 0.1",
+        "python Robust-Bird/train_base.py --resume_dir runs/RUN",
+    )
     may_grow: ClassVar[frozenset[str]] = frozenset({"epochs2"})
     early_stop: ClassVar[bool] = False
     method_name: ClassVar[str] = "oneshot"
 
     # run
-    print_freq: int = flag(100, "run", "steps between progress lines", result=False)
+    print_freq: int = flag(100, "files", "steps between progress lines", result=False, metavar="STEPS")
     # training
-    decreasing_lr: str = flag("50,150", "training", "epochs of a stage at which it is divided by 10; fractions of the stage too")
+    decreasing_lr: str = flag(
+        "50,150", "training", "epochs of a stage at which it is divided by 10; fractions of the stage too", metavar="EPOCHS"
+    )
     # stages
     stage1: str = flag("sgd", "stages", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS)
-    epochs1: int = flag(200, "stages", "epochs of stage 1")
+    epochs1: int = flag(200, "stages", "epochs of stage 1", metavar="EPOCHS")
     stage1_ra: bool = flag(False, "stages", "measure RA, and the test set, in stage 1 too, which its clean training does not need")
-    stage1_pretrained: str | None = flag(None, "stages", "checkpoint of a dense network to prune instead of training one")
+    stage1_pretrained: str | None = flag(None, "stages", "checkpoint of a dense network to prune instead of training one", metavar="FILE")
     stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
-    epochs2: int = flag(200, "stages", "epochs of stage 2")
+    epochs2: int = flag(200, "stages", "epochs of stage 2", metavar="EPOCHS")
     # sparsity
     pruning: str = flag("unstructured", "sparsity", "single weights, or channels that are really removed", choices=KINDS)
     density: float = flag(0.2, "sparsity", "kept fraction of the weights, or of the channels")
@@ -149,11 +155,16 @@ class EarlyBirdSettings(TicketSettings):
     """Everything ``train_eb.py`` can be told: stage 1 ends when the ticket has emerged."""
 
     script: ClassVar[str] = "train_eb.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        "python Robust-Bird/train_eb.py --data data/cifar10 --stage1 sgd --stage2 pgd --density 0.2",
+        "python Robust-Bird/train_eb.py --data data/cifar10 --pruning channel --density 0.5",
+        "python Robust-Bird/train_eb.py --resume_dir runs/RUN",
+    )
     early_stop: ClassVar[bool] = True
     method_name: ClassVar[str] = "rb"
 
-    epochs1: int = flag(200, "stages", "most epochs of stage 1")
-    eb_window: int = flag(5, "stages", "epochs whose masks must agree for a ticket, the newest included")
+    epochs1: int = flag(200, "stages", "most epochs of stage 1", metavar="EPOCHS")
+    eb_window: int = flag(5, "stages", "epochs whose masks must agree for a ticket, the newest included", metavar="EPOCHS")
     eb_tolerance: float | None = flag(None, "stages", "largest fraction of differing positions (default: .08, with channels .1)")
 
     def early_bird(self) -> EarlyBird:

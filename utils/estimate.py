@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from utils.network import build_network, network_spec
 # In forward passes: an attack's step is one there and one back to the image, an update there and back to image and weights.
 _ATTACK_STEP, _UPDATE = 2, 3
 _SECONDS = 2.0  # of measuring, after which one step more is not taken
+_LOOKING = 5.0  # seconds of a run's own training, after its first look, from which the rest is told
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,81 @@ def trainings(settings: CommonSettings) -> list[tuple[Plan, bool]]:
     return [*first, (settings.plan2, True)]
 
 
-def image_passes(settings: CommonSettings, images: Images) -> float:
-    """Forward passes of single images (or what costs as much) in a whole run, stage 1 of Robust Bird at its longest."""
+def epochs_done(settings: CommonSettings, history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How many epochs of each stage a run has behind it, by its lines of metrics; all of a stage 1 that found its ticket."""
+    stages = trainings(settings)
+    second = [row for row in history if row.get("stage", 2) == 2]
+    if len(stages) == 1:
+        return [len(second)]
+    assert isinstance(settings, TicketSettings)
+    first = [row for row in history if row.get("stage") == 1]
+    is_over = bool(second) or (settings.early_stop and bool(first) and first[-1]["ticket"])
+    return [stages[0][0].epochs if is_over else len(first), len(second)]
+
+
+def image_passes(settings: CommonSettings, images: Images, done: Sequence[float] = (0, 0)) -> float:
+    """Forward passes of single images (or what costs as much) that a run has before it, stage 1 of Robust Bird at its longest.
+
+    Args:
+        settings: of the run.
+        images: of its data.
+        done: epochs behind it, by stage; fractions too.
+    """
     test = _looked_at(settings.test_attack)
     total = 0.0
-    for plan, attacked in trainings(settings):
-        epochs = plan.epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
-        validated, tested = plan.epochs / settings.eval_every * images.val, plan.epochs / settings.test_every * images.test
-        total += epochs + ((validated + tested) * test if attacked else plan.epochs * images.val)
+    for (plan, attacked), behind in zip(trainings(settings), done, strict=False):
+        epochs = plan.epochs - behind
+        validated, tested = epochs / settings.eval_every * images.val, epochs / settings.test_every * images.test
+        total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
+        total += (validated + tested) * test if attacked else epochs * images.val
     # The best and the final model on test and training images, in float32, which takes about twice as long as bf16.
     return total + 2 * 2 * test * (images.train + images.test)
+
+
+class Forecast:
+    """The pace of a training by its own first steps, told once: the first look only starts the clock, since what comes before it
+    (kernels chosen, memory taken) is slower, and so is all of a very short first epoch."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+        self._is_warm = False
+        self._is_told = False
+
+    def look(self, images: int, seconds: float, is_over: bool) -> float | None:
+        """Seconds an image, when that can be said for the first time.
+
+        Args:
+            images: trained on so far in this epoch.
+            seconds: that took.
+            is_over: whether the epoch ends here.
+        """
+        if self._is_told:
+            return None
+        start, before = self._first = self._first or ((0.0, 0) if self._is_warm else (seconds, images))
+        took = seconds - start
+        if took >= _LOOKING or (is_over and took and self._is_warm):
+            self._is_told = True
+            return took / (images - before)
+        if is_over:
+            self._first, self._is_warm = None, True
+        return None
+
+
+def seconds_left(settings: CommonSettings, images: Images, history: Sequence[Mapping[str, Any]], share: float, pace: float) -> float:
+    """Of a run in the middle of an epoch, tests included.
+
+    Args:
+        settings: of the run.
+        images: of its data.
+        history: its lines of metrics.
+        share: of the epoch's training that is done.
+        pace: seconds an image takes in this stage's training.
+    """
+    done = epochs_done(settings, history)
+    plans = [plan for plan, _ in trainings(settings)]
+    stage = next(number for number, plan in enumerate(plans) if done[number] < plan.epochs)
+    done[stage] += share
+    return pace / (_UPDATE + _ATTACK_STEP * plans[stage].attack_steps) * image_passes(settings, images, done)
 
 
 def _looked_at(attack: PGD) -> int:

@@ -19,6 +19,7 @@ from utils.config_rb import TicketSettings
 from utils.distributed import joined
 from utils.engine import EpochResult
 from utils.errors import InputError
+from utils.estimate import Forecast
 from utils.evaluate import evaluate
 from utils.figures import mask_distances
 from utils.network import build_network, network_of, spec_in
@@ -205,6 +206,7 @@ class RobustBirdRun(Run):
     def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
         settings = self.settings
         self.number = 2
+        self.forecast = Forecast()  # attacks, and fewer weights or channels: another pace
         stage = Stage(model, self.data, settings.plan2, settings, self.execution, {cost.name: cost.weights for cost in self.dense_costs})
         if masks is not None:
             steps = settings.epochs2 * stage.steps

@@ -26,8 +26,9 @@ from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weight
 from utils.compact import compact
 from utils.config import CommonSettings, require
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
-from utils.engine import EpochResult, Plan, Tally, sgd, train_epoch
+from utils.engine import EpochResult, Plan, Progress, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
+from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
 from utils.figures import training_curves
 from utils.forward import PLAIN, Execution, Forward, best_precision
@@ -187,6 +188,7 @@ class Run(ABC):
         self.partial: Mapping[str, Any] | None = None  # of the checkpoint: the epoch that it was left in
         self.epoch = 0  # that is trained or tested now, and what it has done so far
         self.tally: Tally | None = None
+        self.forecast = Forecast()
         self.has_advanced = False  # since this process began
         self.saved_at = time.monotonic()
         self.saved = ""
@@ -349,7 +351,19 @@ class Run(ABC):
         if words := self.stage.prepare():
             self.folder.say(words)
         with EpochDisplay(self.folder, title, len(self.data.train), print_freq) as display:
-            return self.stage.train_epoch(epoch, tally, print_freq=print_freq, on_progress=display.training, after_step=after_step)
+
+            def on_progress(progress: Progress) -> None:
+                display.training(progress)
+                self._forecast(tally)
+
+            return self.stage.train_epoch(epoch, tally, print_freq=print_freq, on_progress=on_progress, after_step=after_step)
+
+    def _forecast(self, tally: Tally) -> None:
+        """Say once, after a few steps, how long the run is likely to take."""
+        pace = self.forecast.look(tally.images, tally.seconds, tally.step == self.stage.steps)
+        if pace is not None:
+            left = seconds_left(self.settings, images_of(self.data), self.history, tally.step / self.stage.steps, pace)
+            self.folder.say(f"likely {duration(left)} to go, tests included, at the pace of the first steps")
 
     def leave_if_asked(self) -> None:
         """Between two steps, or two batches of a test: save and leave, if somebody asked for it."""

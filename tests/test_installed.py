@@ -1,0 +1,33 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.installed import OLDEST, complaint
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [ROOT / "main_adv.py", *sorted((ROOT / "Robust-Bird").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
+SCRIPTS = [script for script in SCRIPTS if script.name != "flags.py"]  # which is for developers: it writes a page of docs/
+
+
+def test_what_is_wrong_with_a_python():
+    assert complaint(OLDEST, lambda name: True) is None
+    assert complaint((3, 10), lambda name: True) == "Python 3.11 or newer is needed, this is 3.10"
+    assert complaint((3, 12), lambda name: name != "torch") == "this Python has no torch"
+
+
+def test_it_says_so_before_anything_else_is_imported(tmp_path):
+    """A Python without site packages has no torch."""
+    for script in SCRIPTS:
+        result = subprocess.run([sys.executable, "-E", "-S", script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (2, ""), script
+        assert result.stderr.startswith("error: this Python has no torch"), script
+        assert len(result.stderr.splitlines()) == 1, script
+
+
+@pytest.mark.parametrize("path", [ROOT / "utils/installed.py", ROOT / "utils/__init__.py", *SCRIPTS], ids=lambda path: path.name)
+def test_old_pythons_can_read_what_says_so(path):
+    """All of a script is compiled before its first line runs, so it must keep to old syntax as far as Python 3.8 goes."""
+    ast.parse(path.read_text(), feature_version=(3, 8))
