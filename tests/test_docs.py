@@ -28,6 +28,8 @@ RUN_ELSEWHERE = {
     "scripts/report.py": "test_report.py",
     "scripts/metrics_csv.py": "test_tensorboard.py",
     "scripts/flags.py": "test_docs.py",
+    "scripts/export.py": "test_readme.py",
+    "benchmarks/inference.py": "test_benchmarks.py",
     "scripts/setup.sh": "test_scripts.py",  # every script of a table begins with it
     "scripts/test.sh": None,  # runs this test
     "scripts/precision.sh": None,  # hours; test_scripts_are_whole looks at it
@@ -48,7 +50,7 @@ def command_lines():
 
 
 def test_every_page_is_there_and_linked_from_the_readme():
-    names = "algorithms reproducing clusters precision extending flags faq".split()
+    names = "algorithms reproducing clusters precision deploying extending flags faq".split()
     readme = (ROOT / "README.md").read_text()
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} == set(names)
     assert all(f"(docs/{name}.md)" in readme for name in names)
@@ -66,7 +68,7 @@ def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
     if words[0] == "torchrun":
         assert "needs" in comment
         words = ["python", *words[3:]]
-    if words[0] == "python" and "scripts/" not in words[1]:
+    if words[0] == "python" and Path(words[1]).parent.name not in ("scripts", "benchmarks"):
         kind = {"main_adv.py": AdversarialSettings, "Robust-Bird/train_eb.py": EarlyBirdSettings}[words[1]]
         stored = {"epochs": 200} if "--resume_dir" in words else {}
         settings = parse_settings(kind, words[2:], "", lambda given: stored)
@@ -174,5 +176,5 @@ def test_the_errors_of_the_faq_are_those_of_the_code():
     assert len(errors) > 12
     for error in errors:
         # Names of flags and numbers are filled in, and "only" says the rest.
-        parts = re.split(r"--[\w?]+|\b\d+x?\d*\b|,|has no effect with", error)
+        parts = re.split(r"--[\w?]+|\b\d+(?:\.\d+)?x?\d*\b|,|has no effect with|\btorch$", error)
         assert all(part.strip() in said for part in parts), error

@@ -1,4 +1,4 @@
-"""Every command of the README runs past its first mask update, at toy size."""
+"""Every command of the README, and of docs/deploying.md, runs past its first mask update, at toy size."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data.sources
 from tests import toy
@@ -18,14 +19,15 @@ from utils.report import summary_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DEPLOYING = (ROOT / "docs" / "deploying.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.S)
 
 
-def commands(program):
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(program, page=README):
+    lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0] for line in lines if line.startswith(program)]
 
 
@@ -161,13 +163,14 @@ def test_the_command_that_explains(run_adv, toy_data, monkeypatch, capsys):
     assert (toy_data / "experiment" / "fbp" / "RUN" / "explain" / "landscape.png").exists()
 
 
-EXPORTS = commands("python scripts/export.py")
+EXPORTS = commands("python scripts/export.py", DEPLOYING)
 
 
-def test_the_readme_exports_every_format():
+def test_every_format_is_exported():
     from utils.export import FORMATS
 
     assert {arguments_of(command)[2] for command in EXPORTS} == set(FORMATS)
+    assert set(commands("python scripts/export.py")) < set(EXPORTS)
 
 
 @pytest.mark.parametrize("command", EXPORTS)
@@ -184,11 +187,43 @@ def test_the_commands_that_export(command, run_adv, run_eb, toy_data, monkeypatc
     assert Path(outcome.out.split(": ")[0]).is_file()
 
 
-def test_the_snippet_that_loads_a_network(run_adv, toy_data, capsys):
+@pytest.mark.parametrize("page", [README, DEPLOYING], ids=["README.md", "deploying.md"])
+def test_the_snippets_that_load_a_network(page, run_adv, toy_data, capsys):
     train_as("fb", run_adv, toy_data)
-    (snippet,) = [block for block in blocks("python") if "load_model" in block]
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("tensor([")
+    (snippet,) = [block for block in blocks("python", page) if "load_model" in block]
+    names = {}
+    exec(compile(snippet, "snippet", "exec"), names)
+    assert names["model"](torch.rand(5, 3, 32, 32)).shape == (5, 10)
+    assert capsys.readouterr().out.startswith("tensor([" if page == DEPLOYING else "")
+
+
+def rows_of(page, heading):
+    """The cells of the tables under a heading, by the first of each line."""
+    lines = page.split(heading)[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_what_is_said_of_inference_is_what_was_measured():
+    records = rows_of((ROOT / "benchmarks" / "RECORDS.md").read_text(), "## Which sparsity makes inference faster")
+    speed, size = ({row[0]: row[1:] for row in half if len(row) == 5} for half in (records[:6], records[6:]))
+    said = {row[0]: row[1:] for row in rows_of(DEPLOYING, "## Which sparsity makes inference faster")[1:]}
+    assert set(said) == set(speed) - {"network"}
+    ratios = {name: [float(ratio) for ratio in re.findall(r"\((.*?)x\)", " ".join(cells))] for name, cells in said.items()}
+    for name, cells in said.items():
+        assert [cell.split(" (1.00x)")[0] if name == "dense" else cell for cell in speed[name]] == cells[:4]
+        for cell, measured in zip(cells[4:], (size[name][1], size[name][3]), strict=True):
+            assert float(cell.split()[0]) == pytest.approx(float(measured.split()[0]), rel=0.02)
+    masked, slim = ([ratios[name] for name in ratios if kind in name] for kind in ("density", "channels"))
+    # Masks: as fast, as large, smaller when compressed. Channels: faster, and smaller either way.
+    assert all(0.97 < speed < 1.03 for row in masked for speed in row[:5])
+    assert all(row[5] > 3 for row in masked)
+    assert all(min(row) > 1.9 for row in slim)
+    text = README.split("masks alone only make the file smaller")[1].split("```")[0]
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+|\b17\b", text)]
+    half, fifth = (ratios[f"Robust Bird, channels {density}"] for density in (0.5, 0.2))
+    compressed = [half[5], fifth[5], *(row[5] for row in masked)]
+    expected = [half[2], half[3], fifth[2], fifth[3], 0.2, 0.1, half[5], fifth[5], compressed[2], 0.2, compressed[3], 0.1]
+    assert numbers == pytest.approx(expected, abs=0.06)
 
 
 def test_the_scripts_in_the_table_are_those_there():
