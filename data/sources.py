@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +146,13 @@ def _torchvision(name: str, place: Place, **options):
         return data_set(str(place.root), download=False, **options)
     except RuntimeError:
         pass  # not there, or not whole: torchvision checks and fetches
+    was_there = place.root.exists()
     try:
         return data_set(str(place.root), download=True, **options)
     except Exception as error:  # its downloader raises what urllib, tarfile and hashlib raise
+        if not was_there:
+            with contextlib.suppress(OSError):
+                place.root.rmdir()  # if it is empty: what was fetched so far may help
         raise InputError(f"{name} is not in {place.root} and could not be downloaded into it ({error})") from error
 
 

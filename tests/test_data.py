@@ -101,11 +101,14 @@ def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     real = import_torchvision("datasets").CIFAR10
 
     def refuse(self):
+        Path(self.root).mkdir(exist_ok=True)  # as torchvision does before it fetches
         raise OSError("no route to host")
 
     monkeypatch.setattr(real, "download", refuse)
-    with pytest.raises(InputError, match=re.escape(f"CIFAR10 is not in {tmp_path}")):
-        load_data("cifar10", tmp_path)
+    for folder, was_there in ((tmp_path, True), (tmp_path / "new", False)):
+        with pytest.raises(InputError, match=re.escape(f"CIFAR10 is not in {folder} and could not be downloaded")):
+            load_data("cifar10", folder)
+        assert folder.exists() == was_there
 
 
 def write_tinyimagenet(root: Path, annotations: bool) -> None:
