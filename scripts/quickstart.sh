@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine to a table: dense, Robust Bird (weights, channels), Flying Bird and Flying Bird+ on scikit-learn's
-# digits, about 4 minutes on 2 cores. The ball is 32/255: at 8/255 every method solves the digits.
+# digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method solves the digits.
 # Run it again and finished runs are read, not repeated; delete runs/quickstart to train anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."

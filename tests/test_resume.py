@@ -174,6 +174,7 @@ def test_a_second_ctrl_c_does_not_wait(run, tmp_path, monkeypatch):
         time.sleep(0.01)  # pragma: no cover - the second signal arrives before
 
     monkeypatch.setattr(Interruption, "asked", twice)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background are started without
     outcome = run("dense", "--save_dir", tmp_path)
     assert outcome.code == 130
     assert "no checkpoint yet" in outcome.out
