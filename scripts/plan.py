@@ -21,15 +21,13 @@ import torch
 
 from utils.command_line import OneLineParser
 from utils.config import CommonSettings, parse_settings, pick_device
-from utils.config_adv import AdversarialSettings
-from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError, run_command
-from utils.estimate import duration, epochs_done, image_passes, images_of, seconds_per_pass
+from utils.estimate import duration, image_passes, images_of, seconds_per_pass
 from utils.metrics import read_epochs
 from utils.paths import RunPaths
 from utils.run import load_data_for
+from utils.scripts import SETTINGS_OF
 
-_KINDS: dict[str, type[CommonSettings]] = {kind.script: kind for kind in (AdversarialSettings, EarlyBirdSettings, TicketSettings)}
 _MEASURED: dict[Any, Any] = {}
 
 
@@ -64,13 +62,13 @@ def main() -> None:
 def planned(command: str) -> Planned:
     """The run that a command would train; raises ``InputError`` as the command would."""
     script, *flags = shlex.split(command)
-    kind = _KINDS.get(Path(script).name)
+    kind = SETTINGS_OF.get(Path(script).name)
     if kind is None:
-        raise InputError(f"{script} trains nothing; known: {', '.join(_KINDS)}")
+        raise InputError(f"{script} trains nothing; known: {', '.join(SETTINGS_OF)}")
     settings = parse_settings(kind, flags, "", lambda given: {})
     paths = RunPaths(Path(settings.save_dir) / settings.run_name())
     rows = read_epochs(paths) if paths.metrics.exists() else []
-    return Planned(settings, paths, len(rows), epochs_done(settings, rows))
+    return Planned(settings, paths, len(rows), settings.epochs_done(rows))
 
 
 def show(runs: list[Planned], jobs: int) -> None:

@@ -9,7 +9,7 @@ from tests import toy
 from utils.config import parse_settings
 from utils.config_adv import AdversarialSettings
 from utils.config_rb import EarlyBirdSettings, TicketSettings
-from utils.estimate import Forecast, Images, duration, epochs_done, image_passes, images_of, seconds_left, seconds_per_pass
+from utils.estimate import Forecast, Images, duration, image_passes, images_of, seconds_left, seconds_per_pass
 from utils.run import load_data_for
 
 
@@ -20,14 +20,14 @@ def settings(kind, text):
 def test_passes_by_hand():
     adv = settings(AdversarialSettings, "--epochs 10 --decreasing_lr 5 --train_step 3 --test_step 4 --test_every 5")
     epochs = 10 * 100 * (3 + 2 * 3) + (10 * 30 + 2 * 50) * (2 + 2 * 4)
-    assert image_passes(adv, Images(100, 30, 50)) == epochs + 2 * 2 * 10 * (100 + 50)
+    assert image_passes(adv, Images(100, 30, 50), [0]) == epochs + 2 * 2 * 10 * (100 + 50)
 
 
 def test_passes_of_two_stages_by_hand():
     bird = settings(EarlyBirdSettings, "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5")
     first = 7 * (100 * 3 + 30)
     second = 10 * 100 * 9 + 10 * (30 + 50) * 10
-    assert image_passes(bird, Images(100, 30, 50)) == first + second + 2 * 2 * 10 * 150
+    assert image_passes(bird, Images(100, 30, 50), [0, 0]) == first + second + 2 * 2 * 10 * 150
 
 
 TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5"
@@ -45,7 +45,8 @@ TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_s
     ],
 )
 def test_what_lies_behind_a_run(kind, history, done):
-    assert epochs_done(settings(kind, TWO_STAGES if kind is not AdversarialSettings else "--epochs 10 --decreasing_lr 5"), history) == done
+    text = "--epochs 10 --decreasing_lr 5" if kind is AdversarialSettings else TWO_STAGES
+    assert settings(kind, text).epochs_done(history) == done
 
 
 def test_what_is_left_by_hand():

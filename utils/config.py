@@ -143,6 +143,14 @@ class CommonSettings:
             epochs, attack, attack_training=self.attack_mode == "train", seed=seed, lr=self.lr, milestones=self.milestones_in(epochs)
         )
 
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        """The stages of a run, each with whether attacked images are looked at after its epochs."""
+        raise NotImplementedError
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """How many epochs of each stage lie behind a run, by its lines of metrics."""
+        raise NotImplementedError
+
     # ---- identity
 
     def resolved(self) -> dict[str, Any]:

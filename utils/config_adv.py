@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,6 +93,12 @@ class AdversarialSettings(CommonSettings):
     def training(self) -> Plan:
         """The one training of such a run."""
         return self.plan("pgd", self.epochs, self.seed)
+
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        return [(self.training, True)]
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [len(history)]
 
     def masking(self, steps_per_epoch: int) -> MaskingConfig:
         """The library's settings for a run with so many steps an epoch."""

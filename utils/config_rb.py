@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,6 +74,18 @@ class TicketSettings(CommonSettings):
     @property
     def plan2(self) -> Plan:
         return self.plan(self.stage2, self.epochs2, self.seed)
+
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        first = [] if self.stage1_pretrained is not None else [(self.plan1, self.stage1_ra)]
+        return [*first, (self.plan2, True)]
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """All of a stage 1 that found its ticket."""
+        first, second = ([row for row in history if row["stage"] == stage] for stage in (1, 2))
+        if self.stage1_pretrained is not None:
+            return [len(second)]
+        is_over = bool(second) or (self.early_stop and bool(first) and first[-1]["ticket"])
+        return [self.epochs1 if is_over else len(first), len(second)]
 
     @property
     def floor(self) -> float:

@@ -12,9 +12,7 @@ import torch
 from data import Batch, Data, TrainLoader
 from utils.attacks import PGD
 from utils.config import CommonSettings
-from utils.config_adv import AdversarialSettings
-from utils.config_rb import TicketSettings
-from utils.engine import Plan, sgd, train_step
+from utils.engine import sgd, train_step
 from utils.forward import Execution, Forward, best_precision
 from utils.network import build_network, network_spec
 
@@ -37,28 +35,7 @@ def images_of(data: Data) -> Images:
     return Images(len(data.train), len(data.val), len(data.test))
 
 
-def trainings(settings: CommonSettings) -> list[tuple[Plan, bool]]:
-    """The stages of a run, each with whether attacked images are looked at after its epochs."""
-    if isinstance(settings, AdversarialSettings):
-        return [(settings.training, True)]
-    assert isinstance(settings, TicketSettings)
-    first = [] if settings.stage1_pretrained is not None else [(settings.plan1, settings.stage1_ra)]
-    return [*first, (settings.plan2, True)]
-
-
-def epochs_done(settings: CommonSettings, history: Sequence[Mapping[str, Any]]) -> list[float]:
-    """How many epochs of each stage a run has behind it, by its lines of metrics; all of a stage 1 that found its ticket."""
-    stages = trainings(settings)
-    second = [row for row in history if row.get("stage", 2) == 2]
-    if len(stages) == 1:
-        return [len(second)]
-    assert isinstance(settings, TicketSettings)
-    first = [row for row in history if row.get("stage") == 1]
-    is_over = bool(second) or (settings.early_stop and bool(first) and first[-1]["ticket"])
-    return [stages[0][0].epochs if is_over else len(first), len(second)]
-
-
-def image_passes(settings: CommonSettings, images: Images, done: Sequence[float] = (0, 0)) -> float:
+def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]) -> float:
     """Forward passes of single images (or what costs as much) that a run has before it, stage 1 of Robust Bird at its longest.
 
     Args:
@@ -68,7 +45,7 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
     """
     test = _looked_at(settings.test_attack)
     total = 0.0
-    for (plan, attacked), behind in zip(trainings(settings), done, strict=False):
+    for (plan, attacked), behind in zip(settings.trainings(), done, strict=True):
         epochs = plan.epochs - behind
         validated, tested = epochs / settings.eval_every * images.val, epochs / settings.test_every * images.test
         total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
@@ -116,8 +93,8 @@ def seconds_left(settings: CommonSettings, images: Images, history: Sequence[Map
         share: of the epoch's training that is done.
         pace: seconds an image takes in this stage's training.
     """
-    done = epochs_done(settings, history)
-    plans = [plan for plan, _ in trainings(settings)]
+    done = settings.epochs_done(history)
+    plans = [plan for plan, _ in settings.trainings()]
     stage = next(number for number, plan in enumerate(plans) if done[number] < plan.epochs)
     done[stage] += share
     return pace / (_UPDATE + _ATTACK_STEP * plans[stage].attack_steps) * image_passes(settings, images, done)
@@ -131,7 +108,7 @@ def _looked_at(attack: PGD) -> int:
 def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device) -> float:
     """Measured on training steps of the dense network with a short attack, after one to warm up: the fastest of at most three, since
     whatever else runs can only slow them. Nothing is compiled."""
-    plan = trainings(settings)[-1][0]
+    plan = settings.trainings()[-1][0]
     model = build_network(network_spec(settings, data), device, settings.seed)
     optimizer = sgd(model, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     precision = best_precision(device) if settings.precision == "auto" else settings.precision

@@ -22,11 +22,10 @@ from models import load_model
 from sparse_core import prunable
 from utils.checkpoint import network_weights, write_atomically
 from utils.config import CommonSettings, settings_from
-from utils.config_adv import AdversarialSettings
-from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError, RunError, one_line
 from utils.network import build_network, network_of, stored_network
 from utils.safe_tensors import SUFFIX, safetensors_bytes
+from utils.scripts import SETTINGS_OF
 from utils.seeding import seeded, stream
 from utils.slimming import for_channels_first, full_size_state
 
@@ -91,8 +90,7 @@ class Trained:
 
 def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
     """The settings of the run that a checkpoint is of, None where it holds none that this version reads."""
-    kinds: tuple[type[CommonSettings], ...] = (AdversarialSettings, EarlyBirdSettings, TicketSettings)
-    kind = {kind.script: kind for kind in kinds}.get(str(content.get("script")))
+    kind = SETTINGS_OF.get(str(content.get("script")))
     if kind is None:
         return None
     try:
