@@ -26,8 +26,13 @@ def free_port() -> int:
 
 
 def _process(rank: int, size: int, port: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+    become(rank, port, size)
+    with joined() as world:
+        torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
+
+
+def become(rank: int, port: int, size: int = 2) -> None:
+    """What torchrun says to a process, said to this one; it computes by one thread."""
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
-    with joined() as world:
-        torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")

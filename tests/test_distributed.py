@@ -1,11 +1,14 @@
 """Several processes: the arithmetic of one, decisions that all share, and a run that ends whole when one of them does."""
 
+import atexit
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import sparse_core
 from data import Augmentation, Batch, TrainLoader
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
-from tests.processes import free_port, in_processes
+from tests.processes import become, free_port, in_processes
 from tests.test_resume import FBP, LONGER, assert_equal, only_run
 from utils.attacks import PGD
 from utils.checkpoint import load_checkpoint
@@ -110,6 +113,28 @@ def test_with_batch_norm_all_hold_the_network_of_the_first(tmp_path, training):
     first, second = in_processes(2, trained, tmp_path, True, training)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
     assert not torch.equal(first["state"]["1.running_mean"], trained(ALONE, True, training)["state"]["1.running_mean"])
+
+
+def threads_left(rank, port, folder, spoil):
+    """Hands back the threads of torch's exchange that are there when everything is said to be over."""
+    atexit.register(lambda: (folder / str(rank)).write_text(" ".join(exchanging())))  # runs after what the exchange registers
+    become(rank, port)
+    with contextlib.suppress(RunError, Stopped), joined() as world:
+        trained(world, spoil=1 if spoil else None)
+        assert exchanging()
+
+
+def exchanging():
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name or "store" in name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
+@pytest.mark.parametrize("spoil", [False, True], ids=["finished", "failed"])
+def test_no_thread_outlives_python(tmp_path, spoil):
+    """One that asks for the interpreter while it ends aborts the process, and a finished run would exit with SIGABRT."""
+    torch.multiprocessing.spawn(threads_left, (free_port(), tmp_path, spoil), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["", ""]
 
 
 def failing(world):
@@ -238,8 +263,7 @@ def test_all_begin_where_the_first_does(tmp_path):
 
 
 def leaving(rank, port, folder):
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    become(rank, port)
     try:
         with joined() as world:
             world.agree(lambda: None)

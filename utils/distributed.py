@@ -6,10 +6,14 @@ averaged by torch's DistributedDataParallel, so all of them take the same decisi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
+import importlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -155,6 +159,7 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    _let_go_before_the_end()
     try:
         # Small things that the hosts decide go by gloo in any case: they never wait for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
@@ -170,7 +175,16 @@ def joined() -> Iterator[World]:
         if lost_another(error):
             raise RunError(f"{world.name}another process of this run has ended") from error
         raise
-    dist.destroy_process_group()
+    finally:
+        if not gpus or sys.exc_info()[0] is None:  # NCCL may wait for a process that will not come
+            dist.destroy_process_group()
+
+
+def _let_go_before_the_end() -> None:
+    """See that the exchange's threads end before Python does: one that still asks for the interpreter then aborts the process."""
+    # DDP imports it, and it keeps the group of that moment as default arguments: here there is none yet.
+    importlib.import_module("torch.distributed.nn.functional")
+    atexit.register(gc.collect)  # DDP and what holds it are cycles
 
 
 def _leave(world: World, together: bool) -> None:
