@@ -15,6 +15,7 @@ from tests.test_resume import METHODS, only_run
 from utils.attacks import PGD, attack_draws, pgd_attack
 from utils.checkpoint import load_checkpoint
 from utils.engine import sgd, train_step
+from utils.evaluate import EVAL_BATCH, evaluate
 from utils.forward import Execution, Forward, best_precision
 from utils.metrics import read_epochs, read_summary
 
@@ -114,6 +115,37 @@ def test_compiled_attacks_equal_the_oracle(attack, expected, dtype, golden):
     adversarial = forward.attack(x, y, attack, training=False, draws=None)
     close = (adversarial - torch.from_numpy(arrays[expected])).abs() <= 1e-5
     assert close.double().mean() >= 0.999
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """torch.compile with all its rules and none of its code: every graph that it would generate code for, as its input shapes."""
+    graphs, original = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(tuple(inputs[-1].shape))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: original(module, dynamic=dynamic, backend=backend))
+    yield graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_that_an_epoch_needs_is_compiled_before_it(compiled_graphs, channels):
+    """On a network of ours, which has no length; images with one channel come with two kinds of strides."""
+    mean = (0.5,) * channels
+    model = build_model("resnet18", 3, width=0.0625, mean=mean, std=mean).to(memory_format=torch.channels_last).train()
+    forward = Forward(model, COMPILED, [16, EVAL_BATCH])
+    loader = TrainLoader(toy.split(32, channels=channels), 16, Augmentation(1), seed=1)
+    assert forward.prepare(next(iter(loader.epoch(0))), True, True, EVAL_BATCH).startswith("compiled in ")
+    assert len(compiled_graphs) == 4  # an attack's step and an update; a test, clean and attacked
+    options = {"attack": ATTACK, "attack_training": True, "key": (1, "attack", 0), "forward": forward}
+    optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for batch in loader.epoch(1):
+        train_step(model, optimizer, batch, **options)
+    evaluate(model, toy.split(EVAL_BATCH + 3, channels=channels), ATTACK, forward=forward)
+    assert len(compiled_graphs) == 4
 
 
 class Counting:
@@ -219,6 +251,14 @@ def test_the_figures_that_end_a_run_are_float32(run_adv, tmp_path, monkeypatch):
     monkeypatch.setattr(utils.evaluate, "Forward", Watching)
     assert run_adv(*toy.TOY_RUN, "--precision", "bf16", "--save_dir", tmp_path).code == 0
     assert seen == {(False, True), (True, False)}
+
+
+def test_both_stages_compile_their_network(run_eb, tmp_path, compiled_graphs):
+    flags = ["--dataset", "digits", "--width", 0.0625, "--stage1", "sgd", "--pruning", "channel", "--density", 0.5, "--compile", "on"]
+    short = ["--epochs1", 2, "--epochs2", 2, "--decreasing_lr", "0.5", "--train_step", 1, "--test_step", 1]
+    outcome = run_eb(*flags, *short, "--save_dir", tmp_path)
+    assert (outcome.code, outcome.out.count("compiled in"), "going on without" in outcome.out) == (0, 2, False), outcome.err
+    assert len(compiled_graphs) == 2 + 4  # stage 1 is not attacked
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -47,13 +47,13 @@ def images(n: int = 12, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, 
     return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(0, classes, (n,), generator=generator)
 
 
-def split(n: int = 12, classes: int = 3, side: int = 8, seed: int = 0) -> Split:
-    """``n`` random uint8 images; labels 0, 1, 2, 0, ...; the channel of its class (modulo 3) is brighter."""
+def split(n: int = 12, classes: int = 3, side: int = 8, seed: int = 0, channels: int = 3) -> Split:
+    """``n`` random uint8 images; labels 0, 1, 2, 0, ...; the channel of its class (modulo 3) is brighter, if it is there."""
     generator = torch.Generator().manual_seed(seed)
     stored = torch.randint(0, 200, (n, side, side, 3), generator=generator, dtype=torch.uint8)
     labels = torch.arange(n) % classes
     stored[torch.arange(n), :, :, labels % 3] += 55
-    return Split(stored, labels, torch.arange(n), torch.device("cpu"))
+    return Split(stored[..., :channels].contiguous(), labels, torch.arange(n), torch.device("cpu"))
 
 
 def data(n: int = 12) -> Data:

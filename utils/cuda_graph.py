@@ -12,6 +12,14 @@ AttackOnce = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _WARM_UPS = 3  # libraries choose their kernels and allocate in these
 
 
+class GraphMemory:
+    """What graphs that never run at the same time share: a pool, and the stream of its blocks, which no other stream may reuse."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
 class GraphedAttack:
     """``attack_once`` on batches of one shape. Weights and statistics are read where they lie, so they may change in place.
 
@@ -19,21 +27,21 @@ class GraphedAttack:
         model: whose statistics an attack in train mode moves; the capture leaves them as they are, also when it fails.
         attack_once: images, labels and draws to adversarial images, without a look at any value.
         x, y, draws: a first batch, on the GPU.
-        pool: memory shared with other graphs that never run at the same time (``torch.cuda.graph_pool_handle``).
+        shared: with the other graphs of one network.
     """
 
-    def __init__(self, model: nn.Module, attack_once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None, pool: Any) -> None:
+    def __init__(self, model: nn.Module, attack_once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None, shared: GraphMemory) -> None:
         self._x, self._y = torch.empty_like(x).copy_(x), y.clone()
         self._draws = None if draws is None else draws.clone()
         before = [buffer.clone() for buffer in model.buffers()]
-        stream = torch.cuda.Stream(x.device)
+        stream = shared.stream
         stream.wait_stream(torch.cuda.current_stream(x.device))
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(stream):  # which puts the usual stream back, whatever a failed capture leaves
                 for _ in range(_WARM_UPS):
                     attack_once(self._x, self._y, self._draws)
-                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
                     self._adversarial = attack_once(self._x, self._y, self._draws)
             torch.cuda.current_stream(x.device).wait_stream(stream)
         finally:

@@ -191,8 +191,10 @@ def train_epoch(
         tally.seconds = now - start
         looks = (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS
         if forward.world.highest(looks):  # all of them at the same step
-            on_progress(_progress(tally, epoch, forward.world))
-            looked_at = now
+            progress = _progress(tally, epoch, forward.world)
+            looked_at = time.perf_counter()
+            tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
+            on_progress(progress)
         after_step(tally)
     done = tally.progress(epoch)
     return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from utils.attacks import PGD, in_mode, pgd_attack, without_parameter_gradients
-from utils.cuda_graph import AttackOnce, GraphedAttack
+from utils.cuda_graph import AttackOnce, GraphedAttack, GraphMemory
 from utils.distributed import ALONE, World
 from utils.errors import one_line
 
@@ -92,7 +92,8 @@ class Forward:
         self._sizes = self._usual if execution.compile else frozenset()
         self._may_graph = execution.graphs
         self._graphs: dict[Any, GraphedAttack] = {}
-        self._pool: Any = None
+        self._uncaptured: set[Any] = set()
+        self._shared: GraphMemory | None = None
         self._compiled: Any = None
         self._replica: nn.Module | None = None
 
@@ -117,16 +118,17 @@ class Forward:
         if training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
             return once(x, y, draws)  # collectives stay outside of graphs
         key = (attack, training, x.shape)
-        if key not in self._graphs:
+        if key not in self._graphs and key not in self._uncaptured:
             self._capture(key, once, x, y, draws)
         return self._graphs[key](x, y, draws) if key in self._graphs else once(x, y, draws)
 
     def _capture(self, key: Any, once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None) -> None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if self._shared is None:
+            self._shared = GraphMemory(x.device)
         try:
-            self._graphs[key] = GraphedAttack(self.model, once, x, y, draws, self._pool)
-        except RuntimeError as error:  # an operation that cannot be captured
-            self._may_graph = False
+            self._graphs[key] = GraphedAttack(self.model, once, x, y, draws, self._shared)
+        except RuntimeError as error:  # an operation that cannot be captured, or not enough memory for batches of this size
+            self._uncaptured.add(key)
             warnings.warn(f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without", stacklevel=3)
 
     @property
@@ -134,22 +136,30 @@ class Forward:
         """Attacks that have been captured."""
         return len(self._graphs)
 
-    def prepare(self, batch: Batch, attacked: bool, training: bool) -> str:
-        """Compile for training on batches like this one; returns what to say of it. What fails to compile is computed without.
+    def prepare(self, batch: Batch, attacked: bool, training: bool, tested: int = 0) -> str:
+        """Compile for training on batches like this one and for tests; returns what to say of it. What fails to compile is computed
+        without.
 
         Args:
-            attacked: whether images are attacked before an update, which compiles a second time.
+            attacked: whether images are attacked before an update and in tests; each way to compute compiles once more.
             training: the mode of the attack.
+            tested: images in a batch of a test, 0 where none is that large.
         """
         start, failure = time.perf_counter(), None
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        torch.compiler.reset()  # of an earlier stage's network, whose graphs count towards the same limit
         try:
             if attacked:
-                with in_mode(self.model, training), without_parameter_gradients(self.model):
-                    self(batch.x.detach().requires_grad_()).sum().backward()
+                self._there_and_back(batch.x, training)
             if self.world.size == 1:
                 with in_mode(self.model, True):
                     self(batch.x).sum().backward()
+            if tested in self._sizes:
+                images = batch.x[torch.arange(tested, device=batch.x.device) % len(batch.x)]
+                with in_mode(self.model, False), torch.no_grad():
+                    self(images)
+                if attacked:
+                    self._there_and_back(images, False)
         except Exception as error:  # a missing compiler, a network that it cannot take: in as many ways as there are layers below
             failure = one_line(error).split(". ")[0][:200]
         for parameter in self.model.parameters():
@@ -161,11 +171,19 @@ class Forward:
             return f"warning: torch.compile failed ({failure or 'in another process'}); going on without"
         return f"compiled in {time.perf_counter() - start:.0f} s"
 
+    def _there_and_back(self, x: Tensor, training: bool) -> None:
+        """What a step of an attack computes."""
+        with in_mode(self.model, training), without_parameter_gradients(self.model):
+            self(x.detach().requires_grad_()).sum().backward()
+
     def _logits(self, module: Any, x: Tensor) -> Tensor:
         # DDP's own pass is not compiled: should that fail in one process, the others would wait for its gradients.
         if module is self.model and len(x) in self._sizes:
-            self._compiled = self._compiled or torch.compile(module, dynamic=False)
+            if self._compiled is None:  # no "or": a compiled network asks the network for its length, which few have
+                self._compiled = torch.compile(module, dynamic=False)
             module = self._compiled
+            if x.shape[1] == 1:  # whose strides may be written in two ways, and each would be compiled for
+                x = x.reshape(-1).view(x.shape)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocast):
             logits = module(x)
         return logits.to(x.dtype)

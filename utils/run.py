@@ -114,6 +114,7 @@ class Stage:
         self.execution = dataclasses.replace(execution, compile=False) if together else execution.for_training(work, data.train.device)
         self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH))
         self._is_prepared = not self.execution.compile
+        self._most_tested = max(len(data.val), len(data.test))
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
 
     @property
@@ -126,7 +127,8 @@ class Stage:
         if self._is_prepared:
             return None
         self._is_prepared = True
-        return self.forward.prepare(next(iter(self.loader.epoch(0))), self.plan.attack is not None, self.plan.attack_training)
+        batch, tested = next(iter(self.loader.epoch(0))), EVAL_BATCH if self._most_tested >= EVAL_BATCH else 0
+        return self.forward.prepare(batch, self.plan.attack is not None, self.plan.attack_training, tested)
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
         """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to ``engine.train_epoch``."""
