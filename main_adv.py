@@ -60,8 +60,8 @@ class AdversarialRun(Run):
             self.adversarial_epoch(epoch, f"epoch {epoch + 1}/{self.epochs}")
 
     def headline(self) -> str:
-        s, masking = self.settings, self.stage.masking
-        density = f" at density {masking.density():.4f}" if masking else ""
+        s = self.settings
+        density = f" at density {s.density:g}" if self.stage.masking else ""
         return f"{s.method}{density}: {self.where_and_what()}, PGD-{s.train_step} training, {s.epochs} epochs, {self.on_what()}"
 
     def cautions(self) -> Sequence[str]:

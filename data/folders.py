@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -91,10 +93,22 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
     folder = cache_dir / f"{name}-{image_size or 'asis'}-{place}"
     if not _is_whole(folder, fingerprint):
         try:
-            _build(files, image_size, folder, fingerprint, name)
+            with _one_at_a_time(folder):
+                if not _is_whole(folder, fingerprint):  # another process has not been faster
+                    _build(files, image_size, folder, fingerprint, name)
         except OSError as error:
             raise InputError(f"cannot write the image cache {folder} ({error}); choose another place with --cache_dir") from error
     return folder / _IMAGES
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds this cache: it would decode twice, and replace what the first already reads."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fingerprint(files: Files, image_size: int | None) -> str:
@@ -127,7 +141,7 @@ def _checksum(path: Path) -> int:
 
 def _build(files: Files, image_size: int | None, folder: Path, fingerprint: str, name: str) -> None:
     """Write the cache beside its place and move it there whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"decoding {len(files.paths)} images into {folder}, once", flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write_images(files, image_size, temporary / _IMAGES, name)

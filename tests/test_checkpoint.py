@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import stat
 
 import numpy as np
 import pytest
@@ -55,6 +56,34 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path, small_disk):
         save_checkpoint(path, {"state_dict": {"w": torch.zeros(10_000)}})
     assert load_checkpoint(path)["state_dict"]["w"].shape == (3,)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_one_before_is_given_up_only_for_a_whole_new_one(tmp_path, monkeypatch):
+    """Two good files stay two different ones as long as the new one is not on disk."""
+    path, keep = tmp_path / "c.pth.tar", tmp_path / "previous.pth.tar"
+    for number in range(3):
+        save_checkpoint(path, {"state_dict": {"w": torch.full((3,), number)}}, keep)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {"state_dict": {"w": torch.full((3,), 3)}}, keep)
+    assert [load_checkpoint(file)["state_dict"]["w"][0].item() for file in (path, keep)] == [2, 1]
+
+
+def test_a_file_system_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def picky(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    write_atomically(tmp_path / "f", b"one")
+    assert (tmp_path / "f").read_bytes() == b"one"
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty", "text", "truncated", "folder"])

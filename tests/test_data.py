@@ -1,7 +1,11 @@
+import contextlib
+import fcntl
 import io
 import os
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -350,7 +354,28 @@ def test_a_failed_decoding_leaves_no_cache_behind(image_tree, tmp_path):
     (image_tree / "train" / "cow" / "019.png").write_bytes(b"x")
     with pytest.raises(InputError):
         load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_two_processes_decode_once(image_tree, tmp_path, decoded, capsys):
+    """The second waits, and does not replace what the first has begun to read."""
+    cache = tmp_path / "cache"
+    expected = load_data("imagefolder", image_tree, cache_dir=cache).train.images
+    assert "decoding 60 images into " in capsys.readouterr().out
+    finished = [path for path in cache.iterdir() if path.is_dir()]
+    for folder in finished:
+        folder.rename(tmp_path / folder.name)
+    with contextlib.ExitStack() as first, ThreadPoolExecutor(1) as pool:
+        for lock in cache.glob(".*.lock"):
+            fcntl.flock(first.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        second = pool.submit(lambda: load_data("imagefolder", image_tree, cache_dir=cache).train.images)
+        time.sleep(0.3)
+        assert not second.done()
+        for folder in finished:
+            (tmp_path / folder.name).rename(folder)
+        first.close()
+        assert torch.equal(second.result(60), expected)
+    assert len(decoded) == 84
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(image_tree, tmp_path):

@@ -436,5 +436,6 @@ def test_ctrl_c_is_one_line_and_can_be_resumed(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "interrupted"
-    assert re.search(r"interrupted; the last good checkpoint is .* \(epoch \d+(, and step \d of \d of the next)?\); --resume", out)
+    where = r"\(epoch \d+(, and (step \d of \d|all steps) of the next)?\)"
+    assert re.search(rf"interrupted; the last good checkpoint is .* {where}; --resume", out)
     assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2

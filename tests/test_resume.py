@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from main_adv import AdversarialRun
 from tests import toy
 from utils.checkpoint import load_checkpoint
-from utils.errors import Stopped
+from utils.config import parse_settings
+from utils.config_adv import AdversarialSettings
+from utils.errors import InputError, Stopped
 from utils.metrics import read_epochs, read_summary
 from utils.paths import RunPaths
 from utils.preemption import Interruption
@@ -162,7 +166,7 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, word):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (code, word)
-    assert re.search(rf"{word}; the last good checkpoint is .* \(epoch \d+(, and step \d of 4 of the next)?\); --resume", out)
+    assert re.search(rf"{word}; the last good checkpoint is .* \(epoch \d+(, and (step \d of 4|all steps) of the next)?\); --resume", out)
     assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2
     assert not [name for name in os.listdir(only_run(tmp_path).root) if name.startswith(".")]
 
@@ -257,6 +261,47 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, run_adv, tmp_pat
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_path, monkeypatch):
+    """The damaged checkpoint never takes the place of the good one, and a message names the good one."""
+    assert run("dense", "--save_dir", tmp_path / "whole").code == 0
+    stop_at(monkeypatch, 18)
+    assert run("dense", "--save_dir", tmp_path / "cut").code == 75
+    monkeypatch.undo()
+    paths = only_run(tmp_path / "cut")
+    damage(paths.checkpoint, "cut")
+    replace = os.replace
+
+    def refused(source, target):  # the moment of a kill: the new file is written and has no name yet
+        if Path(target) == paths.checkpoint:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        outcome = run("dense", "--save_dir", tmp_path / "cut", "--resume")
+    assert outcome.code == 3
+    assert re.search(r"the last good checkpoint is \S*checkpoint_previous\.pth\.tar \(epoch 2", outcome.err), outcome.err
+    assert run("dense", "--save_dir", tmp_path / "cut", "--resume").code == 0
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+    assert load_checkpoint(paths.previous)["epoch"] == 4  # the two good ones take turns again
+
+
+def test_a_run_that_another_process_has_taken_further_is_left_alone(run, tmp_path, monkeypatch):
+    """Read before that, begun after it: going on would train over what the other has saved."""
+    stop_at(monkeypatch, 6)
+    assert run("dense", "--save_dir", tmp_path).code == 75
+    monkeypatch.undo()
+    flags = [str(flag) for flag in (*METHODS["dense"], "--save_dir", tmp_path, "--resume")]
+    settings = parse_settings(AdversarialSettings, flags, "", lambda given: {})
+    slow = AdversarialRun(settings, torch.device("cpu"))
+    assert run("dense", "--save_dir", tmp_path, "--resume").code == 0
+    paths = only_run(tmp_path)
+    before = paths.stamps(), paths.config.read_bytes()
+    with pytest.raises(InputError, match=r"another process has trained in .* in the meantime; --resume goes on from there"):
+        slow.train()
+    assert (paths.stamps(), paths.config.read_bytes()) == before
+
+
 @pytest.mark.parametrize("by", ["--resume", "--resume_dir"])
 def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypatch, by):
     stop_at(monkeypatch, 18)
@@ -266,12 +311,12 @@ def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypat
     damage(paths.checkpoint, "flipped")
     damage(paths.previous, "cut")
     outcome = run("dense", "--save_dir", tmp_path, "--resume") if by == "--resume" else run_adv("--resume_dir", paths.root)
-    assert (outcome.code, "nothing is left to go on from" in outcome.err) == (3, True)
+    assert (outcome.code, "nothing is left to go on from, another --save_dir starts anew" in outcome.err) == (2, True)
     assert len(read_epochs(paths)) == 2
     paths.checkpoint.unlink()
     paths.previous.unlink()
     outcome = run("dense", "--save_dir", tmp_path, "--resume")
-    assert (outcome.code, "has epochs and no checkpoint" in outcome.err) == (3, True)
+    assert (outcome.code, "has epochs and no checkpoint" in outcome.err) == (2, True)
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monkeypatch):
@@ -328,6 +373,10 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
     assert (rows, plain, epoch) == (rows2, plain2, epoch2)
     assert {k: v for k, v in summary.items() if k != "run"} == {k: v for k, v in summary2.items() if k != "run"}
     assert "is finished" in run("--resume_dir", root).out
+    before = RunPaths(root).stamps(), RunPaths(root).config.read_bytes()
+    shorter = run(*flags, name, 2, "--save_dir", tmp_path / "grown", "--resume")  # its figures would be those of 4 epochs
+    assert (shorter.code, f"has grown to {name} 4; --resume_dir goes on with it" in shorter.err) == (2, True)
+    assert (RunPaths(root).stamps(), RunPaths(root).config.read_bytes()) == before
 
 
 # ---------------------------------------------------------------- kill -9

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from numpy._core.multiarray import scalar as numpy_scalar
 from torch import Tensor, nn
 
 from utils.compact import expand
-from utils.errors import BrokenCheckpointError, InputError, RunError
+from utils.errors import BrokenCheckpointError, InputError
 
 FORMAT = 1
 # Plain numbers as numpy writes them, which older code kept beside its weights.
 _NUMPY_SCALARS: list[Any] = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, also after a crash or on a full disk."""
+def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, also after a crash or on a full disk. ``before``
+    is called when the new one is on disk and the old one still in its place."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -34,6 +36,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -68,9 +71,12 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = 
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content, "checksum": checksum(content)}, buffer)
-    if keep is not None and path.exists():
-        _keep(path, keep)
-    write_atomically(path, buffer.getbuffer())
+
+    def before() -> None:
+        if keep is not None and path.exists():
+            _keep(path, keep)
+
+    write_atomically(path, buffer.getbuffer(), before)  # what can fail comes first: until then both old files stay what they were
 
 
 def _keep(path: Path, keep: Path) -> None:
@@ -155,12 +161,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise BrokenCheckpointError(f"{path} is broken: its packed weights do not fit its masks") from error
 
 
-def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], str | None]:
-    """The newest of a run's two checkpoints that is whole, and a warning if that is not the newest of all.
+def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """The newest of a run's two checkpoints that is whole, its file, and a warning if that is not the newest of all.
 
     Raises:
-        InputError: there is none.
-        RunError: there are, and none is whole.
+        InputError: there is none, or none that is whole.
     """
     if not newest.exists() and not previous.exists():
         raise InputError(f"no such checkpoint: {newest}")
@@ -175,8 +180,8 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], str | Non
                 raise
             troubles.append(str(error))
         else:
-            return content, f"{troubles[0]}; going on from {path.name}, the one before" if troubles else None
-    raise RunError(f"{'; '.join(troubles)}: nothing is left to go on from")
+            return content, path, f"{troubles[0]}; going on from {path.name}, the one before" if troubles else None
+    raise InputError(f"{'; '.join(troubles)}: nothing is left to go on from, another --save_dir starts anew")
 
 
 def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -208,6 +213,7 @@ def _first_difference(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, t
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # some network file systems sync no folders
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -50,17 +50,21 @@ class RunFolder:
         self._broken = False  # after a failure nothing more is written behind
 
     @classmethod
-    def create(cls, paths: RunPaths, config: Mapping[str, Any], tensorboard: bool = False) -> RunFolder:
+    def create(cls, paths: RunPaths, config: Mapping[str, Any], tensorboard: bool = False, stamps: object = None) -> RunFolder:
         """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be.
 
         Args:
             tensorboard: events too, of every epoch and picture, from ``rewrite_epochs`` on.
+            stamps: of the folder (``RunPaths.stamps``) when it was read, if it was: another process may have trained since.
         """
         if tensorboard:
             require_tensorboard()
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
             lock = _locked(paths)
+            if stamps not in (None, paths.stamps()):
+                lock.close()
+                raise InputError(f"another process has trained in {paths.root} in the meantime; --resume goes on from there")
             for cut_off in paths.root.glob(".*-*"):  # half-written files of a process that was killed
                 cut_off.unlink()
             write_atomically(paths.config, json_bytes(config))

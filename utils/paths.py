@@ -68,6 +68,17 @@ class RunPaths:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
+    def stamps(self) -> list[tuple[int, int, int] | None]:
+        """Changes whenever a process trains here."""
+        stamps: list[tuple[int, int, int] | None] = []
+        for path in (self.checkpoint, self.previous, self.metrics, self.summary):
+            try:
+                stat = path.stat()
+                stamps.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                stamps.append(None)
+        return stamps
+
     def holds_a_run(self) -> bool:
         """Whether training has written here before."""
         return any(path.exists() for path in (self.config, self.metrics, self.checkpoint, self.previous, self.summary))

@@ -58,7 +58,7 @@ def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
 def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
     """The settings of the run in a folder; ``InputError`` if another script made it."""
     paths = RunPaths(Path(resume_dir))
-    path, (content, _) = paths.checkpoint, load_newest(paths.checkpoint, paths.previous)
+    content, path, _ = load_newest(paths.checkpoint, paths.previous)
     script = content.get("script", settings_script)
     if script != settings_script:
         raise InputError(f"{path} is of a run of {script}, which resumes it")
@@ -182,6 +182,7 @@ class Run(ABC):
             raise InputError(
                 f"{self.paths.root} already holds a run with these settings; --resume goes on with it, another --save_dir starts elsewhere"
             )
+        self.stamps = self.paths.stamps()  # before anything is read
         self.data = load_data_for(settings, device)
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
@@ -194,17 +195,29 @@ class Run(ABC):
         self.has_advanced = False  # since this process began
         self.saved_at = time.monotonic()
         self.saved = ""
+        self.last_good = self.paths.checkpoint  # the file that holds what was saved
         self.warning: str | None = None
         precision = best_precision(device) if settings.precision == "auto" else settings.precision
         self.execution = Execution(precision, {"auto": None, "on": True, "off": False}[settings.compile], world=world)
         self.processes = world.size  # of the checkpoint, if there is one
         if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
-            content, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
+            content, self.last_good, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
+            self._refuse_grown(settings_in(content, self.last_good))
             self._restore(content)
             return
         if self.paths.metrics.exists() and self.paths.metrics.read_text().strip():
-            raise RunError(f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from, another --save_dir starts anew")
+            raise InputError(
+                f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from, another --save_dir starts anew"
+            )
         self.stage = self.first_stage()
+
+    def _refuse_grown(self, stored: Mapping[str, Any]) -> None:
+        """A run that was given more epochs keeps the folder that is named by fewer: those flags are of another run by now."""
+        if self.settings.resume_dir is not None:
+            return
+        for name in self.settings.may_grow:
+            if stored.get(name) != getattr(self.settings, name):
+                raise InputError(f"the run in {self.paths.root} has grown to --{name} {stored.get(name)}; --resume_dir goes on with it")
 
     # ---- what a script says
 
@@ -267,7 +280,7 @@ class Run(ABC):
             self._finish()
 
     def _own_folder(self) -> RunFolder:
-        return RunFolder.create(self.paths, self.config(), self.settings.tensorboard)
+        return RunFolder.create(self.paths, self.config(), self.settings.tensorboard, self.stamps)
 
     @contextlib.contextmanager
     def _saying_how_it_ends(self) -> Iterator[None]:
@@ -452,9 +465,10 @@ class Run(ABC):
         saved = self._saved_where(partial)
 
         def on_disk() -> None:
-            self.saved = saved
+            self.saved, self.last_good = saved, self.paths.checkpoint
 
-        self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=self.paths.previous, on_disk=on_disk)
+        keep = self.paths.previous if self.last_good == self.paths.checkpoint else None  # never what is broken instead of what is not
+        self.folder.save(self.paths.checkpoint, compact(content, parameters), keep=keep, on_disk=on_disk)
         self.saved_at = time.monotonic()
 
     def _content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -465,7 +479,8 @@ class Run(ABC):
 
     def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
         """How far a checkpoint written now has come."""
-        step = "" if partial is None else f", and step {len(partial['weights'])} of {self.stage.steps} of the next"
+        done = 0 if partial is None else len(partial["weights"])
+        step = f", and {f'step {done} of {self.stage.steps}' if done < self.stage.steps else 'all steps'} of the next" if done else ""
         last = self.history[-1] if self.history else {"epoch": 0}
         stage = f"stage {last['stage']}, " if "stage" in last else ""
         return f"{stage}epoch {last['epoch']}{step}"
@@ -560,10 +575,10 @@ class Run(ABC):
         return f"in {self.execution.precision} on {device}"
 
     def _last_good(self) -> str:
-        if not self.paths.checkpoint.exists():
+        if not self.last_good.exists():
             return "no epoch was finished, so there is no checkpoint yet"
         where = f" ({self.saved})" if self.world.is_first else ""  # the others do not know how far the first has come
-        return f"the last good checkpoint is {self.paths.checkpoint}{where}"
+        return f"the last good checkpoint is {self.last_good}{where}"
 
     # ---- report
 
