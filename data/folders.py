@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from utils.errors import InputError
 _CACHE_FORMAT = 1
 _CHUNK = 512  # images decoded between writes
 _MOST_PIXELS = 2**26
+_PATIENCE = 3.0  # seconds of decoding before a word about it
 _IMAGES, _META = "images.npy", "meta.json"
 
 
@@ -141,7 +144,6 @@ def _checksum(path: Path) -> int:
 
 def _build(files: Files, image_size: int | None, folder: Path, fingerprint: str, name: str) -> None:
     """Write the cache beside its place and move it there whole."""
-    print(f"decoding {len(files.paths)} images into {folder}, once", flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write_images(files, image_size, temporary / _IMAGES, name)
@@ -171,6 +173,7 @@ def _write_images(files: Files, image_size: int | None, target: Path, name: str)
 
 def _decoded_chunks(paths: Sequence[Path], image_size: int | None, name: str) -> Iterator[np.ndarray]:
     size: tuple[int, ...] | None = None
+    begun, told = time.perf_counter(), False
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
         tqdm(total=len(paths), desc=f"decoding {name}", unit="img", disable=None) as bar,
@@ -186,6 +189,10 @@ def _decoded_chunks(paths: Sequence[Path], image_size: int | None, name: str) ->
                         "--image_size N brings all to one size"
                     )
             bar.update(len(part))
+            passed, done = time.perf_counter() - begun, start + len(part)
+            if bar.disable and not told and passed > _PATIENCE and done < len(paths):  # the bar, where there is no terminal
+                told = True
+                print(f"decoding {len(paths)} images, once: {passed / done * (len(paths) - done):.0f} s to go", file=sys.stderr)
             yield np.stack(images)
 
 

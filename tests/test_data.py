@@ -357,11 +357,19 @@ def test_a_failed_decoding_leaves_no_cache_behind(image_tree, tmp_path):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
-def test_two_processes_decode_once(image_tree, tmp_path, decoded, capsys):
+def test_a_long_decoding_is_told_once(image_tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.folders, "_CHUNK", 10)
+    load_data("imagefolder", image_tree, cache_dir=tmp_path / "soon")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(data.folders, "_PATIENCE", 0)
+    load_data("imagefolder", image_tree, cache_dir=tmp_path / "late")
+    assert re.fullmatch(r"(decoding (60|24) images, once: \d+ s to go\n){2}", capsys.readouterr().err)
+
+
+def test_two_processes_decode_once(image_tree, tmp_path, decoded):
     """The second waits, and does not replace what the first has begun to read."""
     cache = tmp_path / "cache"
     expected = load_data("imagefolder", image_tree, cache_dir=cache).train.images
-    assert "decoding 60 images into " in capsys.readouterr().out
     finished = [path for path in cache.iterdir() if path.is_dir()]
     for folder in finished:
         folder.rename(tmp_path / folder.name)
