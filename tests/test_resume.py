@@ -207,6 +207,15 @@ def test_a_limit_that_is_over_at_once_still_gets_somewhere(run, tmp_path):
     assert len(codes) == 4 + 4 + 2  # the first test goes on into the fifth step; the second is cut from the summary, which then is made
 
 
+def test_another_run_that_may_have_been_meant_is_named(run, tmp_path):
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "config.json").write_text('{"settings": [1]}')
+    alone = run("fb", "--save_dir", tmp_path, "--resume")
+    assert "nothing to resume there, this run starts anew\n" in alone.out
+    (folder,) = tmp_path.glob("fb_*")
+    assert f"this run starts anew; {folder} has --density 0.3\n" in run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume").out
+
+
 def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
     stop_at(monkeypatch, 2)
     stopped = run("dense", "--save_dir", tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -24,7 +25,7 @@ from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, snapshot
 from utils.compact import compact
-from utils.config import CommonSettings, require
+from utils.config import CommonSettings, require, settings_from
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
 from utils.engine import EpochResult, Plan, Progress, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
@@ -557,12 +558,26 @@ class Run(ABC):
         if self.saved:
             self.folder.say(f"going on after {self.saved}")
         elif self.settings.resume:
-            self.folder.say("note: nothing to resume there, this run starts anew")
+            self.folder.say(f"note: nothing to resume there, this run starts anew{self._most_like_it()}")
         if self.processes != self.world.size and not self.settings.sync_bn:
             changed = f"the checkpoint was written by {self.processes} process(es) and {self.world.size} go(es) on"
             self.folder.say(f"note: {changed}: from here on batch norm sees other parts of a batch")
         for caution in self.cautions():
             self.folder.say(f"note: {caution}")
+
+    def _most_like_it(self) -> str:
+        """The run beside this one that differs from it in one or two settings, which may be the one that was meant."""
+        mine, found = self.settings.resolved(), []
+        results = [f for f in dataclasses.fields(self.settings) if f.metadata["result"]]
+        for path in self.paths.root.parent.glob("*/" + self.paths.config.name):
+            if path.parent == self.paths.root:
+                continue
+            with contextlib.suppress(InputError, OSError, ValueError, AttributeError):  # whatever else lies there
+                theirs = settings_from(type(self.settings), json.loads(path.read_text())["settings"]).resolved()
+                differs = [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
+                if len(differs) <= 2 and theirs["seed"] == mine["seed"]:
+                    found.append((len(differs), f"; {path.parent} has {', '.join(differs)}"))
+        return min(found)[1] if found else ""
 
     def where_and_what(self) -> str:
         """Network, data and tests, for the headline."""
