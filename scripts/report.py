@@ -18,7 +18,7 @@ from utils.command_line import OneLineParser
 from utils.config import require
 from utils.errors import InputError, run_command
 from utils.figures import compared_curves
-from utils.groups import Group, find_runs, grouped
+from utils.groups import METHOD_NAMES, Group, find_runs, grouped
 from utils.metrics import write_figure
 from utils.page import write_report
 from utils.paper import DATASETS
@@ -46,13 +46,22 @@ def main() -> None:
     if arguments.figure is not None:
         _write_curves(arguments.figure, groups)
     if arguments.out is None and arguments.paper is None and all(len(group.runs) == 1 for group in groups):
-        print(f"{summary_table([run.summary for run in runs])}\n{_LEGEND}")
+        print(f"{summary_table([group.first.summary for group in groups])}\n{_LEGEND}")
+        _tell_apart(groups)
     else:
         print(markdown(comparison_table([Comparison.of(group, arguments.paper, groups) for group in groups])), end="")
     if arguments.out is not None:
         print(f"page: {write_report(arguments.out, groups, arguments.paper)}")
     if arguments.figure is not None:
         print(f"accuracy curves: {arguments.figure}")
+
+
+def _tell_apart(groups: Sequence[Group]) -> None:
+    """Which line is which run, where they differ in more than the method: such lines need not be comparable."""
+    if any(group.label != METHOD_NAMES[group.method] for group in groups):
+        print("The lines differ in their settings:")
+        for number, group in enumerate(groups, 1):
+            print(f"{number:3}  {group.label}: {group.first.paths.root}")
 
 
 def _write_curves(path: Path, groups: Sequence[Group]) -> None:

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -222,6 +223,17 @@ def test_a_toy_report_of_two_seeds(run_adv, tmp_path):
     assert float(dense["ra_final"]) == pytest.approx(sum(s["final"]["test_ra"] for s in stored) / 2)
     assert (dense["seeds"], dense["ra_best_paper"], fbp["ra_best_paper"]) == ("1 2", "51.1", "")  # the toy's density is .3
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_lines_that_are_not_comparable_are_told_apart(tmp_path):
+    for name, eps in (("a", 8.0), ("b", 32.0)):
+        write_run(tmp_path, "dense", 1, name=name, train_eps=eps)
+    lines = report(tmp_path).stdout.splitlines()
+    at = lines.index("The lines differ in their settings:")
+    assert [line.split(": ")[1] for line in lines[at + 1 :]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert all(re.match(rf"  {n}  Dense \(.*{eps}.*\): ", lines[at + n]) for n, eps in ((1, 8), (2, 32)))
+    write_run(tmp_path, "fb", 1, name="c")
+    assert "differ in their settings" not in report(tmp_path / "a", tmp_path / "c").stdout
 
 
 def test_several_seeds_are_compared_on_the_terminal_too(tmp_path):
