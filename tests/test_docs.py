@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import flags
 import numpy as np
 import pytest
+import torch
 
 from data.sources import SOURCES
 from models import OWN
@@ -153,6 +155,43 @@ def test_a_growth_rule_of_ones_own(own_script):
 
 def test_nothing_of_ones_own_is_known_without_it(run_adv):
     assert "invalid choice: 'plain'" in run_adv("--arch", "plain").err
+
+
+def test_a_project_of_ones_own(tmp_path):
+    """The command of the page, on a copy and into another place than the environment of the tests."""
+    pytest.importorskip("setuptools")
+    (command,) = re.findall(r"`pip (install -e FOLDER [^`]+)`", (ROOT / "docs" / "extending.md").read_text())
+    copy, prefix = tmp_path / "copy", tmp_path / "prefix"
+    for name in ("data", "models", "utils"):
+        shutil.copytree(ROOT / name, copy / name, ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
+    for name in ("sparse_core.py", "main_adv.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "results").mkdir()
+    pip = [sys.executable, "-m", "pip", *command.replace("FOLDER", str(copy)).split(), "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--quiet", "--disable-pip-version-check", "--prefix", prefix], cwd=tmp_path, check=True)
+    (site,) = prefix.glob("lib/python*/site-packages")
+    code = f"import site; site.addsitedir({str(site)!r}); import data, models, sparse_core, utils.attacks; print(sparse_core.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(result.stdout.strip()) == copy / "sparse_core.py"
+
+
+def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
+    """The snippet adapts its density, and cut after four epochs it ends in the same bits."""
+    (snippet,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "adaptive=True" in block]
+    cut = snippet.replace("range(masking.epoch, epochs)", "range(masking.epoch, 4)")
+    assert cut != snippet
+    for folder, parts in (("whole", [snippet]), ("cut", [cut, snippet])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        torch.manual_seed(0)
+        for part in parts:
+            exec(compile(part, "extending.md", "exec"), {})
+    whole, resumed = (torch.load(tmp_path / folder / "state.pt") for folder in ("whole", "cut"))
+    assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
+    assert whole["masking"]["events"] == resumed["masking"]["events"]
+    assert any(event["prune"] or event["grow"] for event in whole["masking"]["events"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[2] != lines[1]
 
 
 # ---------------------------------------------------------------- flags and errors
