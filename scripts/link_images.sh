@@ -3,6 +3,7 @@
 # never thinned out, so this makes it shorter too.
 #   bash scripts/link_images.sh FOLDER OUT TRAIN TEST       FOLDER holds train/<class>/* and test/<class>/*
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 data=${1:-} out=${2:-} train=${3:-} test=${4:-}
 if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
     echo "error: '$data' is no folder of images with train/<class>/* and test/<class>/*" >&2

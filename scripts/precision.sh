@@ -3,11 +3,12 @@
 #   bash scripts/precision.sh FOLDER       images as train/<class>/* and test/<class>/*; about 25 minutes on 2 cores
 # Run it again and finished runs are read, not repeated; cut ones go on.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 data=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/precision}
 bash scripts/link_images.sh "$data" "$out/images" 750 50
-bash scripts/setup.sh
+QUIET=1 bash scripts/setup.sh
 
 for seed in 1 2 3; do
     for precision in float32 bf16; do

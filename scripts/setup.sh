@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Makes .venv and installs what is pinned; does nothing when that was done before.
 #   bash scripts/setup.sh [requirements-dev.txt]      PYTHON=python3.11 chooses the interpreter
+# QUIET=1, for scripts that call it, leaves out what to do next.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 requirements=${1:-requirements.txt}
 python=${PYTHON:-python3}
 
+[ -f "$requirements" ] || { echo "error: there is no file '$requirements' with requirements to install" >&2; exit 2; }
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 chooses one" >&2
     exit 2
@@ -22,3 +25,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     echo "$wanted" > "$stamp"
 fi
+[ -n "${QUIET:-}" ] || echo ".venv is ready; this shell takes it by: source .venv/bin/activate"

@@ -4,6 +4,7 @@
 #   bash scripts/study.sh FOLDER       images as train/<class>/* and test/<class>/*
 # Run it again and finished runs are read, not repeated; cut ones go on.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 data=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/study}

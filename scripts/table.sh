@@ -1,11 +1,11 @@
 # What the scripts of tables and figures share; each reads it with "source" and is called as
 #   bash scripts/<name>.sh DATA [flags for every run]
 # DATA is the folder of a data set (its name or its contents say which), or "digits". Set before the command, as in "SEEDS='1 2 3' bash ...":
-#   SEEDS="1"          seeds of every run                 EPOCHS=200      length of the adversarial training (and most of stage 1)
+#   SEEDS="1"          seeds of every run, as "1 2 3"      EPOCHS=200      length of the adversarial training (and most of stage 1)
 #   JOBS=1             runs at a time, over all GPUs       OUT=runs/<name>-<data set>   where everything goes
 #   WIDTH=1            of ResNets and VGGs                 DATASET, PAPER  what DATA is; whose row of the paper to lay beside it
 #   UPDATE_FREQUENCY=900 SECOND_FREQUENCY=1200             steps between mask updates, for data sets of another size than CIFAR-10
-#   PLAN=1             only say what is finished and how long the rest will take
+#   PLAN=1             only say what is finished and how long the rest will take, after downloading CIFAR or SVHN where it is not there
 #   SMOKE=1            everything at toy size, in at most 3 minutes
 #   SLURM=1            an array job of the same script instead; SBATCH="--gres=gpu:1 --time=8:00:00" goes to sbatch
 # Finished runs are skipped and cut ones go on, so the same command again is always right.
@@ -34,9 +34,12 @@ table_begin() {
     jobs=${JOBS:-1}
     width=${WIDTH:-1}
     check_number JOBS "$jobs"
-    for seed in $seeds; do check_number SEEDS "$seed"; done
+    [[ $seeds =~ ^[0-9\ ]+$ ]] || { echo "error: SEEDS are numbers with spaces between, as in \"1 2 3\", not '$seeds'" >&2; exit 2; }
     [ -z "${EPOCHS:-}" ] || check_number EPOCHS "$EPOCHS"
-    [ -n "${TASK:-}" ] || bash scripts/setup.sh
+    for other in EPOCH SEED JOB; do
+        [ -z "${!other:-}" ] || echo "note: $other is not looked at; did you mean ${other}S?" >&2
+    done
+    [ -n "${TASK:-}" ] || QUIET=1 bash scripts/setup.sh
     python=$PWD/.venv/bin/python
     runs=()
     checks=()

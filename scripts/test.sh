@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style, types and behaviour. --all adds the long tests; other arguments go to pytest.
+# Sets up what is missing, then checks style, types and behaviour: about 12 minutes on 2 cores.
+#   bash scripts/test.sh [--all] [arguments of pytest]      --all adds the long tests
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh requirements-dev.txt
+QUIET=1 bash scripts/setup.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

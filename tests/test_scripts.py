@@ -201,7 +201,8 @@ def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path)
     [
         ([], {}, "the folder of the data is missing"),
         (["/nowhere"], {}, "DATASET=... says what it is"),
-        (["digits"], {"SEEDS": "one"}, "SEEDS is a number"),
+        (["digits"], {"SEEDS": "1,2"}, "SEEDS are numbers with spaces between, as in \"1 2 3\", not '1,2'"),
+        (["digits"], {"EPOCHS": "two"}, "EPOCHS is a number"),
         (["digits", "--densty", "2"], {}, "did you mean --density"),
         (["digits"], {"JOBS": "0"}, "--jobs must be at least 1"),
     ],
@@ -221,6 +222,37 @@ def test_help_is_what_stands_at_the_top(environment):
     assert "Fig. 1" in result.stdout
     assert "JOBS=1" in result.stdout
     assert "table_begin" not in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.sh") if path.stem not in ("table", "help")))
+def test_help_starts_nothing(name, environment):
+    result = subprocess.run(["bash", f"scripts/{name}.sh", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"bash scripts/{name}.sh" in result.stdout
+    assert "set -euo" not in result.stdout
+
+
+def test_a_variable_of_another_name_is_told(environment):
+    result = script("fb", "digits", environment, PLAN=1, SMOKE=1, EPOCH=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("note: EPOCH is not looked at; did you mean EPOCHS?\n")
+    assert "note: " not in script("fb", "digits", environment, PLAN=1, SMOKE=1).stderr
+
+
+def test_setting_up_says_what_to_do_next(environment):
+    """By people called it does; by scripts it is quiet."""
+    for quiet, said in (("", "source .venv/bin/activate"), ("1", "")):
+        given = {**environment, "QUIET": quiet}
+        result = subprocess.run(["bash", "scripts/setup.sh"], cwd=ROOT, env=given, capture_output=True, text=True, timeout=600, check=True)
+        assert result.stdout.strip().endswith(said)
+        assert bool(result.stdout) == bool(said)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("setup", "nothing.txt"), ("quickstart", "digits")])
+def test_arguments_that_mean_nothing(name, argument, environment):
+    result = subprocess.run(["bash", f"scripts/{name}.sh", argument], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"'{argument}'" in result.stderr
 
 
 @pytest.mark.long
