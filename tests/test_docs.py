@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.sources import SOURCES
+from data.sources import SOURCES, Place
 from models import OWN
 from sparse_core import GROWTHS
 from tests import toy
@@ -88,6 +88,12 @@ def test_scripts_are_whole():
             subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     for command in re.findall(r"`bash (scripts/\w+\.sh) \S+`", (ROOT / "docs" / "reproducing.md").read_text()):
         assert Path(command).stem in RUNS
+
+
+def test_the_map_of_the_code_has_every_file():
+    told = (ROOT / "CONTRIBUTING.md").read_text().split("## The house")[1]
+    files = [path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"]
+    assert [name for name in files if not re.search(rf"\b{name}\b", told)] == []
 
 
 def test_links_lead_somewhere():
@@ -206,6 +212,11 @@ def test_the_tests_of_the_flags_exist():
     for _, test in flags.PLACES.values():
         file, name = test.split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_decoded_images_go_where_the_pages_say():
+    place = f"`~/{Place(ROOT).cache_dir.relative_to(Path.home())}`"
+    assert all(place in page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "faq.md"))
 
 
 def test_the_errors_of_the_faq_are_those_of_the_code():
