@@ -3,6 +3,7 @@
 #   bash benchmarks/gpu.sh [folder of images, as for --dataset imagefolder; the digits without]
 # PYTHON chooses the interpreter; nothing is installed. Logs and the run go to OUT (default: runs/gpu).
 set -uo pipefail
+source "$(dirname "$0")/../scripts/help.sh"
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu}

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import OneLineParser
 from utils.config import CommonSettings, allowed
 from utils.config_adv import AdversarialSettings
 from utils.config_rb import EarlyBirdSettings
@@ -86,6 +87,7 @@ Flags are spelled with `_` or `-`; those that are on by default are turned off b
 
 
 def main() -> None:
+    OneLineParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     own = [f for f in dataclasses.fields(AdversarialSettings) if f.name not in _names(CommonSettings)]
     birds = [f for f in dataclasses.fields(EarlyBirdSettings) if f.name not in _names(CommonSettings)]
     parts = {

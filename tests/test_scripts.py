@@ -224,9 +224,12 @@ def test_help_is_what_stands_at_the_top(environment):
     assert "table_begin" not in result.stdout
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.sh") if path.stem not in ("table", "help")))
+SHELL = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.sh") if path.stem not in ("table", "help"))
+
+
+@pytest.mark.parametrize("name", SHELL)
 def test_help_starts_nothing(name, environment):
-    result = subprocess.run(["bash", f"scripts/{name}.sh", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(["bash", name, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"bash scripts/{name}.sh" in result.stdout
     assert "set -euo" not in result.stdout
