@@ -231,8 +231,8 @@ SHELL = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.sh") if pa
 def test_help_starts_nothing(name, environment):
     result = subprocess.run(["bash", name, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
     assert (result.returncode, result.stderr) == (0, "")
-    assert f"bash scripts/{name}.sh" in result.stdout
-    assert "set -euo" not in result.stdout
+    assert f"bash {name}" in result.stdout
+    assert "set -" not in result.stdout
 
 
 def test_a_variable_of_another_name_is_told(environment):
