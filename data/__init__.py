@@ -13,7 +13,7 @@ from torch import Tensor
 from data.augment import Augmentation
 from data.loader import Batch, Split, TrainLoader, plain_batches
 from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, stratified
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 
 __all__ = [
     "DECODED_HERE",
@@ -80,7 +80,10 @@ def load_data(
     place = Place(Path(root), image_size=image_size)
     if cache_dir is not None:
         place = Place(place.root, Path(cache_dir), image_size)
-    source = SOURCES[name](place)
+    try:
+        source = SOURCES[name](place)
+    except OSError as error:
+        raise InputError(f"cannot read {name} in {root} ({one_line(error)})") from error
     if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
         raise InputError(f"{root}: too few images to train, validate and test on")
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2

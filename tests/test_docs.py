@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.sources import SOURCES, Place
-from models import OWN
+from models import OWN, load_model
 from sparse_core import GROWTHS
 from tests import toy
 from tests.test_scripts import RUNS
@@ -22,6 +22,7 @@ from utils.checkpoint import load_checkpoint
 from utils.config import parse_settings
 from utils.config_adv import AdversarialSettings
 from utils.config_rb import EarlyBirdSettings
+from utils.export import export
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -142,11 +143,21 @@ def test_a_data_set_of_ones_own(own_script, tmp_path):
     assert len(content["masking"]["events"]) >= 2
 
 
+def test_a_data_set_of_ones_own_that_is_not_there(own_script, run_adv, tmp_path):
+    (snippet,) = [s for s in blocks(ROOT / "docs" / "extending.md", "python") if "SOURCES[" in s]
+    exec(compile(snippet, "mine.py", "exec"), {"__name__": "mine"})
+    outcome = run_adv("--dataset", "arrays", "--data", tmp_path, "--save_dir", tmp_path / "out")
+    assert (outcome.code, f"cannot read arrays in {tmp_path} ([Errno 2]" in outcome.err) == (2, True), outcome.err
+
+
 def test_a_network_of_ones_own(own_script, run_eb, tmp_path):
     flags_without_width = [flag for flag in small_run() if flag not in ("--width", "0.0625")]
     content = own_script("OWN[", "--arch", "plain", *flags_without_width)
     assert content["network"]["arch"] == "plain"
     assert len(content["masking"]["events"]) >= 2
+    checkpoint = next((tmp_path / "out").iterdir()) / "checkpoint.pth.tar"
+    assert load_model(checkpoint)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    export(checkpoint, "safetensors", tmp_path / "plain.safetensors")
     for refused, reason in ((["--width", 2], "size is its own"), (["--pruning", "channel"], "cannot take plain")):
         outcome = run_eb("--arch", "plain", *refused, "--save_dir", tmp_path)
         assert (outcome.code, reason in outcome.err) == (2, True), outcome.err
