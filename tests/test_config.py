@@ -175,11 +175,17 @@ def test_examples_in_help_are_commands_that_work(kind):
 
 
 @pytest.mark.parametrize(
-    ("line", "nearest"), [("--arch resnet19", "resnet18"), ("--dataset CIFAR-10", "cifar10"), ("--growth grad", "gradient")]
+    ("line", "nearest"),
+    [("--arch resnet19", "resnet18"), ("--dataset CIFAR-10", "cifar10"), ("--growth grad", "gradient"), ("--device gpu", "cuda")],
 )
 def test_the_nearest_of_several_choices_is_suggested(line, nearest):
     with pytest.raises(InputError, match=f"did you mean {nearest}"):
         parse(line)
+
+
+def test_a_flag_is_named_in_one_spelling():
+    with pytest.raises(InputError, match=r"^--eval_attack: invalid choice"):
+        parse("--eval_attack autoatack")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def test_what_stays_idle_unasked_is_said():
 
 
 def test_a_stored_run_fills_in_and_cannot_be_contradicted():
-    stored = {"arch": "vgg16", "width": 0.5, "seed": 4, "dataset": "cifar10", "lr": 0.2}
+    stored = {"arch": "vgg16", "width": 0.5, "seed": 4, "dataset": "cifar10", "lr": 0.2, "fb": False, "train_randinit": True}
     settings = parse("--eval --pretrained x --data d --test_step 50", stored)
     assert (settings.arch, settings.width, settings.seed, settings.test_step) == ("vgg16", 0.5, 4, 50)
     assert parse("--eval --pretrained x --arch vgg16_bn --lr 0.2", stored).arch == "vgg16"
@@ -221,6 +227,8 @@ def test_a_stored_run_fills_in_and_cannot_be_contradicted():
         ("--eval --pretrained x --arch resnet18", "--arch resnet18 contradicts the checkpoint, which has vgg16"),
         ("--eval --pretrained x --lr 0.1", "contradicts"),
         ("--resume_dir x --lr 0.1", "contradicts"),
+        ("--resume_dir x --fb", "^--fb contradicts the checkpoint, which was trained without it$"),
+        ("--resume_dir x --no-train_randinit", "^--no-train_randinit contradicts the checkpoint, which was trained with it$"),
     ):
         with pytest.raises(InputError, match=reason):
             parse(line, stored)

@@ -257,6 +257,7 @@ def test_bad_input_is_one_line_and_writes_nothing(plain, run_export, tmp_path):
     described = flags_of(PLAIN)
     refused(run_export(tmp_path / "none.pth.tar", "--format", "onnx"), "no such checkpoint")
     refused(run_export(tmp_path / "none.safetensors", "--format", "onnx"), "no such file")
+    refused(run_export(plain, "--format", "onnx", "--widht", 2), "unknown argument --widht; did you mean --width?")
     refused(run_export(tmp_path / "broken.pth.tar", "--format", "onnx"), "broken")
     refused(run_export(tmp_path / "broken.safetensors", "--format", "onnx"), "broken")
     refused(run_export(plain, "--format", "onnx"), "arch and num_classes")

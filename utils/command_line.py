@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from utils.errors import InputError
@@ -17,10 +18,17 @@ EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out, 3 the r
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line (``InputError``), with the nearest name for a misspelled value."""
+    """argparse whose errors are one line (``InputError``), with the nearest name for a misspelled flag or value."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        # A flag has two spellings; its first one says which it is.
+        raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)*: ", r"\1: ", message))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")
+        return namespace
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -46,6 +54,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def suggestion(unknown: object, known: Iterable[str]) -> str:
     """``; did you mean ...?`` for the nearest of ``known`` whatever the dashes, or nothing."""
     plain = {name.replace("-", "_").lower(): name for name in known}
+    if unknown == "gpu" and "cuda" in plain:  # the nearest by its letters is cpu
+        return "; did you mean cuda?"
     near = difflib.get_close_matches(str(unknown).split("=")[0].replace("-", "_").lower(), list(plain), n=1)
     return f"; did you mean {plain[near[0]]}?" if near else ""
 

@@ -20,7 +20,7 @@ import torch
 from data import DECODED_HERE, SOURCES
 from models import OWN, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs
-from utils.command_line import EXIT_CODES, Help, OneLineParser, metavar_and_text, suggestion
+from utils.command_line import EXIT_CODES, Help, OneLineParser, metavar_and_text
 from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
@@ -296,11 +296,8 @@ def parse_settings(
         formatter_class=Help,
         allow_abbrev=False,
     )
-    known = _add_flags(parser, kind)
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise InputError(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)}")
-    given = vars(namespace)
+    _add_flags(parser, kind)
+    given = vars(parser.parse_args(arguments))
     # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its data lies, and what it would notice.
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
@@ -322,14 +319,11 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     return settings
 
 
-def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> list[str]:
-    """Add a flag for each field, in its group; returns the spellings for suggestions."""
+def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> None:
+    """Add a flag for each field, in its group."""
     hints = get_type_hints(kind)
     groups = {name: parser.add_argument_group(heading) for name, heading in GROUPS.items()}
-    known = []
     for f in dataclasses.fields(kind):
-        spellings = _spellings(f.name)
-        known += spellings
         text = f.metadata["help"]
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         if hints[f.name] is bool:
@@ -341,8 +335,7 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> l
             letter = {int: "N", float: "X", str: "NAME"}[options["type"]]
             options["metavar"], text = metavar_and_text(allowed(f), f.metadata["metavar"] or letter, text)
             text += "" if f.default is None else f" (default {f.default})"
-        groups[f.metadata["group"]].add_argument(*spellings, help=text, **options)
-    return known
+        groups[f.metadata["group"]].add_argument(*_spellings(f.name), help=text, **options)
 
 
 def allowed(f: dataclasses.Field[Any]) -> tuple[str, ...]:
@@ -383,9 +376,15 @@ def _refuse_contradictions(given: Mapping[str, Any], stored: Mapping[str, Any], 
             if name in settings.may_grow and settings.resume_dir is not None and given[name] >= stored[name]:
                 continue
             same = settings.resolved()[name] == settings_from(type(settings), stored).resolved()[name]
-            require(same, f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}")
+            require(same, _contradiction(name, given[name], stored[name]))
         elif settings.is_idle_unless_stored(name):
             raise InputError(f"--{name} has no effect with --eval")
+
+
+def _contradiction(name: str, given: Any, stored: Any) -> str:
+    if isinstance(given, bool):
+        return f"--{'' if given else 'no-'}{name} contradicts the checkpoint, which was trained {'without' if given else 'with'} it"
+    return f"--{name} {given} contradicts the checkpoint, which has {stored}"
 
 
 def only(given: frozenset[str], names: Sequence[str], allowed: bool, where: str) -> None:
