@@ -147,6 +147,44 @@ def test_what_cannot_take_effect_is_refused(line, reason):
         parse(line)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--train_eps 0.0314", r"--train_eps is in 1/255, of which 0.0314 .* give 8.007"),
+        ("--test_eps 0.031", "--test_eps is in 1/255"),
+        ("--train_gamma 0.00784", "--train_gamma is in 1/255, .* give 1.999"),
+        ("--norm l2 --train_eps 0.5 --train_gamma 0.1", "give 127.5"),
+        ("--norm l2 --train_eps 128 --train_gamma 0.1", "give 25.5"),
+        ("--eval --pretrained x --test_eps 0.031", "give 7.905"),
+        ("--train_eps 300", r"lies in \[0, 255\]"),
+        ("--train_eps 8/255", "--train_eps: '8/255' is no number; the unit is 1/255: give 8 for 8/255"),
+        ("--test_eps eight", "the unit is 1/255: give 8 for 8/255"),
+    ],
+)
+def test_radii_in_another_unit_are_refused(line, reason):
+    with pytest.raises(InputError, match=reason):
+        parse(line)
+
+
+def test_no_radius_and_what_a_checkpoint_was_trained_with_are_not_refused():
+    assert parse("--train_eps 0 --test_eps 0.5 --train_gamma 0").train_eps == 0
+    assert parse("--norm l2 --train_eps 300 --train_gamma 30").train_eps == 300
+    assert parse("--eval --pretrained x", {"train_eps": 0.0314, "test_eps": 300.0}).test_eps == 300
+
+
+def test_a_ball_that_nobody_meant_is_said():
+    weak = cautions(parse("--norm l2 --decreasing_lr 9"), 352)
+    assert [line[:29] for line in weak] == ["--norm l2 with --train_eps 8 ", "--norm l2 with --test_eps 8 a"]
+    (steps,) = cautions(parse("--norm l2 --decreasing_lr 9 --train_eps 128 --train_gamma 15 --test_eps 128"), 352)
+    assert "20 steps of --test_gamma 2 do not reach half of --test_eps 128" in steps
+    assert not cautions(parse("--norm l2 --decreasing_lr 9 --train_eps 128 --train_gamma 15 --test_eps 128 --test_gamma 15"), 352)
+    (gray,) = parse("--eval --pretrained x --norm linf", {"norm": "l2", "test_eps": 128.0}).attack_cautions("test")
+    assert "gray" in gray
+    assert not parse("").attack_cautions("test")
+    strong = parse("--eval --pretrained x --norm l2 --test_eps 128 --eval_attack autoattack")
+    assert not strong.attack_cautions("test", own_steps=True)
+
+
 def test_help_shows_groups_defaults_and_units(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

@@ -75,6 +75,14 @@ def test_another_attack_seed_subset_or_network_is_another_evaluation(run_adv, tr
     assert len(results(trained)) == 7
 
 
+def test_a_radius_of_another_norm_is_said_and_one_of_another_unit_refused(run_adv, trained):
+    assert "note: --norm l2 with --test_eps 8 attacks next to nothing" in evaluation(run_adv, trained, "--norm", "l2")
+    before = results(trained)
+    outcome = run_adv("--eval", "--pretrained", trained, "--test_eps", 0.031)
+    assert (outcome.code, outcome.err.count("\n"), results(trained)) == (2, 1, before)
+    assert "--test_eps is in 1/255" in outcome.err
+
+
 COMMON = "--eval --restarts 30 --test_step 3 --eval_dir"
 
 

@@ -206,6 +206,27 @@ class CommonSettings:
         milestones = self.milestones_in(epochs)
         require(milestones == tuple(sorted(milestones)), f"--decreasing_lr {self.decreasing_lr}: epochs must not fall (of {epochs})")
 
+    def refuse_wrong_units(self, given: frozenset[str]) -> None:
+        """Raise ``InputError`` for radii and step sizes that were given in another unit than 1/255."""
+        for name in [name for name in _IN_LEVELS if name in given]:
+            value, kind = getattr(self, name), name.split("_")[1]
+            small = f"--{name} is in 1/255, of which {value:g} does next to nothing; give {255 * value:.4g} for {value:g} in [0, 1]"
+            require(value == 0 or value >= _LEAST_LENGTHS[self.norm, kind], small)
+            everything = kind == "eps" and self.norm == "linf" and value > 255
+            require(not everything, f"--{name} is in 1/255 and lies in [0, 255] with --norm linf, not at {value:g}; 8 is usual")
+
+    def attack_cautions(self, part: str, own_steps: bool = False) -> list[str]:
+        """What to say of the ball in ``train`` or ``test``, which nobody may have meant; with ``own_steps`` the flags' do not count."""
+        eps, gamma, steps = (getattr(self, f"{part}_{name}") for name in ("eps", "gamma", "step"))
+        usual = f"--{part}_eps 128" + ("" if own_steps else f" --{part}_gamma 15")
+        if self.norm == "linf" and eps >= _GRAY:
+            return [f"--norm linf with --{part}_eps {eps:g} lets every image become gray"]
+        if self.norm == "l2" and 0 < eps <= _WEAK_L2:
+            return [f"--norm l2 with --{part}_eps {eps:g} attacks next to nothing; {usual} is usual"]
+        if self.norm == "l2" and 0 < steps * gamma < eps / 2 and not own_steps:
+            return [f"--norm l2: {steps} steps of --{part}_gamma {gamma:g} do not reach half of --{part}_eps {eps:g}; {usual} is usual"]
+        return []
+
     def refuse_idle(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for flags that were given and could not take effect."""
         only(given, ["data"], self.dataset != "digits", "--dataset digits, which needs no folder; which data set is it?")
@@ -303,6 +324,7 @@ def parse_settings(
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
     settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
     _refuse_contradictions(given, stored, settings)
+    settings.refuse_wrong_units(frozenset(given))
     settings.refuse_idle(frozenset(given))
     return settings
 
@@ -330,9 +352,10 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> N
             options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
             text = f"turns off: {text}" if f.default else text
         else:
-            options["type"] = next(t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None))
+            kind_of_value = next(t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None))
+            options["type"] = _levels if f.name in _IN_LEVELS else kind_of_value
             options["choices"] = allowed(f) or None
-            letter = {int: "N", float: "X", str: "NAME"}[options["type"]]
+            letter = {int: "N", float: "X", str: "NAME"}[kind_of_value]
             options["metavar"], text = metavar_and_text(allowed(f), f.metadata["metavar"] or letter, text)
             text += "" if f.default is None else f" (default {f.default})"
         groups[f.metadata["group"]].add_argument(*_spellings(f.name), help=text, **options)
@@ -349,6 +372,15 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys(["--" + name, "--" + name.replace("_", "-")]))
 
 
+def _levels(text: str) -> float:
+    """A length in 1/255, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        over = text.split("/")[0].strip() if text.replace(" ", "").endswith("/255") else "8"
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; the unit is 1/255: give {over} for {over}/255") from None
+
+
 def epoch_number(text: str, epochs: int, name: str) -> int:
     """An epoch, given as its number or as a fraction of the run below one."""
     try:
@@ -363,6 +395,11 @@ def epoch_number(text: str, epochs: int, name: str) -> int:
 # ---------------------------------------------------------------- what is refused
 
 _FLOAT32_MAX = 3.4e38
+_IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
+# Less than this, in 1/255, is a length in units of [0, 1]: for radii below half a level of gray an image is all but clean.
+_LEAST_LENGTHS = {("linf", "eps"): 0.5, ("linf", "gamma"): 0.05, ("l2", "eps"): 2.0, ("l2", "gamma"): 0.3}
+_WEAK_L2 = 16.0  # radius in 1/255 that no network notices: of 32x32x3 pixels each moves by a third of a level
+_GRAY = 127.5  # linf radius in 1/255 in which every image can become gray
 _NOT_NEGATIVE = "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
 
 

@@ -214,7 +214,7 @@ def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
 
 def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
     """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
-    found = []
+    found = [*s.attack_cautions("train"), *s.attack_cautions("test")]
     if not any(milestone < s.epochs for milestone in s.milestones):
         found.append(f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end")
     if s.fbp:

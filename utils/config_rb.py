@@ -154,7 +154,7 @@ class TicketSettings(CommonSettings):
 
     def cautions(self) -> list[str]:
         """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
-        found = []
+        found = [*(self.attack_cautions("train") if set(self.stages) != {"sgd"} else []), *self.attack_cautions("test")]
         if self.density == 1:
             found.append("--density 1 keeps everything, so nothing is pruned and both stages train the dense network")
         if self.stage2 != "fast" and not any(milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)):

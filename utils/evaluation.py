@@ -182,7 +182,9 @@ class Evaluation:
     def run(self) -> None:
         """All trials; asked to stop, by a signal or ``--time_limit``, it saves and leaves."""
         if self.world.is_first:
-            for line in [*(f"warning: {line}" for line in self.warnings), self.began_at]:
+            own_steps = self.settings.eval_attack == "autoattack"
+            notes = [f"note: {line}" for line in self.settings.attack_cautions("test", own_steps)]
+            for line in [*notes, *(f"warning: {line}" for line in self.warnings), self.began_at]:
                 if line:
                     print(line, flush=True)
         with Interruption(self.settings.time_limit) as interruption, self._progress() as progress:
