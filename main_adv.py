@@ -62,7 +62,8 @@ class AdversarialRun(Run):
     def headline(self) -> str:
         s = self.settings
         density = f" at density {s.density:g}" if self.stage.masking else ""
-        return f"{s.method}{density}: {self.where_and_what()}, PGD-{s.train_step} training, {s.epochs} epochs, {self.on_what()}"
+        training = f"PGD-{s.train_step} training at {s.train_ball}"
+        return f"{s.method}{density}: {self.where_and_what()}, {training}, {s.epochs} epochs, {self.on_what()}"
 
     def cautions(self) -> Sequence[str]:
         return cautions(self.settings, self.stage.steps)

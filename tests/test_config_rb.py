@@ -99,6 +99,14 @@ def test_what_stays_idle_unasked_is_said():
     assert "never falls" in parse("--epochs2 20").cautions()[0]
     assert "no ticket can emerge" in parse("--epochs1 4").cautions()[0]
     assert "nothing is pruned" in parse("--density 1").cautions()[0]
+    assert [line[:24] for line in parse("--norm l2").cautions()] == ["--norm l2 with --train_e", "--norm l2 with --test_ep"]
+    assert len(parse("--norm l2 --stage2 sgd").cautions()) == 1
+
+
+def test_a_stage_is_said_with_its_ball():
+    settings = parse("--stage1 fast --train_eps 4")
+    assert settings.stage_text("pgd") == "PGD-10 training at linf 4/255"
+    assert (settings.stage_text("fast"), settings.stage_text("sgd")) == ("fast at linf 4/255", "sgd")
 
 
 def test_tolerances_follow_the_kind_unless_given():

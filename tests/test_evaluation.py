@@ -47,7 +47,7 @@ def test_answers_are_kept_by_image_and_their_means_are_the_summary(run_adv, trai
     assert name.startswith("model_RA_best_pgd-2-x-2_")
     assert (result["checkpoint"], result["attack"], result["title"]) == ("model_RA_best.pth.tar", "pgd", "PGD-2 x 2")
     assert (result["norm"], result["eps"], result["images"]) == ("linf", pytest.approx(8.0), {"test": 60, "train": 100})
-    assert f"test RA (PGD-2 x 2) {result['test_ra']:.2f}" in out
+    assert f"test RA (PGD-2 x 2, linf 8/255) {result['test_ra']:.2f}" in out
     content = answers(trained)
     predicted, labels = content["outcomes"]["predicted"], content["labels"]
     assert 100 * (predicted["clean"] == labels["test"]).double().mean().item() == pytest.approx(result["test_sa"])
@@ -137,8 +137,8 @@ def test_autoattack_by_image(run_adv, trained):
     assert list(strong["trials"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert strong["test_ra"] == strong["trials"]["square"] <= weak["test_ra"]
     assert strong["train_ra"] is None
-    assert "test RA (AutoAttack)" in out
-    assert "test RA (PGD-20)" in pgd
+    assert "test RA (AutoAttack, linf 8/255)" in out
+    assert "test RA (PGD-20, linf 8/255)" in pgd
 
 
 def test_transfer_names_its_source(run_adv, trained, tmp_path):

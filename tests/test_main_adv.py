@@ -113,7 +113,9 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
 
     monkeypatch.setattr(utils.run, "train_epoch", spy)
     flags = "--train_eps 5 --train_step 2 --train_gamma 3 --lr 0.05 --momentum 0.8 --weight_decay 0.001".split()
-    assert run_adv(*toy.TOY_RUN, *flags, "--attack_mode", mode, "--save_dir", tmp_path).code == 0
+    outcome = run_adv(*toy.TOY_RUN, *flags, "--attack_mode", mode, "--save_dir", tmp_path)
+    assert outcome.code == 0
+    assert "PGD-1 tests at linf 8/255, PGD-2 training at linf 5/255, 2 epochs" in outcome.out
     assert [group["lr"] for group, _ in seen] == pytest.approx([0.05, 0.005])
     for group, options in seen:
         assert (group["momentum"], group["weight_decay"]) == (0.8, 0.001)
@@ -250,7 +252,7 @@ def test_eval_gives_the_numbers_the_run_printed(run_adv, tmp_path):
     assert evaluated.code == 0, evaluated.err
     printed = f"{best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
     assert f"test RA {printed}" in outcome.out
-    assert f"test RA (PGD-1) {printed}  robust generalization gap {best['robust_gap']:.2f}" in evaluated.out
+    assert f"test RA (PGD-1, linf 8/255) {printed}  robust generalization gap {best['robust_gap']:.2f}" in evaluated.out
     assert files(tmp_path) == before
 
 

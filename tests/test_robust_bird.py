@@ -154,7 +154,10 @@ def test_channels_are_gone_and_the_checkpoint_knows_its_widths(run_eb, run_adv, 
     evaluated = run_adv("--eval", "--pretrained", paths.best_ra)
     assert evaluated.code == 0, evaluated.err
     best = summary["best"]
-    assert f"test RA (PGD-1) {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}" in evaluated.out
+    assert (
+        f"test RA (PGD-1, linf 8/255) {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
+        in evaluated.out
+    )
     assert summary["method"] == "rb-channel"
     assert json.loads(paths.config.read_text())["network"] == content["network"]
 

@@ -130,6 +130,15 @@ class CommonSettings:
     def test_attack(self) -> PGD:
         return PGD(self.test_eps / 255, self.test_gamma / 255, self.test_step, self.norm, self.test_randinit)
 
+    @property
+    def train_ball(self) -> str:
+        """As people say it: ``linf 8/255``."""
+        return f"{self.norm} {self.train_eps:g}/255"
+
+    @property
+    def test_ball(self) -> str:
+        return f"{self.norm} {self.test_eps:g}/255"
+
     def milestones_in(self, epochs: int) -> tuple[int, ...]:
         """Epochs of a training of ``epochs`` at which the learning rate is divided by ten."""
         return tuple(epoch_number(part, epochs, "--decreasing_lr") for part in self.decreasing_lr.split(",") if part.strip())

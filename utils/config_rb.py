@@ -66,6 +66,11 @@ class TicketSettings(CommonSettings):
         """The kinds of the stages that are trained."""
         return (self.stage2,) if self.stage1_pretrained is not None else (self.stage1, self.stage2)
 
+    def stage_text(self, kind: str) -> str:
+        """A kind of stage with its attack, for the headline."""
+        names = {"sgd": "sgd", "pgd": f"PGD-{self.train_step} training at {self.train_ball}", "fast": f"fast at {self.train_ball}"}
+        return names[kind]
+
     @property
     def plan1(self) -> Plan:
         # Draws of its own: the second stage sees what a dense run of main_adv.py with this seed sees.

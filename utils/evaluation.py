@@ -262,12 +262,13 @@ class Evaluation:
         }
 
     def _headline(self, result: Mapping[str, Any]) -> str:
-        robust, standard = f"test RA ({result['title']}) {result['test_ra']:.2f}", f"test SA {result['test_sa']:.2f}"
+        attack = f"{'PGD-20' if self.settings.eval_attack == 'masking' else result['title']}, {self.settings.test_ball}"
+        robust, standard = f"test RA ({attack}) {result['test_ra']:.2f}", f"test SA {result['test_sa']:.2f}"
         if result["train_ra"] is not None:
             gap = f"robust generalization gap {result['robust_gap']:.2f}"
             return f"{robust}  {standard}  training RA {result['train_ra']:.2f}  {gap}"
         if self.settings.eval_attack == "masking":
-            return f"test RA (PGD-20) {result['test_ra']:.2f}  {standard}  on {result['images']['test']} images"
+            return f"{robust}  {standard}  on {result['images']['test']} images"
         return f"{standard}  {robust}  on {result['images']['test']} images"
 
 

@@ -114,9 +114,9 @@ class RobustBirdRun(Run):
         if s.stage1_pretrained is not None:
             now = f"pruning {s.stage1_pretrained}"
         else:
-            now = f"{s.stage1} for {'at most ' if s.early_stop else ''}{s.epochs1} epochs"
+            now = f"{s.stage_text(s.stage1)} for {'at most ' if s.early_stop else ''}{s.epochs1} epochs"
         what = f"{s.method} at density {s.density:g} of the {kept}: {self.where_and_what()}"
-        return f"{what}, {now}, then {s.stage2} for {s.epochs2}, {self.on_what()}"
+        return f"{what}, {now}, then {s.stage_text(s.stage2)} for {s.epochs2}, {self.on_what()}"
 
     def cautions(self) -> Sequence[str]:
         return self.settings.cautions() if self.number == 1 else ()

@@ -582,7 +582,8 @@ class Run(ABC):
     def where_and_what(self) -> str:
         """Network, data and tests, for the headline."""
         s, data = self.settings, self.data
-        return f"{s.arch} on {s.dataset} ({len(data.train)} / {len(data.val)} / {len(data.test)} images), PGD-{s.test_step} tests"
+        images = f"{len(data.train)} / {len(data.val)} / {len(data.test)} images"
+        return f"{s.arch} on {s.dataset} ({images}), PGD-{s.test_step} tests at {s.test_ball}"
 
     def on_what(self) -> str:
         """Device, precision and processes, for the headline."""
