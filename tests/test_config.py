@@ -303,6 +303,18 @@ def test_other_spellings_of_the_same_are_no_contradiction():
     assert parse("--resume_dir x --decreasing_lr 50,75", stored).milestones == (50, 75)
 
 
+def test_a_run_that_grows_may_repeat_its_fractions_and_cannot_shrink():
+    stored = {"epochs": 6, "decreasing_lr": "0.5", "fbp": True, "dynamic_epoch": "0.5"}
+    grown = parse("--resume_dir x --epochs 9 --decreasing_lr 0.50 --dynamic_epoch .5", stored)
+    assert (grown.milestones, grown.first_adaptive_epoch) == ((4,), 4)
+    for line, reason in (
+        ("--epochs 5 --decreasing_lr 0.5", "^--epochs 5 contradicts the checkpoint, which has 6; a run can only grow$"),
+        ("--epochs 7 --decreasing_lr 0.6", r"^--decreasing_lr 0\.6 contradicts the checkpoint, which has 0\.5$"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            parse(f"--resume_dir x {line}", stored)
+
+
 def test_settings_from_a_checkpoint_are_checked_too():
     assert settings_from(AdversarialSettings, {"lr": 0.3, "unknown": 1}).lr == 0.3
     with pytest.raises(InputError, match="unknown architecture"):

@@ -419,12 +419,24 @@ def _refuse_contradictions(given: Mapping[str, Any], stored: Mapping[str, Any], 
         if name not in given or not f.metadata["result"] or settings.may_differ(name):
             continue
         if name in stored:
-            if name in settings.may_grow and settings.resume_dir is not None and given[name] >= stored[name]:
+            if name in settings.may_grow and settings.resume_dir is not None:
+                fewer = f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}; a run can only grow"
+                require(given[name] >= stored[name], fewer)
                 continue
-            same = settings.resolved()[name] == settings_from(type(settings), stored).resolved()[name]
+            # A fraction that is repeated is the same setting, of however many epochs.
+            same = _numbers(given[name]) == _numbers(stored[name])
+            same = same or settings.resolved()[name] == settings_from(type(settings), stored).resolved()[name]
             require(same, _contradiction(name, given[name], stored[name]))
         elif settings.is_idle_unless_stored(name):
             raise InputError(f"--{name} has no effect with --eval")
+
+
+def _numbers(value: Any) -> Any:
+    """Epochs and fractions in a text as numbers, which have many spellings; anything else as it is."""
+    try:
+        return [float(part) for part in value.split(",")]
+    except (AttributeError, ValueError):
+        return value
 
 
 def _contradiction(name: str, given: Any, stored: Any) -> str:
