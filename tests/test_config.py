@@ -105,6 +105,8 @@ def test_fractions_of_the_run():
         ("--fb --reset", "no meaning"),
         ("--fbp --epochs 20", "past the end of 20 epochs"),
         ("--epochs 20 --decreasing_lr 10,30", "past the end of 20 epochs"),
+        ("--epochs 2 --decreasing_lr 0.5,0.75", "0.75 of 2 epochs comes to epoch 2, the end; leave it out"),
+        ("--epochs 3 --fbp --dynamic_epoch 0.9 --decreasing_lr 1", "0.9 of 3 epochs comes to epoch 3, the end; 0.5 is earlier"),
         ("--decreasing_lr 150,100", "must not fall"),
         ("--decreasing_lr ten", "neither an epoch nor a fraction"),
         ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),

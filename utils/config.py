@@ -215,6 +215,15 @@ class CommonSettings:
         milestones = self.milestones_in(epochs)
         require(milestones == tuple(sorted(milestones)), f"--decreasing_lr {self.decreasing_lr}: epochs must not fall (of {epochs})")
 
+    def refuse_late_milestones(self, epochs: int) -> None:
+        """Raise ``InputError`` if ``--decreasing_lr`` names an epoch that a training of ``epochs`` does not have."""
+        for part in (part.strip() for part in self.decreasing_lr.split(",") if part.strip()):
+            epoch = epoch_number(part, epochs, "--decreasing_lr")
+            why = f"--decreasing_lr {self.decreasing_lr} lies past the end of {epochs} epochs; fractions such as 0.5 work too"
+            if float(part) < 1:
+                why = f"--decreasing_lr {self.decreasing_lr}: {part} of {epochs} epochs comes to epoch {epoch}, the end; leave it out"
+            require(epoch < epochs, why)
+
     def refuse_wrong_units(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for radii and step sizes that were given in another unit than 1/255."""
         for name in [name for name in _IN_LEVELS if name in given]:

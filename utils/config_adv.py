@@ -178,12 +178,13 @@ class AdversarialSettings(CommonSettings):
         only(given, ["second_frequency"], self.dynamic_fre, "no --dynamic_fre")
         require(self.growth != "momentum" or self.momentum > 0, "--growth momentum has no effect with --momentum 0")
         if "decreasing_lr" in given:
-            late = f"--decreasing_lr {self.decreasing_lr} lies past the end of {self.epochs} epochs"
-            require(all(milestone < self.epochs for milestone in self.milestones), late)
+            self.refuse_late_milestones(self.epochs)
         if self.fbp:
             require(self.eval_every == 1, "--fbp looks at the validation of every epoch, so --eval_every must stay 1")
             first = self.first_adaptive_epoch
-            late = f"--fbp adapts from --dynamic_epoch {first} on, past the end of {self.epochs} epochs; a fraction such as 0.5 works too"
+            late = f"--fbp adapts from --dynamic_epoch {self.dynamic_epoch} on, past the end of {self.epochs} epochs; 0.5 is half of them"
+            if float(self.dynamic_epoch) < 1:
+                late = f"--dynamic_epoch {self.dynamic_epoch} of {self.epochs} epochs comes to epoch {first}, the end; 0.5 is earlier"
             require(first < self.epochs, late)
         flag_of_method = "--fix" if self.fix else f"--{self.method}"
         require(not masked or self.density < 1, f"--density 1 leaves nothing to prune, so {flag_of_method} could not take effect")

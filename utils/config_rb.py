@@ -154,8 +154,7 @@ class TicketSettings(CommonSettings):
         if "decreasing_lr" in given:
             epochs = (self.epochs2,) if self.stage1_pretrained is not None else (self.epochs1, self.epochs2)
             longest = max(count for count, kind in zip(epochs, self.stages, strict=True) if kind != "fast")
-            late = f"--decreasing_lr {self.decreasing_lr} lies past the end of {longest} epochs"
-            require(all(milestone < longest for milestone in self.milestones_in(longest)), late)
+            self.refuse_late_milestones(longest)
 
     def cautions(self) -> list[str]:
         """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
