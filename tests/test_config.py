@@ -256,6 +256,9 @@ def test_what_stays_idle_unasked_is_said():
     assert not cautions(parse("--fbp --dynamic_fre"), 352)
     assert "density stays" in cautions(parse("--fbp --epochs 2 --decreasing_lr 1 --dynamic_epoch 1 --update_frequency 2"), 4)[0]
     assert "never falls" in cautions(parse("--epochs 20"), 352)[0]
+    fb = "--fb --epochs 3 --decreasing_lr 0.5 --dynamic_fre --update_frequency 4"
+    assert "at step 12 of 24, so the masks stay in the second half" in cautions(parse(fb), 8)[0]
+    assert not cautions(parse(f"{fb} --second_frequency 4"), 8)
 
 
 def test_a_stored_run_fills_in_and_cannot_be_contradicted():

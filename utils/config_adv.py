@@ -218,15 +218,21 @@ def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
     found = [*s.attack_cautions("train"), *s.attack_cautions("test")]
     if not any(milestone < s.epochs for milestone in s.milestones):
         found.append(f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end")
-    if s.fbp:
-        # A verdict needs two finished epochs to compare.
-        last, first = _update_steps(s, steps_per_epoch)[-1], max(s.first_adaptive_epoch, 2) * steps_per_epoch
-        if last <= first:
-            found.append(
-                f"with {_frequencies(s)} the last mask update is at step {last} and Flying Bird+ adapts after step {first}, "
-                "so the density stays as it is"
-            )
+    if s.method in ("fb", "fbp"):
+        found += _cautions_about_updates(s, steps_per_epoch)
     return found
+
+
+def _cautions_about_updates(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
+    """What the mask updates of a run leave idle: at least one falls into it."""
+    last, steps = _update_steps(s, steps_per_epoch)[-1], s.epochs * steps_per_epoch
+    first = max(s.first_adaptive_epoch, 2) * steps_per_epoch  # a verdict needs two finished epochs to compare
+    at_last = f"with {_frequencies(s)} the last mask update is at step {last}"
+    if s.fbp and last <= first:
+        return [f"{at_last} and Flying Bird+ adapts after step {first}, so the density stays as it is"]
+    if s.dynamic_fre and 2 * last <= steps:
+        return [f"{at_last} of {steps}, so the masks stay in the second half; a smaller --second_frequency moves them"]
+    return []
 
 
 def _update_steps(s: AdversarialSettings, steps_per_epoch: int) -> list[int]:
