@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -449,6 +450,22 @@ def update_is_due(config: MaskingConfig, step: int) -> bool:
     return step % frequency == 0
 
 
+def _refuse_other_optimizer(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Its momentum would bring masked weights back: of a copy of the network, say, or of a part of it."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, weight in weights.items():
+        if weight.requires_grad and id(weight) not in trained:
+            raise ValueError(f"the optimizer does not hold {name}: make it of this model's parameters, after the model is complete")
+
+
+def _warn_of_idle_updates(config: MaskingConfig) -> None:
+    if not config.fixed and not any(update_is_due(config, step) for step in range(1, config.total_steps + 1)):
+        frequency = f"update_frequency={config.update_frequency}"
+        advice = "a smaller one moves the masks, fixed=True says that they shall stay"
+        # The line named is the one that makes the Masking.
+        warnings.warn(f"with {frequency} no mask update falls into {config.total_steps} steps; {advice}", stacklevel=3)
+
+
 class Masking:
     """Keeps a network sparse: masks, their updates, and what is needed to resume them.
 
@@ -463,7 +480,9 @@ class Masking:
         batches: images and labels, for starts that score weights by data.
 
     Raises:
-        ValueError: masks that do not fit the network, or a start without the batches it needs.
+        ValueError: masks that do not fit the network, an optimizer that does not train it, or a start without the batches it needs.
+
+    Warns where masks that are not ``fixed`` would never change in ``total_steps``.
     """
 
     def __init__(
@@ -482,6 +501,8 @@ class Masking:
         self.schedule = DropFractionSchedule(config.drop_fraction, config.total_steps, config.drop_schedule)
         self.weights = prunable(model)
         self._optimizer = optimizer
+        _refuse_other_optimizer(self.weights, optimizer)
+        _warn_of_idle_updates(config)
         if masks is None:
             masks = initial_masks(model, config.density, config.sparse_init, seed=config.seed, batches=batches)
         self.masks: dict[str, Tensor] = {}

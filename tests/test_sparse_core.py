@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -568,3 +569,24 @@ def test_float64_trajectory_equals_the_oracle(golden):
         assert torch.equal(masking.masks[name], mask.bool()), name
     for name, value in part("final/").items():
         assert (model.state_dict()[name].float() - value).abs().max() <= 1e-6, name
+
+
+def test_masks_that_would_never_move_are_said():
+    """As the command line refuses them; static masks are asked for with ``fixed``."""
+    model = toy.network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="no mask update falls into 100 steps"):
+        Masking(model, optimizer, MaskingConfig(0.5, 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Masking(model, optimizer, MaskingConfig(0.5, 100, fixed=True))
+        Masking(model, optimizer, MaskingConfig(0.5, 900))
+        Masking(model, optimizer, MaskingConfig(0.5, 100, second_frequency=60))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = toy.network(), toy.network()
+    with pytest.raises(ValueError, match=r"the optimizer does not hold 0\.weight"):
+        Masking(model, torch.optim.SGD(other.parameters(), 0.1), MaskingConfig(0.5, 900))
+    model[0].weight.requires_grad_(False)  # a layer that is not trained needs none
+    Masking(model, torch.optim.SGD(model[5].parameters(), 0.1), MaskingConfig(0.5, 900))
