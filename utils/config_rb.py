@@ -13,6 +13,7 @@ from utils.config import STAGE_KINDS, CommonSettings, flag, only, require
 from utils.early_bird import KINDS, TOLERANCES, EarlyBird
 from utils.engine import Plan
 from utils.errors import InputError
+from utils.inputs import refuse_what_is_no_checkpoint
 from utils.seeding import stream
 from utils.slimming import usual_floor
 
@@ -210,6 +211,7 @@ class EarlyBirdSettings(TicketSettings):
 
 
 def _digest(path: str) -> str:
+    refuse_what_is_no_checkpoint(path)
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:

@@ -26,6 +26,7 @@ from utils.checkpoint import checksum, load_checkpoint, save_checkpoint, writabl
 from utils.config_adv import AdversarialSettings, evaluation_settings
 from utils.distributed import World
 from utils.errors import InputError, RunError, Stopped
+from utils.inputs import read_checkpoint, refuse_what_is_no_run
 from utils.metrics import environment, json_bytes, write_figure
 from utils.network import network_of, network_spec, spec_in
 from utils.preemption import Interruption
@@ -40,9 +41,12 @@ _LOOKED_AT = 32  # images, before a strong evaluation begins
 def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings in the checkpoint that the flags point to, if it has any."""
     if given.get("eval") and given.get("pretrained"):
-        content = load_checkpoint(given["pretrained"])
+        content = read_checkpoint(given["pretrained"])
         return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
-    return settings_of_run(AdversarialSettings.script, given["resume_dir"]) if given.get("resume_dir") else {}
+    if not given.get("resume_dir"):
+        return {}
+    refuse_what_is_no_run(given["resume_dir"])
+    return settings_of_run(AdversarialSettings.script, given["resume_dir"])
 
 
 def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[nn.Module, Data]:
@@ -54,7 +58,7 @@ def network_and_data(settings: AdversarialSettings, device: torch.device) -> tup
 
 def network_for(path: str, settings: AdversarialSettings, data: Data, device: torch.device) -> nn.Module:
     """The network in a checkpoint, for these images; raises ``InputError`` if they do not fit."""
-    content = load_checkpoint(path)
+    content = read_checkpoint(path)
     spec = spec_in(content, path) or network_spec(settings, data)
     if spec["num_classes"] != len(data.classes):
         raise InputError(f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}")

@@ -11,9 +11,10 @@ from torch import nn
 
 from data import Data
 from models import build_model
-from utils.checkpoint import load_checkpoint, load_weights, network_weights
+from utils.checkpoint import load_weights, network_weights
 from utils.config import CommonSettings
 from utils.errors import InputError, one_line
+from utils.inputs import read_checkpoint
 from utils.safe_tensors import SUFFIX, load_safetensors
 from utils.slimming import slim
 
@@ -87,7 +88,7 @@ def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict
     Raises:
         InputError: no such file, a broken one, one that needs a description, or one that has it already.
     """
-    content = load_safetensors(path) if str(path).endswith(SUFFIX) else load_checkpoint(path)
+    content = load_safetensors(path) if str(path).endswith(SUFFIX) else read_checkpoint(path)
     given = {name: value for name, value in given.items() if value is not None}
     spec = spec_in(content, path)
     if spec is None:

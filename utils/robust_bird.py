@@ -22,6 +22,7 @@ from utils.errors import InputError
 from utils.estimate import Forecast
 from utils.evaluate import evaluate
 from utils.figures import mask_distances
+from utils.inputs import read_checkpoint, refuse_what_is_no_run
 from utils.network import build_network, network_of, spec_in
 from utils.run import Row, Run, Stage, settings_of_run
 from utils.slimming import kept_channels, slim
@@ -31,7 +32,10 @@ def main(kind: type[TicketSettings], description: str) -> None:
     """A Robust Bird script with the settings ``kind``."""
 
     def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        return settings_of_run(kind.script, given["resume_dir"]) if given.get("resume_dir") else {}
+        if not given.get("resume_dir"):
+            return {}
+        refuse_what_is_no_run(given["resume_dir"])
+        return settings_of_run(kind.script, given["resume_dir"])
 
     with joined() as world:
         settings = world.agree(lambda: parse_settings(kind, sys.argv[1:], description, stored_settings))
@@ -85,7 +89,7 @@ class RobustBirdRun(Run):
 
     def _pretrained(self, path: str) -> nn.Module:
         """The network of ``--stage1_pretrained``: dense, whole and of this architecture."""
-        content = load_checkpoint(path)
+        content = read_checkpoint(path)
         if "kept" in (spec_in(content, path) or {}):
             raise InputError(f"--stage1_pretrained {path} is a network whose channels were already removed; a dense one is needed")
         model = network_of(content, path, self.spec, self.device)
