@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--paper", choices=list(DATASETS), help="the paper's data set to lay beside runs on others")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="where to write the accuracy curves")
     arguments = parser.parse_args()
+    png = arguments.figure is None or arguments.figure.suffix.lower() == ".png"
+    require(png, f"--figure {arguments.figure}: the curves are written as PNG, so the file is called something.png")
     runs, unfinished = find_runs(arguments.runs)
     groups, repeated = grouped(runs)
     for note in (*unfinished, *repeated):

@@ -267,6 +267,8 @@ def test_bad_input_is_one_line_and_writes_nothing(plain, run_export, tmp_path):
     refused(run_export(plain), "--format")
     refused(run_export(plain, "--format", "state_dict", *described), "the checkpoint itself")
     refused(run_export(plain, "--format", "onnx", "--out", tmp_path), "is a folder")
+    for kind, name in (("safetensors", "x.onnx"), ("onnx", "x.pth.tar"), ("state_dict", "x.pt2"), ("onnx", "x.safetensors")):
+        refused(run_export(plain, "--format", kind, *described, "--out", tmp_path / name), "suffix of another format", kind)
     refused(run_export(plain, "--format", "onnx", "--out", tmp_path / "no" / "x.onnx"), "no such folder")
     assert sorted(tmp_path.iterdir()) == before
 

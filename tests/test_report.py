@@ -252,6 +252,7 @@ def test_the_script_refuses_where_it_cannot_write_and_what_has_no_effect(tmp_pat
         ([run, "--out", tmp_path / "file" / "out"], "cannot write into"),
         ([run, "--paper", "cifar100"], "has no effect"),
         ([run, "--paper", "digits"], "invalid choice"),
+        ([run, "--figure", tmp_path / "c.txt"], "written as PNG"),
     ):
         result = report(*arguments)
         assert (result.returncode, result.stdout) == (2, "")

@@ -125,7 +125,7 @@ def export(checkpoint: str | Path, kind: str, out: str | Path | None = None, **g
     """
     form = FORMATS[kind]
     path = default_path(Path(checkpoint), kind) if out is None else Path(out)
-    _refuse_path(path, Path(checkpoint))
+    _refuse_path(path, Path(checkpoint), kind)
     trained = Trained.read(checkpoint, **given)
     temporary = path.with_name(f".{os.getpid()}-{path.stem}{form.suffix}")
     try:
@@ -147,13 +147,18 @@ def default_path(checkpoint: Path, kind: str) -> Path:
     return checkpoint.with_name((stem or checkpoint.name) + FORMATS[kind].suffix)
 
 
-def _refuse_path(path: Path, checkpoint: Path) -> None:
+def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
     if path.resolve() == checkpoint.resolve():
         raise InputError(f"{path} is the checkpoint itself; --out FILE writes elsewhere")
     if path.is_dir():
         raise InputError(f"{path} is a folder; --out names a file")
     if not path.parent.is_dir():
         raise InputError(f"no such folder: {path.parent}")
+    own = FORMATS[kind].suffix
+    # What torch.load reads, a checkpoint or a state dict, goes by several suffixes.
+    formats = [(".tar", ".pth", ".pt"), *((form.suffix,) for form in FORMATS.values())]
+    if any(path.suffix in suffixes and own not in suffixes for suffixes in formats):
+        raise InputError(f"{path}: {path.suffix} is the suffix of another format; that of --format {kind} is {own}")
 
 
 @torch.no_grad()
