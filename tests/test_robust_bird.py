@@ -417,7 +417,7 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", path)
     assert (outcome.code, "channels were already removed" in outcome.err) == (2, True)
     outcome = run_eb(*common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "slim").stage1)
-    assert (outcome.code, "not a checkpoint of this resnet18" in outcome.err) == (2, True)
+    assert (outcome.code, "it was trained with --width 0.0625, this run has --width 0.125" in outcome.err) == (2, True)
     sparse = load_checkpoint(only_run(tmp_path / "slim").stage1)
     for value in sparse["state_dict"].values():
         if value.dim() > 1:
@@ -425,6 +425,7 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
     torch.save(sparse, tmp_path / "sparse.pth.tar")
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "sparse.pth.tar", "--density", 0.5)
     assert (outcome.code, "is sparse already" in outcome.err) == (2, True)
+    assert re.search(r"0\.(19|20)\d\d of its weights are not zero, fewer than --density 0\.5 keeps", outcome.err)
     sparse["state_dict"]["conv1.weight"][0] = float("nan")
     torch.save(sparse, tmp_path / "nan.pth.tar")
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "nan.pth.tar")

@@ -92,14 +92,27 @@ class RobustBirdRun(Run):
         content = read_checkpoint(path)
         if "kept" in (spec_in(content, path) or {}):
             raise InputError(f"--stage1_pretrained {path} is a network whose channels were already removed; a dense one is needed")
+        self._refuse_other_spec(path, spec_in(content, path) or {})
         model = network_of(content, path, self.spec, self.device)
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise InputError(f"--stage1_pretrained {path} has weights that are not finite")
         weights = prunable(model).values()
         live, total = sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
         if self.settings.pruning == "unstructured" and live < round(self.settings.density * total):
-            raise InputError(f"--stage1_pretrained {path} is sparse already: its density {live / total:.4f} is below --density")
+            sparse = f"--stage1_pretrained {path} is sparse already: {live / total:.4f} of its weights are not zero"
+            # Some grew and had no gradient since: where a map has one pixel, all of a 3x3 kernel but its centre.
+            why = f"fewer than --density {self.settings.density:g} keeps (the density of its run counts live weights that are zero too)"
+            raise InputError(f"{sparse}, {why}; a dense network is needed, or a lower --density")
         return model
+
+    def _refuse_other_spec(self, path: str, theirs: Mapping[str, Any]) -> None:
+        """Name the flags in which a checkpoint that says what it is differs from this run."""
+        names = [name for name in ("arch", "width", "depth_factor", "width_factor") if name in theirs and theirs[name] != self.spec[name]]
+        if names:
+            was, now = (" ".join(f"--{name} {spec[name]}" for name in names) for spec in (theirs, self.spec))
+            raise InputError(
+                f"--stage1_pretrained {path} is not a checkpoint of this network: it was trained with {was}, this run has {now}"
+            )
 
     @property
     def epochs(self) -> int:
