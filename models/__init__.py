@@ -92,7 +92,8 @@ def canonical_arch(arch: str) -> str:
     """The name without aliases; raises ``ValueError`` for an unknown one."""
     name = ALIASES.get(arch, arch)
     if name not in (*ARCHITECTURES, *OWN):
-        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join((*ARCHITECTURES, *OWN))}")
+        own = "a network of one's own is known to the script that puts it into models.OWN, which must be the one to load it"
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join((*ARCHITECTURES, *OWN))}; {own} (docs/extending.md)")
     return name
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from models import build_model, load_model
+from models import OWN, build_model, load_model
 from tests import toy
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
@@ -100,3 +101,27 @@ def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
         with pytest.raises(InputError, match="cannot download"):
             load_model(url, **DESCRIBED)
     assert not hub.exists() or not list(hub.iterdir())
+
+
+def plain(classes, normalize):
+    """As in docs/extending.md."""
+    convolution = nn.Conv2d(normalize.mean.numel(), 8, 3, padding=1)
+    return nn.Sequential(normalize, convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes))
+
+
+def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_path, monkeypatch):
+    monkeypatch.setitem(OWN, "plain", plain)
+    flags = [flag for flag in toy.TOY_RUN if flag not in ("--width", "0.0625")]
+    assert run_adv(*flags, "--arch", "plain", "--save_dir", tmp_path / "runs").code == 0
+    (best,) = (tmp_path / "runs").glob("*/model_RA_best.pth.tar")
+    outcome = run_adv("--eval", "--pretrained", best)
+    assert (outcome.code, "test RA (PGD-1, linf 8/255)" in outcome.out) == (0, True), outcome.err
+    assert load_model(best)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    exported, _ = export(best, "safetensors", tmp_path / "m.safetensors")
+    monkeypatch.delitem(OWN, "plain")
+    outcome = run_adv("--eval", "--pretrained", best)
+    why = "the script that puts it into models.OWN, which must be the one to load it"
+    assert (outcome.code, outcome.err.count("\n"), why in outcome.err) == (2, 1, True)
+    for path in (best, exported):
+        with pytest.raises(InputError, match=r"unknown architecture 'plain'.*must be the one to load it"):
+            load_model(path)
