@@ -183,6 +183,8 @@ def test_a_ball_that_nobody_meant_is_said():
     (gray,) = parse("--eval --pretrained x --norm linf", {"norm": "l2", "test_eps": 128.0}).attack_cautions("test")
     assert "gray" in gray
     assert not parse("").attack_cautions("test")
+    (stored,) = parse("--eval --pretrained x", {"test_eps": 0.031}).attack_cautions("test")
+    assert stored == "--norm linf with --test_eps 0.031 attacks next to nothing; --test_eps 8 --test_gamma 2 is usual"
     strong = parse("--eval --pretrained x --norm l2 --test_eps 128 --eval_attack autoattack")
     assert not strong.attack_cautions("test", own_steps=True)
 

@@ -236,11 +236,12 @@ class CommonSettings:
     def attack_cautions(self, part: str, own_steps: bool = False) -> list[str]:
         """What to say of the ball in ``train`` or ``test``, which nobody may have meant; with ``own_steps`` the flags' do not count."""
         eps, gamma, steps = (getattr(self, f"{part}_{name}") for name in ("eps", "gamma", "step"))
-        usual = f"--{part}_eps 128" + ("" if own_steps else f" --{part}_gamma 15")
+        radius, step = {"linf": (8, 2), "l2": (128, 15)}[self.norm]
+        usual = f"--{part}_eps {radius}" + ("" if own_steps else f" --{part}_gamma {step}")
         if self.norm == "linf" and eps >= _GRAY:
             return [f"--norm linf with --{part}_eps {eps:g} lets every image become gray"]
-        if self.norm == "l2" and 0 < eps <= _WEAK_L2:
-            return [f"--norm l2 with --{part}_eps {eps:g} attacks next to nothing; {usual} is usual"]
+        if 0 < eps < _WEAK[self.norm]:
+            return [f"--norm {self.norm} with --{part}_eps {eps:g} attacks next to nothing; {usual} is usual"]
         if self.norm == "l2" and 0 < steps * gamma < eps / 2 and not own_steps:
             return [f"--norm l2: {steps} steps of --{part}_gamma {gamma:g} do not reach half of --{part}_eps {eps:g}; {usual} is usual"]
         return []
@@ -416,7 +417,7 @@ _FLOAT32_MAX = 3.4e38
 _IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
 # Less than this, in 1/255, is a length in units of [0, 1]: for radii below half a level of gray an image is all but clean.
 _LEAST_LENGTHS = {("linf", "eps"): 0.5, ("linf", "gamma"): 0.05, ("l2", "eps"): 2.0, ("l2", "gamma"): 0.3}
-_WEAK_L2 = 16.0  # radius in 1/255 that no network notices: of 32x32x3 pixels each moves by a third of a level
+_WEAK = {"linf": 0.5, "l2": 16.0}  # radii in 1/255 that no network notices: of 32x32x3 values each moves by a third of a level
 _GRAY = 127.5  # linf radius in 1/255 in which every image can become gray
 _NOT_NEGATIVE = "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
 
