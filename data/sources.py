@@ -197,6 +197,8 @@ def _annotated(annotations: Path, classes: list[str]) -> Files:
 
 def imagefolder(place: Place) -> Source:
     """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified, crop padding an eighth of the side, flip."""
+    if place.root.is_dir() and not (place.root / "train").is_dir():
+        raise InputError(f"{place.root} has no folder train; --data holds train/<class>/* and test/<class>/* (or val/<class>/*)")
     classes = class_folders(place.root / "train")
     training = scan_classes(place.root / "train", classes)
     test_root = next((place.root / n for n in ("test", "val") if (place.root / n).is_dir()), None)

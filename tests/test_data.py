@@ -287,6 +287,9 @@ def test_too_few_images_are_refused(tmp_path):
 def test_a_wrong_path_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_data("imagefolder", tmp_path / "nowhere")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"train has no folder train; --data holds train/<class>/\*"):
+        load_data("imagefolder", tmp_path / "train")
     with pytest.raises(InputError, match="unknown data set"):
         load_data("mnist")
 
