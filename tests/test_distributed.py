@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import sparse_core
@@ -135,6 +137,23 @@ def test_no_thread_outlives_python(tmp_path, spoil):
     """One that asks for the interpreter while it ends aborts the process, and a finished run would exit with SIGABRT."""
     torch.multiprocessing.spawn(threads_left, (free_port(), tmp_path, spoil), nprocs=2)
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["", ""]
+
+
+def order_of_ending(rank, port, folder):
+    become(rank, port)
+    with joined() as world:
+        replica = world.replica(plain_network(False), torch.device("cpu"))
+        replica.itself = replica
+        there = weakref.ref(replica.reducer)
+        ending = weakref.finalize(dist.group.WORLD, lambda: (folder / str(rank)).write_text(str(there())))
+        ending.atexit = False
+        del replica
+
+
+def test_the_group_outlives_what_computes_with_it(tmp_path):
+    """Were the gradients' side last to drop it, that would wait for a thread that waits for the interpreter: seen in one of 20 runs."""
+    torch.multiprocessing.spawn(order_of_ending, (free_port(), tmp_path), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
 
 
 def failing(world):

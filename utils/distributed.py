@@ -159,12 +159,13 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    _let_go_before_the_end()
+    _import_before_the_group()
     try:
         # Small things that the hosts decide go by gloo in any case: they never wait for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes do not find each other ({one_line(error)})") from error
+    _let_go_before_the_end()
     world = World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
     try:
         yield world
@@ -180,11 +181,24 @@ def joined() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _let_go_before_the_end() -> None:
-    """See that the exchange's threads end before Python does: one that still asks for the interpreter then aborts the process."""
+def _import_before_the_group() -> None:
     # DDP imports it, and it keeps the group of that moment as default arguments: here there is none yet.
     importlib.import_module("torch.distributed.nn.functional")
-    atexit.register(gc.collect)  # DDP and what holds it are cycles
+
+
+def _let_go_before_the_end() -> None:
+    """See that the exchange's threads end before Python does: one that then still asks for the interpreter aborts the process.
+
+    Who drops the group last waits for them, and of its holders the Python object alone lets them have the interpreter meanwhile;
+    DDP's would wait for ever. So that one is held until DDP, and what holds it in cycles, is gone.
+    """
+    held = [dist.group.WORLD]
+
+    def let_go() -> None:
+        gc.collect()
+        held.clear()
+
+    atexit.register(let_go)
 
 
 def _leave(world: World, together: bool) -> None:
