@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,19 @@ from utils.distributed import joined
 
 def in_processes(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for what they hand back."""
-    torch.multiprocessing.spawn(_process, (size, free_port(), function, str(folder), arguments), nprocs=size)
+    spawn(_process, (size, free_port(), function, str(folder), arguments), size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def spawn(function: Callable[..., Any], arguments: tuple[Any, ...], size: int = 2, seconds: float = 300) -> None:
+    """``function(rank, *arguments)`` in ``size`` processes to their end; ``TimeoutError`` if they wait for each other for ever."""
+    context = torch.multiprocessing.spawn(function, arguments, size, join=False)
+    end = time.monotonic() + seconds
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the processes had not ended after {seconds:g} s")
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ import sparse_core
 from data import Augmentation, Batch, TrainLoader
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
-from tests.processes import become, free_port, in_processes
+from tests.processes import become, free_port, in_processes, spawn
 from tests.test_resume import FBP, LONGER, assert_equal, only_run
 from utils.attacks import PGD
 from utils.checkpoint import load_checkpoint
@@ -135,7 +135,7 @@ def exchanging():
 @pytest.mark.parametrize("spoil", [False, True], ids=["finished", "failed"])
 def test_no_thread_outlives_python(tmp_path, spoil):
     """One that asks for the interpreter while it ends aborts the process, and a finished run would exit with SIGABRT."""
-    torch.multiprocessing.spawn(threads_left, (free_port(), tmp_path, spoil), nprocs=2)
+    spawn(threads_left, (free_port(), tmp_path, spoil))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["", ""]
 
 
@@ -152,7 +152,7 @@ def order_of_ending(rank, port, folder):
 
 def test_the_group_outlives_what_computes_with_it(tmp_path):
     """Were the gradients' side last to drop it, that would wait for a thread that waits for the interpreter: seen in one of 20 runs."""
-    torch.multiprocessing.spawn(order_of_ending, (free_port(), tmp_path), nprocs=2)
+    spawn(order_of_ending, (free_port(), tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
 
 
@@ -294,7 +294,7 @@ def leaving(rank, port, folder):
 
 def test_the_first_leaves_first(tmp_path):
     """torchrun kills the others as soon as one has failed, and the first has files to write."""
-    torch.multiprocessing.spawn(leaving, (free_port(), tmp_path), nprocs=2)
+    spawn(leaving, (free_port(), tmp_path))
     first, second = (float((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     assert second > first
 
