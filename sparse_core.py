@@ -55,7 +55,7 @@ def layer_densities(shapes: Mapping[str, Sequence[int]], density: float, method:
     """Spread one density over layers.
 
     Args:
-        shapes: weight shape by layer name, 2-d or 4-d, output channels first.
+        shapes: weight shape by layer name, of two or more dimensions, the two channel counts first.
         density: kept fraction of all weights together, in (0, 1].
         method: ``igq`` (keep 1 / (F n + 1) of a layer of n weights, F by bisection), ``erk`` (proportional
             to the sum over the product of the shape), ``er`` (the same from the two channel counts alone) or
@@ -275,9 +275,60 @@ def _pairs(values: Sequence[float], most: int) -> list[tuple[float, float]]:
 # ---------------------------------------------------------------- first masks
 
 
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every 4-d (convolution) and 2-d (linear) weight by name; biases and norms are never masked."""
-    return {name: p for name, p in model.named_parameters() if p.dim() in (2, 4)}
+    """The weights of convolutions (also 1-d, 3-d and transposed), linear layers and attention's projections, by name.
+
+    Biases, norms, embeddings and free parameters are never masked, whatever their shape; frozen weights (``requires_grad`` False)
+    are left alone and do not count. A weight that several layers share counts once.
+
+    Raises:
+        ValueError: a layer whose weight is computed from others, as by ``weight_norm`` or ``torch.nn.utils.prune``, so that zeros
+            in what is trained are not zeros in what is computed.
+    """
+    weights: set[int] = set()
+    for name, module in model.named_modules():
+        weights |= {id(_trained_weight(module, leaf, name)) for leaf in _weight_names(module)}
+    return {name: p for name, p in model.named_parameters() if id(p) in weights and p.requires_grad}
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.MultiheadAttention):  # its last projection is a linear layer of its own
+        return [leaf for leaf in _ATTENTION_WEIGHTS if getattr(module, leaf) is not None]
+    return ["weight"] if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) else []
+
+
+def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
+    """The parameter behind a layer's weight: itself, or what a spectral norm divides, since there a zero stays one."""
+    own = dict(module.named_parameters(recurse=False))
+    if leaf in own:
+        return own[leaf]
+    if hasattr(module, f"{leaf}_mask"):
+        raise ValueError(f"{name} is masked by torch.nn.utils.prune already; torch.nn.utils.prune.remove(layer, '{leaf}') makes that plain")
+    if f"{leaf}_orig" in own:  # the older spectral norm
+        return own[f"{leaf}_orig"]
+    if f"{leaf}_g" in own:
+        raise ValueError(
+            f"{name} has a weight_norm, whose zeros are no zeros of its weight; torch.nn.utils.remove_weight_norm takes it off"
+        )
+    if nn.utils.parametrize.is_parametrized(module, leaf):
+        parts: Any = module.parametrizations[leaf]  # type: ignore[index]
+        kinds = [type(part).__name__ for part in parts]
+        if kinds == ["_SpectralNorm"]:
+            return parts.original
+        computed = f"computed by {', '.join(kinds).strip('_')}, whose zeros are no zeros of it"
+        raise ValueError(f"{name} has a weight {computed}; torch.nn.utils.parametrize.remove_parametrizations takes that off")
+    raise ValueError(f"{name} has a {leaf} that is no parameter, so it cannot be masked")
+
+
+def _warn_of_frozen(model: nn.Module) -> None:
+    """Name what a caller may have expected to be masked."""
+    weights = [(name, _trained_weight(m, leaf, name)) for name, m in model.named_modules() for leaf in _weight_names(m)]
+    frozen = list(dict.fromkeys(name for name, weight in weights if not weight.requires_grad))
+    if frozen:
+        warnings.warn(f"frozen layers are left alone and do not count: {', '.join(frozen)}", stacklevel=3)
 
 
 def initial_masks(
@@ -300,6 +351,8 @@ def initial_masks(
     """
     _check_density(density)
     weights = prunable(model)
+    if not weights:
+        raise ValueError("the network has no weights to mask: no trained convolution, linear layer or attention")
     if method in DENSITY_METHODS:
         counts = layer_counts({name: tuple(w.shape) for name, w in weights.items()}, density, method)
         return {
@@ -318,7 +371,27 @@ def initial_masks(
         scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
     else:
         scores = (_snip_scores if method == "snip" else _grasp_scores)(model, batches)
-    return global_masks(scores, density)
+    return _connected_masks(scores, density)
+
+
+def _connected_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """``global_masks`` that leave each layer its highest weight, and the last one, the classifier, that of each output.
+
+    A layer that a start empties lets nothing through, so it never has a gradient to grow by.
+    """
+    masks = global_masks(scores, density)
+    *_, classifier = scores
+    lacking = {name: ~mask.flatten(1).any(dim=1) if name == classifier else ~mask.any().view(1) for name, mask in masks.items()}
+    if not any(bool(rows.any()) for rows in lacking.values()):
+        return masks
+    least = len(scores) - 1 + len(lacking[classifier])
+    if round(density * sum(score.numel() for score in scores.values())) < least:
+        raise ValueError(f"density {density} leaves fewer weights than one a layer and one for each output of {classifier}, {least}")
+    raised = {name: score.clone() for name, score in scores.items()}
+    for name, score in raised.items():
+        rows = score.view(len(lacking[name]), -1)
+        rows.scatter_(1, rows.argmax(dim=1, keepdim=True), float("inf"))
+    return global_masks(raised, density)
 
 
 def global_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
@@ -344,7 +417,8 @@ def _snip_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[s
     weights = prunable(model)
     for x, y in batches:
         F.cross_entropy(model(x), y, reduction="sum").backward()
-    return {name: (w.detach() * w.grad).abs() for name, w in weights.items() if w.grad is not None}
+    # A layer that the loss does not reach has no gradient.
+    return {name: (w.detach() * (torch.zeros_like(w) if w.grad is None else w.grad)).abs() for name, w in weights.items()}
 
 
 def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
@@ -354,7 +428,7 @@ def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[
 
     def gradients(x: Tensor, y: Tensor, create_graph: bool) -> Sequence[Tensor]:
         loss = F.cross_entropy(model(x) / _GRASP_TEMPERATURE, y, reduction="sum")
-        return torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+        return torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
     totals = [torch.zeros_like(w) for w in weights.values()]
     for x, y in batches:
@@ -362,7 +436,9 @@ def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[
     products = [torch.zeros_like(w) for w in weights.values()]
     for x, y in batches:
         terms = [(g * t).sum() for g, t in zip(gradients(x, y, create_graph=True), totals, strict=True)]
-        torch._foreach_add_(products, list(torch.autograd.grad(torch.stack(terms).sum(), list(weights.values()))))
+        torch._foreach_add_(
+            products, list(torch.autograd.grad(torch.stack(terms).sum(), list(weights.values()), allow_unused=True, materialize_grads=True))
+        )
     return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), products, strict=True)}
 
 
@@ -380,7 +456,7 @@ def _synflow_masks(model: nn.Module, density: float, x: Tensor) -> dict[str, Ten
         ones = ones * normalize.std.view(1, -1, 1, 1) + normalize.mean.view(1, -1, 1, 1)
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     for done in range(1, _SYNFLOW_ROUNDS + 1):
-        gradients = torch.autograd.grad(model(ones).sum(), list(weights.values()))
+        gradients = torch.autograd.grad(model(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True)
         scores = {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
         masks = global_masks(scores, density ** (done / _SYNFLOW_ROUNDS))
         with torch.no_grad():
@@ -454,7 +530,7 @@ def _refuse_other_optimizer(weights: Mapping[str, nn.Parameter], optimizer: torc
     """Its momentum would bring masked weights back: of a copy of the network, say, or of a part of it."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, weight in weights.items():
-        if weight.requires_grad and id(weight) not in trained:
+        if id(weight) not in trained:
             raise ValueError(f"the optimizer does not hold {name}: make it of this model's parameters, after the model is complete")
 
 
@@ -496,11 +572,13 @@ class Masking:
     ) -> None:
         self.config = config
         self.steps = 0
+        self._put_off = False  # an update that fell on gradients without use
         self.events: list[dict[str, Any]] = []
         self.controller = DensityController(config.epoch_range, config.update_threshold, config.start_epoch)
         self.schedule = DropFractionSchedule(config.drop_fraction, config.total_steps, config.drop_schedule)
         self.weights = prunable(model)
         self._optimizer = optimizer
+        _warn_of_frozen(model)
         _refuse_other_optimizer(self.weights, optimizer)
         _warn_of_idle_updates(config)
         if masks is None:
@@ -516,26 +594,36 @@ class Masking:
     def step(self) -> None:
         """Call after each ``optimizer.step()``, gradients still in place: masks again, and updates when due."""
         self.steps += 1
-        if self.update_due():
-            self.update_topology()
-        else:
+        if not self.update_due():
             self.apply()
+        elif self.config.growth == "gradient" and not self._gradients_tell():
+            self._put_off = True
+            self.apply()
+        else:
+            self._put_off = False
+            self.update_topology()
 
     def update_due(self) -> bool:
         """Whether the masks change after the step that was just counted."""
-        return update_is_due(self.config, self.steps)
+        return self._put_off or update_is_due(self.config, self.steps)
+
+    def _gradients_tell(self) -> bool:
+        """Whether the last gradients say where to grow: finite, and not all zero, as they are after a step that a scaler skipped."""
+        largest = torch.stack([gradient.abs().amax() for gradient in self._gradients()])  # of NaN that is NaN
+        return bool(largest.isfinite().all() & (largest > 0).any())
+
+    def _gradients(self) -> list[Tensor]:
+        found = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        if not found:
+            raise ValueError("gradient growth needs the gradients of the last batch: update masks before zero_grad()")
+        return found
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights and their momentum to zero, in place."""
-        tensors: list[Tensor] = []
-        multipliers: list[Tensor] = []
         for name, weight in self.weights.items():
             for tensor in (weight, *self.moments(name)):
-                tensors.append(tensor)
-                multipliers.append(self._multipliers[name])
-        torch._foreach_mul_(tensors, multipliers)
-        torch._foreach_add_(tensors, 0.0)  # -0.0 becomes 0.0: dead weights have one bit pattern
+                tensor.masked_fill_(self._dead[name], 0.0)  # not times 0, which an infinite gradient would make NaN
 
     def moments(self, name: str) -> Iterable[Tensor]:
         """What the optimizer remembers of a layer, each tensor shaped like its weight: the momentum of SGD."""
@@ -552,6 +640,8 @@ class Masking:
         Called by ``step`` when due. Needs the gradients of the last batch for ``gradient`` growth and the
         optimizer's momentum, not yet masked, for ``momentum`` growth.
         """
+        if self.config.growth == "gradient":
+            self._gradients()  # without any, nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
         fraction = self.schedule.at(self.steps)
         live_counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
@@ -576,6 +666,8 @@ class Masking:
         mask, weight = self.masks[name], self.weights[name]
         if live == mask.numel():
             return mask
+        if self.config.growth == "gradient" and weight.grad is None:  # not used in the last step
+            return mask
         n_drop = min(live, math.ceil(fraction * live))
         n_prune = math.ceil(fraction * self.config.prune_ratio * live) if verdict.prune else 0
         n_grow = int(n_drop * (1 + self.config.growth_ratio)) if verdict.grow else n_drop
@@ -592,7 +684,7 @@ class Masking:
             name: torch.empty_like(weight, dtype=torch.bool, requires_grad=False).copy_(masks[name])
             for name, weight in self.weights.items()
         }
-        self._multipliers = {name: mask.to(self.weights[name].dtype) for name, mask in self.masks.items()}
+        self._dead = {name: ~mask for name, mask in self.masks.items()}
 
     # ---- every epoch, and questions
 
@@ -625,7 +717,8 @@ class Masking:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, as tensors and plain values; copies, so it can be kept."""
-        return {
+        put_off = {"put_off": True} if self._put_off else {}
+        return put_off | {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "explored": {name: seen.clone() for name, seen in self._explored.items()},
             "steps": self.steps,
@@ -639,6 +732,7 @@ class Masking:
         self._set_masks(state["masks"])
         self._explored = {name: state["explored"][name].to(mask.device).clone() for name, mask in self.masks.items()}
         self.steps = int(state["steps"])
+        self._put_off = bool(state.get("put_off", False))
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
         self.events = [dict(event) for event in state["events"]]
@@ -656,11 +750,15 @@ def _gradient_growth(masking: Masking, name: str) -> Tensor:
     return gradient.abs()
 
 
+_MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
+
+
 def _momentum_growth(masking: Masking, name: str) -> Tensor:
-    moments = list(masking.moments(name))
-    if not moments:
-        raise ValueError("momentum growth needs an optimizer with momentum")
-    return moments[0].abs()
+    state = masking._optimizer.state.get(masking.weights[name], {})
+    momentum = next((state[key] for key in _MOMENTA if isinstance(state.get(key), Tensor)), None)
+    if momentum is None:  # sums and averages of squares, as of Adagrad and RMSprop, have no direction
+        raise ValueError("momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the Adam family")
+    return momentum.abs()
 
 
 # Scores shaped like a layer's weight, by the masking and the layer's name; the highest among the dead positions grow.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +42,20 @@ class Source:
     std: tuple[float, ...] | None = None
 
 
+def default_cache() -> Path:
+    """Where decoded images are kept: in the user's cache, or with the temporary files of a user who has no home."""
+    try:
+        return Path.home() / ".cache" / "sparse-adversarial"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where to look and how to decode: ``root`` of the data, ``cache_dir`` and ``image_size`` for image folders."""
 
     root: Path
-    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "sparse-adversarial")
+    cache_dir: Path = field(default_factory=lambda: default_cache())
     image_size: int | None = None
 
 

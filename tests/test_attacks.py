@@ -157,3 +157,33 @@ def test_draws_and_random_start_go_together():
     x, y = toy.images()
     with pytest.raises(ValueError, match="draws"):
         pgd_attack(toy.network(), x, y, PGD(0.1, 0.1, 1, random_start=True))
+
+
+@pytest.mark.parametrize(("attack", "theirs"), [(LINF, "LinfPGDAttack"), (L2, "L2PGDAttack")])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_inputs_of_any_shape_and_targets_equal_advertorch(attack, theirs, targeted):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)).eval()
+    x, y = torch.rand(16, 20), torch.arange(16) % 4
+    targets = (y + 1) % 4
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    kept = {"rand_init": False, "clip_min": 0.0, "clip_max": 1.0, "targeted": targeted}
+    yardstick = getattr(import_advertorch(), theirs)(network, loss, attack.eps, attack.steps, attack.step_size, **kept)
+    ours = pgd_attack(network, x, y, attack, targets=targets if targeted else None)
+    assert (ours - yardstick.perturb(x, targets if targeted else y)).abs().max() <= 1e-5
+    assert (ours - x).abs().max() > 0
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_in_a_model_that_trains():
+    model = toy.network().train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    pgd_attack(model, *toy.images(), LINF, training=True)
+    assert torch.equal(model[1].running_mean, before)
+    assert (model.training, model[1].training) == (True, False)
+
+
+def test_inference_mode_is_refused_with_what_helps():
+    x, y = toy.images()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        pgd_attack(toy.network(), x, y, LINF)

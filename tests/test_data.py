@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ from PIL import Image
 
 import data.folders
 import data.sources
-from data import Augmentation, TrainLoader, calibration_batches, channel_statistics, load_data, plain_batches
+from data import Augmentation, TrainLoader, _free_memory, calibration_batches, channel_statistics, load_data, plain_batches
 from data.augment import augment, to_float
-from data.sources import stratified
+from data.sources import Place, stratified
 from tests import toy
 from utils.compat import import_torchvision
 from utils.errors import InputError
@@ -545,3 +546,18 @@ def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
 def test_a_pipe_among_the_images_is_not_waited_for(image_tree):
     os.mkfifo(image_tree / "train" / "ant" / "pipe.png")
     assert [path.name for path in data.folders.image_files(image_tree / "train" / "ant")][-1] == "019.png"
+
+
+def test_a_user_without_a_home_has_a_cache_with_the_temporary_files(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    place = Place(Path("somewhere"))
+    assert place.cache_dir == Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is told by Linux")
+def test_memory_that_caches_files_is_free():
+    told = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    assert abs(_free_memory(torch.device("cpu")) - told["MemAvailable"]) < 2**28

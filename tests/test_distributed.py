@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import re
 import signal
@@ -23,13 +24,14 @@ from tests import toy
 from tests.processes import become, free_port, in_processes, spawn
 from tests.test_resume import FBP, LONGER, assert_equal, only_run
 from utils.attacks import PGD
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import parse_settings
 from utils.config_adv import AdversarialSettings
 from utils.distributed import ALONE, World, joined, synchronize_batch_norm
 from utils.engine import Plan, train_epoch
 from utils.errors import InputError, RunError, Stopped
 from utils.evaluate import evaluate
+from utils.evaluation import evaluate_checkpoint, stored_settings
 from utils.forward import Execution, Forward
 from utils.metrics import read_epochs
 from utils.slimming import PickingBatchNorm2d
@@ -334,6 +336,32 @@ def test_what_gpus_have_synchronized_goes_on_and_is_evaluated_on_a_cpu(run_adv, 
     resumed = run_adv("--resume_dir", root, "--epochs", "3")
     assert resumed.code == 0, resumed.err
     assert run_adv("--eval", "--pretrained", root / "model_RA_best.pth.tar").code == 0
+
+
+def _evaluated(world, checkpoint, folder):
+    flags = ["--eval", "--pretrained", checkpoint, "--eval_dir", f"{folder}/{world.rank}"]
+    settings = parse_settings(AdversarialSettings, flags, "", stored_settings)
+    evaluate_checkpoint(settings, torch.device("cpu"), world)
+    return {}
+
+
+def test_an_evaluation_goes_on_from_what_the_first_process_has(run_adv, tmp_path):
+    """One that begins where its own file says would skip batches that the others count on."""
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
+    checkpoint, folder = str(only_run(tmp_path / "runs").best_ra), tmp_path / "answers"
+    assert run_adv("--eval", "--pretrained", checkpoint, "--eval_dir", folder / "0").code == 0
+    (summary,), (answers,) = folder.glob("0/*.json"), folder.glob("0/*.pth.tar")
+    expected = json.loads(summary.read_text())
+    content = load_checkpoint(answers)
+    for kept in content["outcomes"].values():  # cut after the clean trial, on the first process alone
+        for name in [name for name in kept if name != "clean"]:
+            del kept[name]
+    save_checkpoint(answers, content)
+    summary.unlink()
+    in_processes(2, _evaluated, tmp_path, checkpoint, str(folder))
+    found = json.loads(summary.read_text())
+    assert found["trials"] == expected["trials"]
+    assert found["test_ra"] == expected["test_ra"]
 
 
 # ---------------------------------------------------------------- runs

@@ -94,3 +94,35 @@ def test_counting_leaves_the_network_as_it_was():
     assert model.training
     assert model[1].num_batches_tracked == 0
     assert not model[0]._forward_hooks
+
+
+class Mixed(nn.Module):
+    """Tokens, attention, a transposed convolution, a shared layer, a layer by spectral norm and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.up = nn.Conv2d(3, 16, 4, 4), nn.ConvTranspose2d(16, 16, 3, stride=2)
+        self.block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.shared = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16, bias=False))
+        self.unused, self.head = nn.Linear(7, 7), nn.Linear(16, 5)
+
+    def forward(self, x):
+        tokens = self.block(self.up(self.patches(x)).flatten(2).transpose(1, 2))
+        return self.head(self.shared(self.shared(tokens)).mean(dim=1))
+
+
+def test_layers_of_every_kind_cost_what_torch_counts():
+    model = Mixed().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            model(torch.zeros(1, 3, 16, 16))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    products = ("bmm", "attention", "aten.mv", "aten.dot")  # of tokens with tokens, and the spectral norm's own
+    theirs = sum(count for op, count in counter.get_flop_counts()["Global"].items() if not any(word in str(op) for word in products))
+    costs = layer_costs(model, (3, 16, 16))
+    assert real_inference(costs) == theirs
+    names = {cost.name for cost in costs}
+    assert names == set(prunable(model)) - {"unused.weight"}
+    assert "block.self_attn.in_proj_weight" in names

@@ -156,7 +156,10 @@ def start(*flags):
 LONG = [*toy.TOY_RUN, "--epochs", "300", "--decreasing_lr", "100"]
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGUSR1, 138, "terminated")],
+)
 def test_a_signal_saves_and_leaves(tmp_path, number, code, word):
     process = start(*LONG, "--save_dir", tmp_path)
     for line in process.stdout:
@@ -220,9 +223,9 @@ def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
     stop_at(monkeypatch, 2)
     stopped = run("dense", "--save_dir", tmp_path)
     assert "asked; the last good checkpoint is" in stopped.out
-    assert "(epoch 0, and step 2 of 4 of the next)" in stopped.out
+    assert "(step 2 of 4 of epoch 1)" in stopped.out
     monkeypatch.undo()
-    assert "going on after epoch 0, and step 2 of 4 of the next" in run("dense", "--save_dir", tmp_path, "--resume").out
+    assert "going on after step 2 of 4 of epoch 1" in run("dense", "--save_dir", tmp_path, "--resume").out
 
 
 def test_a_broken_network_is_not_saved_within_an_epoch(run_adv, tmp_path):
@@ -431,3 +434,28 @@ def test_killed_at_random_moments(run_adv, tmp_path, kills):
     done, tried = killed_and_resumed(tmp_path, kills)
     assert done >= 0.7 * tried >= 0.3 * kills  # a slow machine has not time for all of them
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_what_schedulers_send_asks_to_stop(number):
+    with Interruption() as interruption:
+        signal.raise_signal(number)
+        stopped = interruption.asked()
+    assert (str(stopped), stopped.code) == ("terminated", 128 + number)
+
+
+def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, tmp_path):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+    paths = only_run(tmp_path)
+    (paths.root / ".Trash-1000").mkdir()
+    theirs, ours = paths.root / ".notes-of-mine", paths.root / ".config.json-abc"
+    theirs.write_text("mine")
+    ours.write_text("cut")
+    before = os.umask(0o007)
+    try:
+        grown = run_adv("--resume_dir", paths.root, "--epochs", 3)
+    finally:
+        os.umask(before)
+    assert grown.code == 0, grown.err
+    assert (theirs.exists(), ours.exists(), (paths.root / ".Trash-1000").is_dir()) == (True, False, True)
+    assert oct(paths.config.stat().st_mode & 0o777) == oct(0o660)

@@ -33,8 +33,9 @@ def test_uniform_lies_strictly_inside_and_is_flat():
     assert chi_square < 43.8  # 19 degrees of freedom, one in a thousand
 
 
-def test_largest_draw_is_below_one():
-    assert torch.tensor((2**23 - 1) + 0.5, dtype=torch.float32) * 2.0**-23 < 1
+def test_largest_draw_is_below_one(monkeypatch):
+    monkeypatch.setattr("utils.seeding.random_bits", lambda key, counter: torch.full_like(counter, -1))
+    assert uniform(0, torch.arange(3)).tolist() == [1 - 2.0**-24] * 3
 
 
 def test_streams_differ_by_every_part():
@@ -57,3 +58,20 @@ def test_seeded_leaves_the_global_generator_alone():
     with seeded(1):
         torch.rand(10)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeded_touches_the_default_cpu_generator_alone(monkeypatch):
+    """``torch.manual_seed`` would reseed every GPU of the host program."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("other generators are touched")
+
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    with seeded(7):
+        first = torch.rand(3)
+    with seeded(7):
+        again = torch.rand(3)
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from models import build_model
 from sparse_core import (
     DENSITY_METHODS,
+    GROWTHS,
     SPARSE_INITS,
     DensityController,
     DropFractionSchedule,
@@ -590,3 +592,151 @@ def test_an_optimizer_of_another_model_is_refused():
         Masking(model, torch.optim.SGD(other.parameters(), 0.1), MaskingConfig(0.5, 900))
     model[0].weight.requires_grad_(False)  # a layer that is not trained needs none
     Masking(model, torch.optim.SGD(model[5].parameters(), 0.1), MaskingConfig(0.5, 900))
+
+
+class Attentive(nn.Module):
+    """Every kind of layer that has a weight to mask, and what must be left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv3, self.up = nn.Conv1d(3, 8, 3), nn.Conv3d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.embedding, self.norm = nn.Embedding(10, 8), nn.LayerNorm([8, 8])
+        self.positions = nn.Parameter(torch.rand(5, 8))
+        self.head = nn.Linear(8, 10, bias=False)
+
+
+def test_prunable_are_the_weights_of_layers_and_not_what_has_their_shape():
+    attention = ["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert list(prunable(Attentive())) == ["conv1.weight", "conv3.weight", "up.weight", *attention, "head.weight"]
+
+
+def masking_of(model, **settings):
+    return Masking(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), MaskingConfig(0.2, 10, update_frequency=1, **settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "helps"),
+    [
+        (nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
+        (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "prune.remove"),
+        (nn.utils.parametrizations.orthogonal, "remove_parametrizations"),
+    ],
+)
+def test_computed_weights_are_refused_by_name(change, helps):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    change(model[0])
+    with pytest.raises(ValueError, match=rf"^0 .*{helps}"):
+        masking_of(model)
+
+
+def test_a_spectral_norm_has_the_density_that_was_asked_for():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(20, 20)), nn.Linear(20, 20))
+    masking_of(model)
+    live = sum(int(layer.weight.count_nonzero()) for layer in model)
+    assert live == round(0.2 * 800)
+
+
+def test_frozen_layers_are_left_alone_and_named():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    with pytest.warns(UserWarning, match=r"frozen .*: 0$"):
+        masking = masking_of(model)
+    assert torch.equal(model[0].weight, before)
+    assert (list(masking.masks), masking.live_counts()) == (["1.weight"], {"1.weight": 80})
+
+
+def test_dead_weights_stay_zero_when_their_gradient_is_infinite():
+    model = nn.Sequential(nn.Linear(20, 20))
+    masking = masking_of(model, fixed=True)
+    model[0].weight.grad = torch.full_like(model[0].weight, float("inf"))
+    masking._optimizer.step()
+    masking.step()
+    assert bool((model[0].weight[~masking.masks["0.weight"]] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "momentum_buffer"),
+        (torch.optim.Adam, "exp_avg"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "momentum_buffer"),
+        (torch.optim.Adagrad, None),
+        (torch.optim.RMSprop, None),
+    ],
+)
+def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
+    model = nn.Sequential(nn.Linear(20, 20))
+    made = optimizer(model.parameters())
+    masking = Masking(model, made, MaskingConfig(0.2, 10, update_frequency=1, growth="momentum"))
+    model(torch.rand(4, 20)).square().sum().backward()
+    made.step()
+    if key is None:
+        with pytest.raises(ValueError, match="optimizer with momentum"):
+            masking.step()
+        return
+    expected = made.state[model[0].weight][key].abs().clone()
+    assert torch.equal(GROWTHS["momentum"](masking, "0.weight"), expected)
+    masking.step()
+    assert masking.live_counts() == {"0.weight": 80}
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_either_spectral_norm_is_masked_and_not_moved(norm):
+    layer = norm(nn.Linear(20, 20))
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    masking = masking_of(nn.Sequential(layer))
+    assert sum(masking.live_counts().values()) == 80
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in layer.named_buffers())
+
+
+def test_a_computed_projection_of_an_attention_is_refused():
+    attention = nn.MultiheadAttention(8, 2)
+    nn.utils.parametrizations.weight_norm(attention, "in_proj_weight")
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        prunable(nn.Sequential(attention))
+
+
+@pytest.mark.parametrize("useless", [0.0, float("inf"), float("nan")])
+def test_an_update_that_falls_on_useless_gradients_is_put_off(useless):
+    model = nn.Sequential(nn.Linear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"))
+    weight, before = model[0].weight, masking.masks["0.weight"].clone()
+    for step in range(1, 4):
+        weight.grad = torch.rand_like(weight) if step != 2 else torch.full_like(weight, useless)
+        masking.step()
+        if step == 2:
+            assert torch.equal(masking.masks["0.weight"], before)
+            state = masking.state_dict()
+            masking.load_state_dict(state)
+    assert not torch.equal(masking.masks["0.weight"], before)
+    assert [event["step"] for event in masking.events] == [3]
+    assert masking.live_counts() == {"0.weight": 80}
+
+
+def test_a_layer_without_a_gradient_keeps_its_mask():
+    model = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20)])
+    masking = masking_of(model, growth="gradient")
+    before = {name: mask.clone() for name, mask in masking.masks.items()}
+    model[0].weight.grad = torch.rand_like(model[0].weight)
+    masking.step()
+    assert torch.equal(masking.masks["1.weight"], before["1.weight"])
+    assert not torch.equal(masking.masks["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp"])
+def test_a_scored_start_leaves_every_layer_and_every_output_a_weight(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    with torch.no_grad():
+        model[3].weight.mul_(1e-6)
+        model[5].weight.mul_(1e-6)
+    masks = initial_masks(model, 0.01, method, batches=[toy.images(12)])
+    assert all(bool(mask.any()) for mask in masks.values())
+    assert bool(masks["5.weight"].any(dim=1).all())
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.01 * total)
+    with pytest.raises(ValueError, match="one for each output"):
+        initial_masks(model, 4 / total, method, batches=[toy.images(12)])

@@ -84,33 +84,43 @@ def pgd_attack(
     training: bool = False,
     draws: Tensor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images for ``x``.
 
     Args:
         model: maps images to logits. Parameters get no gradient, flags and modes are left as found; in
             train mode its batch-norm statistics move, as in any forward pass.
-        x: images ``[N, C, H, W]``, floating, pixels in [0, 1].
+        x: images ``[N, C, H, W]``, or inputs of any other shape ``[N, ...]``; floating, in [0, 1].
         y: labels ``[N]``, int64.
         attack: the settings.
         training: craft in train mode (as the paper's training does) instead of eval mode.
         draws: what ``attack_draws`` gave; needed if and only if ``attack.random_start``.
         forward: how the model's logits are computed (``utils.forward.Forward``), if not by calling it.
+        targets: classes ``[N]``, int64, that the images shall be taken for: the attack descends the loss of these
+            instead of ascending that of ``y`` (the targeted form).
 
     Returns:
         Detached images like ``x``, within ``eps`` of it and in [0, 1].
+
+    Raises:
+        ValueError: draws that do not fit ``attack.random_start``; a call under ``torch.inference_mode``, which has no gradients.
     """
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise ValueError(
+            "pgd_attack needs gradients, which torch.inference_mode() does not record; call it outside, or use torch.no_grad()"
+        )
     if attack.random_start != (draws is not None):
         raise ValueError("a random start needs draws, and draws need a random start")
     x = x.detach()
     adversarial = x if draws is None else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
-    loss_function = LOSSES[attack.loss]
+    loss_function, goal, direction = LOSSES[attack.loss], y if targets is None else targets, 1 if targets is None else -1
     forward = model if forward is None else forward
     with in_mode(model, training), without_parameter_gradients(model), torch.enable_grad():
         for _ in range(attack.steps):
             adversarial = adversarial.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss_function(forward(adversarial), y), adversarial)
-            adversarial = _project(adversarial.detach() + _step(gradient, attack), x, attack)
+            (gradient,) = torch.autograd.grad(loss_function(forward(adversarial), goal), adversarial)
+            adversarial = _project(adversarial.detach() + direction * _step(gradient, attack), x, attack)
     return adversarial.detach()
 
 
@@ -130,9 +140,13 @@ def attack_draws(attack: PGD, indices: Tensor, image_shape: torch.Size, *key: in
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode for a while; every submodule gets its own mode back."""
+    """Train or eval mode for a while; every submodule gets its own mode back.
+
+    A model that is in train mode already keeps the submodules that its owner put into eval mode, such as a frozen batch norm.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if not (training and model.training):
+        model.train(training)
     try:
         yield
     finally:
@@ -180,4 +194,4 @@ def _project(candidate: Tensor, x: Tensor, attack: PGD) -> Tensor:
 
 
 def _image_norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=(1, 2, 3), keepdim=True)
+    return torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())), keepdim=True)

@@ -35,13 +35,19 @@ def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def writable_folder(folder: Path, instead: str = "") -> Path:

@@ -126,7 +126,9 @@ def _to_surface(direction: Tensor, attack: PGD) -> Tensor:
     """The step from an image to the surface of the ball."""
     if attack.norm == "linf":
         return attack.eps * direction.sign()
-    norm = torch.linalg.vector_norm(direction, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+    norm = torch.linalg.vector_norm(direction, dim=tuple(range(1, direction.dim())), keepdim=True).clamp_min(
+        torch.finfo(direction.dtype).tiny
+    )
     return attack.eps * direction / norm
 
 

@@ -70,6 +70,8 @@ def network_for(path: str, settings: AdversarialSettings, data: Data, device: to
 def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
     """Measure ``--pretrained`` under ``--eval_attack``, from where that was cut before, and say what came out."""
     evaluation = world.agree(lambda: Evaluation(settings, device, world), in_turn=True)
+    # Each may have found other answers on disk, or none.
+    evaluation.outcomes.load_state_dict(world.from_first(evaluation.outcomes.state_dict))
     evaluation.run()
     if world.is_first:
         evaluation.finish()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,35 +32,71 @@ class LayerCost:
 
 @torch.no_grad()
 def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]:
-    """Every convolution and linear layer, from one forward pass on an empty image ``[C, H, W]``."""
+    """Every convolution, linear layer and projection of an attention, once for each time that it is computed for one empty image
+    ``[C, H, W]`` (or any other shape); named as ``named_parameters`` names their weights."""
     costs: list[LayerCost] = []
 
     def hook(name: str):
-        def record(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            positions = output[0].numel() // output.shape[1]
-            costs.append(LayerCost(f"{name}.weight", module.weight.numel(), output.shape[1], positions, isinstance(module, nn.Conv2d)))
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Tensor], output: Any) -> None:
+            if isinstance(module, nn.MultiheadAttention):
+                costs.extend(_attention_costs(name, module, *_query_and_key(inputs, options)))
+            else:
+                costs.append(_layer_cost(name, module, inputs[0], output))
 
         return record
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in model.named_modules() if isinstance(m, layers)]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer does not call the modules within it
     try:
         parameter = next(model.parameters())
         with in_mode(model, False):
             model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
     return costs
 
 
+def _layer_cost(name: str, module: Any, x: Tensor, output: Tensor) -> LayerCost:
+    """Each weight of a layer multiplies once a position: of its output, of a transposed convolution once a position of its input."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    outputs = module.out_channels if convolution else module.out_features
+    positions = x.numel() // module.in_channels if convolution and module.transposed else output.numel() // outputs
+    computed = nn.utils.parametrize.is_parametrized(module, "weight")
+    weight = f"{name}.parametrizations.weight.original" if computed else f"{name}.weight"
+    return LayerCost(weight, module.weight.numel(), outputs, positions, convolution)
+
+
+def _attention_costs(name: str, module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> list[LayerCost]:
+    """The projections of a multi-head attention; the products of its tokens with each other have no weights and do not count."""
+    width = module.embed_dim
+    asked, known = query.numel() // width, key.numel() // module.kdim
+    packed = {"in_proj_weight": (asked + 2 * known) // 3}
+    single = {"q_proj_weight": asked, "k_proj_weight": known, "v_proj_weight": known}
+    found = [
+        LayerCost(f"{name}.{leaf}", getattr(module, leaf).numel(), width, positions, False)
+        for leaf, positions in {**packed, **single}.items()
+        if getattr(module, leaf) is not None
+    ]
+    return [*found, LayerCost(f"{name}.out_proj.weight", module.out_proj.weight.numel(), width, asked, False)]
+
+
+def _query_and_key(inputs: tuple[Tensor, ...], options: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    query = inputs[0] if inputs else options["query"]
+    return query, inputs[1] if len(inputs) > 1 else options["key"]
+
+
 def real_inference(costs: Sequence[LayerCost], live: Mapping[str, int] | None = None) -> int:
-    """Floating-point operations for one image; ``live`` weights by name, all by default."""
-    return sum(2 * (c.weights if live is None else live[c.name]) * c.positions for c in costs)
+    """Floating-point operations for one image; ``live`` weights by name, all of a layer that it does not name."""
+    return sum(2 * (live or {}).get(c.name, c.weights) * c.positions for c in costs)
 
 
 def paper_inference(costs: Sequence[LayerCost], live: Mapping[str, int] | None = None) -> int:
     """The paper's count for one image."""
-    return sum(2 * (c.weights if live is None else live[c.name]) * c.channels_out * c.positions for c in costs if c.convolution)
+    return sum(2 * (live or {}).get(c.name, c.weights) * c.channels_out * c.positions for c in costs if c.convolution)
 
 
 def real_training(inference_by_epoch: Sequence[int], images: int, attack_steps: int) -> int:

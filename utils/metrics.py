@@ -65,7 +65,7 @@ class RunFolder:
             if stamps not in (None, paths.stamps()):
                 lock.close()
                 raise InputError(f"another process has trained in {paths.root} in the meantime; --resume goes on from there")
-            for cut_off in paths.root.glob(".*-*"):  # half-written files of a process that was killed
+            for cut_off in paths.half_written():
                 cut_off.unlink()
             write_atomically(paths.config, json_bytes(config))
         except OSError as error:

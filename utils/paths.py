@@ -68,6 +68,12 @@ class RunPaths:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
+    def half_written(self) -> list[Path]:
+        """What a process that was killed left of a file of ours (``write_atomically``); other hidden files are somebody else's."""
+        names = [path.name for path in (self.config, self.metrics, self.checkpoint, self.previous, self.best_ra, self.best_sa)]
+        names += [path.name for path in (self.curves, self.stage1, self.distances, self.summary)]
+        return [path for name in names for path in self.root.glob(f".{name}-*") if path.is_file() and not path.is_symlink()]
+
     def stamps(self) -> list[tuple[int, int, int] | None]:
         """Changes whenever a process trains here."""
         stamps: list[tuple[int, int, int] | None] = []

@@ -12,11 +12,12 @@ from typing import Any
 from utils.errors import Stopped
 
 TIME_LIMIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a shell loop or a scheduler starts such a run again
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Schedulers warn by the last three, and a terminal that closes by SIGHUP.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
 class Interruption:
-    """Whether somebody asked this process to stop: SIGTERM, Ctrl-C, ``minutes`` since it was made, or the end of the
+    """Whether somebody asked this process to stop: Ctrl-C, SIGTERM or its like, ``minutes`` since it was made, or the end of the
     process that started it and its like (``parent``), which could start them once more.
 
     While entered, the first signal is remembered instead of ending the process. A second Ctrl-C is a

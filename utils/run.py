@@ -146,11 +146,13 @@ class Stage:
     def figures(self) -> Row:
         """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""
         live = self.live_counts()
-        density = sum(live.values()) / sum(self._dense.values())
+        masks = self.masking.masks if self.masking else {}
+        dense = {name: self._dense.get(name) or masks[name].numel() for name in live}  # a layer that is not used costs nothing
+        density = sum(live.values()) / sum(dense.values())
         return {
             "density": density,
             "explored": self.masking.explored_fraction() if self.masking else density,
-            "layer_densities": {name: live[name] / self._dense[name] for name in live} if density < 1 else {},
+            "layer_densities": {name: live[name] / dense[name] for name in live} if density < 1 else {},
             "inference_flops": flops.real_inference(self.costs, live),
         }
 
@@ -481,8 +483,10 @@ class Run(ABC):
     def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
         """How far a checkpoint written now has come."""
         done = 0 if partial is None else len(partial["weights"])
-        step = f", and {f'step {done} of {self.stage.steps}' if done < self.stage.steps else 'all steps'} of the next" if done else ""
-        last = self.history[-1] if self.history else {"epoch": 0}
+        steps = f"step {done} of {self.stage.steps}" if done < self.stage.steps else "all steps"
+        if not self.history:
+            return f"{steps} of epoch 1"
+        last, step = self.history[-1], f", and {steps} of the next" if done else ""
         stage = f"stage {last['stage']}, " if "stage" in last else ""
         return f"{stage}epoch {last['epoch']}{step}"
 

@@ -48,9 +48,14 @@ def permutation(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
     """Give code that only knows torch's global CPU generator (weight initialization) a state of its own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key)
+    # Not torch.manual_seed, which reseeds every GPU's generator of the host program too.
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(key)
+    try:
         yield
+    finally:
+        generator.set_state(before)
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:

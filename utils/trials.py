@@ -209,7 +209,7 @@ def autoattack_trials(model: nn.Module, attack: PGD | AutoAttack, classes: int, 
 
     def craft(part: Any) -> Craft:
         def adversarial(batch: Batch) -> Tensor:
-            with _own_generators(batch.x.device):  # the library seeds torch's global ones
+            with _own_generators():  # the library seeds torch's global ones
                 found = part.perturb(batch.x.contiguous(), batch.y).detach()
             # Its last step rounds: an image must not leave the ball by it.
             if attack.norm == "linf":
@@ -224,8 +224,9 @@ def autoattack_trials(model: nn.Module, attack: PGD | AutoAttack, classes: int, 
 
 
 @contextlib.contextmanager
-def _own_generators(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _own_generators() -> Iterator[None]:
+    # The library seeds the generators of all GPUs, whichever it computes on.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         yield
 
 
