@@ -2,14 +2,17 @@ import os
 import resource
 import signal
 import stat
+import struct
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from models import build_model
-from utils.checkpoint import load_checkpoint, load_weights, network_weights, save_checkpoint, write_atomically
-from utils.errors import InputError
+from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights, save_checkpoint, unwrapped, write_atomically
+from utils.errors import BrokenCheckpointError, InputError
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -116,6 +119,131 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="could run code"):
         load_checkpoint(tmp_path / "c.pth.tar")
     assert not (tmp_path / "was_run").exists()
+
+
+def with_a_flipped_bit(path, text):
+    """The file with one bit of its pickle's ``text`` flipped."""
+    content = bytearray(path.read_bytes())
+    content[content.index(text)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("text", [b"torch._utils", b"_rebuild_tensor_v2", b"collections", b"FloatStorage"])
+def test_a_bit_flipped_in_the_pickle_falls_back_to_the_checkpoint_before(tmp_path, text):
+    newest, previous = tmp_path / "checkpoint.pth.tar", tmp_path / "previous.pth.tar"
+    content = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict
+    for epoch in (1, 2):
+        save_checkpoint(newest, {"state_dict": content, "epoch": epoch}, previous)
+    with_a_flipped_bit(newest, text)
+    with pytest.raises(BrokenCheckpointError, match=r"a broken one$"):
+        load_checkpoint(newest)
+    loaded, path, warning = load_newest(newest, previous)
+    assert (loaded["epoch"], path) == (1, previous)
+    assert "going on from previous.pth.tar" in warning
+
+
+def test_an_unsafe_pickle_does_not_fall_back(tmp_path):
+    save_checkpoint(tmp_path / "previous", {"state_dict": {"w": torch.zeros(1)}})
+    for zipped in (True, False):
+        torch.save({"state_dict": Malicious()}, tmp_path / "newest", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError, match="could run code"):
+            load_newest(tmp_path / "newest", tmp_path / "previous")
+
+
+@pytest.mark.parametrize(("kind", "why"), [("deflated", "compressed records"), ("larger", "larger than the file")])
+def test_records_that_unfold_are_refused_before_they_are_read(tmp_path, monkeypatch, kind, why):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(tmp_path / "plain", {"state_dict": {"w": torch.zeros(100_000)}})
+    if kind == "deflated":
+        with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for record in plain.infolist():
+                archive.writestr(record.filename, plain.read(record))
+    else:
+        content = bytearray((tmp_path / "plain").read_bytes())
+        at = content.index(b"PK\x01\x02") + 24  # the size of the first record in the central directory
+        content[at : at + 4] = struct.pack("<I", 3_000_000_000)
+        path.write_bytes(content)
+
+    def read(*args, **kwargs):
+        raise AssertionError("the file is read")
+
+    monkeypatch.setattr(torch, "load", read)
+    with pytest.raises(BrokenCheckpointError, match=why):
+        load_checkpoint(path)
+
+
+WEIGHTS = {"normalize.mean": torch.zeros(3), "conv1.weight": torch.tensor([1.0, -2.0, 3.0])}
+
+
+def prefixed(prefix):
+    return {prefix + name: value for name, value in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        (WEIGHTS, []),
+        ({"state_dict": WEIGHTS, "epoch": 3, "model": "resnet18"}, []),
+        ({"state_dict": prefixed("module.")}, ["stripped module."]),
+        (prefixed("_orig_mod."), ["stripped _orig_mod."]),
+        ({"state_dict": prefixed("model."), "pytorch-lightning_version": "2.5"}, ["stripped model."]),
+        ({"n_averaged": torch.tensor(4), **prefixed("module.")}, ["dropped n_averaged", "stripped module."]),
+        ({"net": prefixed("module."), "acc": 93.0}, ["opened net", "stripped module."]),
+        ({"model": WEIGHTS}, ["opened model"]),
+        ({"model_state_dict": prefixed("module._orig_mod.")}, ["opened model_state_dict", "stripped module.", "stripped _orig_mod."]),
+        (
+            {"normalize.mean": torch.zeros(3), "conv1.weight_orig": torch.tensor([1.0, -2, 3]), "conv1.weight_mask": torch.ones(3)},
+            ["multiplied 1 pruned weights by their masks"],
+        ),
+    ],
+)
+def test_what_others_wrap_around_weights_is_taken_off_and_said(content, notes):
+    state, said = unwrapped(content)
+    assert said == notes
+    assert state.keys() == WEIGHTS.keys()
+    assert all(torch.equal(state[name], value) for name, value in WEIGHTS.items())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network_weights(content, "f")
+    assert [str(warning.message) for warning in caught] == ([f"f: {', '.join(notes)}"] if notes else [])
+
+
+def test_pruned_weights_are_multiplied_and_half_of_one_is_named():
+    weight, mask = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
+    pruned = {"module.a.weight_orig": weight, "module.a.weight_mask": mask, "module.a.bias": weight}
+    state = network_weights(pruned, "f")
+    assert {name: value.tolist() for name, value in state.items()} == {"a.weight": [0, 2], "a.bias": [1, 2]}
+    for bad, message in [
+        ({"a.weight_orig": weight}, r"f has a\.weight_orig without a\.weight_mask"),
+        ({"a.weight_mask": weight}, r"f has a\.weight_mask without a\.weight_orig"),
+        ({"a.weight": weight, "a.weight_mask": weight}, "without a.weight_orig"),
+        ({"a.weight": weight, "a.weight_orig": weight, "a.weight_mask": mask}, r"a\.weight_orig and a\.weight:"),
+        ({"a.weight_orig": weight, "a.weight_mask": mask[:1]}, r"shape \[2\] and a mask of shape \[1\]"),
+        ({"net": {"a": weight}, "model": {"a": weight}}, "under net and model"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            network_weights(bad, "f")
+
+
+def test_names_are_left_where_not_all_have_the_prefix_and_in_our_own_checkpoints():
+    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    assert unwrapped(mixed) == (mixed, [])
+    spectral = {"a.weight_orig": torch.zeros(1), "a.weight_u": torch.zeros(1), "a.weight_v": torch.zeros(1)}
+    assert unwrapped(spectral) == (spectral, [])
+    state = {"model.a": torch.zeros(1), "model.weight_mask": torch.ones(1)}
+    assert network_weights({"state_dict": state, "network": {"arch": "mine"}}, "f") == state
+    itself = {}
+    itself["state_dict"] = itself
+    with pytest.raises(InputError, match="no state_dict"):
+        network_weights(itself, "f")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module."])
+def test_a_network_whose_own_names_have_a_prefix(prefix):
+    model = torch.nn.ModuleDict({prefix[:-1]: torch.nn.Linear(2, 2)})
+    state = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    load_weights(model, network_weights(state, "f"), "f", "mine")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_are_found_with_and_without_the_parallel_prefix():

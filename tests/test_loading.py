@@ -64,6 +64,24 @@ def test_the_papers_state_dicts(options, tmp_path):
         assert torch.allclose(load_model(tmp_path / "paper.pth.tar", **DESCRIBED)(images), model(images), atol=1e-6)
 
 
+def test_what_other_code_leaves_out_or_wraps(tmp_path):
+    """Without ``num_batches_tracked``, normalized by ``[1, 3, 1, 1]``, pruned by torch, in Lightning's names."""
+    model = save_plain(tmp_path / "plain.pth")
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state |= {name: state[name].reshape(1, 3, 1, 1) for name in ("normalize.mean", "normalize.std")}
+    weight = state.pop("conv1.weight")
+    mask = (torch.arange(weight.numel()) % 2).reshape(weight.shape).float()
+    state |= {"conv1.weight_orig": weight, "conv1.weight_mask": mask}
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "other.pth")
+    with pytest.warns(UserWarning, match=r"other\.pth: stripped model\., multiplied 1 pruned weights by their masks$"):
+        loaded = load_model(tmp_path / "other.pth", **DESCRIBED)
+    assert torch.equal(loaded.conv1.weight, weight * mask)
+    with torch.no_grad():
+        model.conv1.weight.mul_(mask)
+        images = torch.rand(3, 3, 8, 8)
+        assert torch.allclose(loaded(images), model(images), atol=1e-6)
+
+
 def test_a_url_is_downloaded_once_and_two_of_one_name_are_two_files(tmp_path, hub):
     urls = []
     for folder in ("one", "two"):

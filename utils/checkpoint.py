@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from utils.errors import BrokenCheckpointError, InputError
 FORMAT = 1
 # Plain numbers as numpy writes them, which older code kept beside its weights.
 _NUMPY_SCALARS: list[Any] = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
+# What other code keeps a network's state dict in, and puts before its names.
+_CONTAINERS = ("model_state_dict", "net", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def write_atomically(path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None) -> None:
@@ -146,11 +151,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such checkpoint: {path}")
+    _refuse_odd_records(path)
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
+        if "unsupported global" in str(error).lower() and not _is_damaged(path):
             raise InputError(f"{path} holds more than tensors and plain values and is not loaded, since that could run code") from error
         raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     except Exception as error:  # a damaged archive fails in as many ways as zip, pickle and storage can
@@ -165,6 +171,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return expand(content)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path} is broken: its packed weights do not fit its masks") from error
+
+
+def _refuse_odd_records(path: Path) -> None:
+    """``BrokenCheckpointError`` for an archive whose headers promise more than the file has: a small file can unfold to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception:  # no archive, or a damaged one: torch.load says so, and reads its own older format
+        return
+    compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)  # torch writes none
+    if compressed or sum(record.file_size for record in records) > path.stat().st_size:
+        why = "it holds compressed records" if compressed else "its records are larger than the file"
+        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one: {why}")
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a record's bytes are not those that were written: a flipped bit can look like a call of code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except zipfile.BadZipFile:
+        return zipfile.is_zipfile(path)
+    except Exception:  # an archive that cannot be walked through
+        return True
 
 
 def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str | None]:
@@ -191,20 +221,104 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str
 
 
 def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The network's state dict in a checkpoint of ours or of the paper's code (which may carry DataParallel's prefix)."""
-    state = content.get("state_dict", content)
+    """The network's state dict in a checkpoint, of ours or another's; a warning says in one line what was taken off (``unwrapped``)."""
+    notes: list[str] = []
+    if content.get("network") is not None:  # ours: its names are the network's
+        state = content.get("state_dict", content)
+    else:
+        try:
+            state, notes = unwrapped(content)
+        except ValueError as error:
+            raise InputError(f"{path} {error}") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state_dict with tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    if notes:
+        warnings.warn(f"{path}: {', '.join(notes)}", stacklevel=1)  # of this line, so that a text comes once
+    return dict(state)
+
+
+def unwrapped(state: Any) -> tuple[Any, list[str]]:
+    """A network's own state dict without what others wrap around it, and what that was.
+
+    Opened: ``state_dict``, ``model_state_dict``, ``net``, ``model``. Taken off: the count of SWA's ``AveragedModel`` and the prefixes
+    of DataParallel, ``torch.compile`` and Lightning where all names have one. Weights that ``torch.nn.utils.prune`` split are multiplied.
+
+    Raises:
+        ValueError: more than one network, or half of a pruned weight.
+    """
+    notes: list[str] = []
+    for _ in range(10):  # more than anyone wraps; a dict may hold itself
+        if not isinstance(state, Mapping):
+            break
+        if "state_dict" in state:
+            state = state["state_dict"]
+            continue
+        opened = [name for name in _CONTAINERS if isinstance(state.get(name), Mapping)]
+        if len(opened) > 1:
+            raise ValueError(f"holds networks under {' and '.join(opened)}: keep the one that is meant")
+        prefix = next((p for p in _PREFIXES if state and all(str(name).startswith(p) for name in state)), None)
+        if opened:
+            state = state[opened[0]]
+            notes.append(f"opened {opened[0]}")
+        elif "n_averaged" in state:
+            state = {name: value for name, value in state.items() if name != "n_averaged"}
+            notes.append("dropped n_averaged")
+        elif prefix:
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+            notes.append(f"stripped {prefix}")
+        else:
+            break
+    if isinstance(state, Mapping) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        state, pruned = _multiplied(state)
+        notes += [f"multiplied {pruned} pruned weights by their masks"] if pruned else []
+    return state, notes
+
+
+def _multiplied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Every ``X_orig`` and ``X_mask`` as their product ``X``, and how many there were; ``ValueError`` names a half alone."""
+    state, pruned = dict(state), 0
+    for name in list(state):
+        base = name.removesuffix("_orig")
+        if base != name and f"{base}_u" not in state:  # with _u and _v it is torch's spectral norm
+            if f"{base}_mask" not in state or base in state:
+                raise ValueError(f"has {name} {f'and {base}' if base in state else f'without {base}_mask'}: not a pruned weight")
+            weight, mask = state.pop(name), state.pop(f"{base}_mask")
+            if weight.shape != mask.shape:
+                raise ValueError(f"has {name} of shape {list(weight.shape)} and a mask of shape {list(mask.shape)}")
+            state[base] = weight * mask.to(weight.dtype)
+            pruned += 1
+    for name in state:
+        if name.endswith(("weight_mask", "bias_mask")):
+            raise ValueError(f"has {name} without {name.removesuffix('_mask')}_orig: not a pruned weight")
+    return state, pruned
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, arch: str) -> None:
-    """Load a state dict whole; ``InputError`` names the first difference if it is of another network."""
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    """Load a state dict whole; ``InputError`` names the first difference if it is of another network.
+
+    What other code leaves out or shapes otherwise without another meaning is taken: batch norms without ``num_batches_tracked``,
+    and a normalization of shape ``[1, C, 1, 1]``.
+    """
+    tensors = model.state_dict()
+    own = {name: tuple(value.shape) for name, value in tensors.items()}
+    state = _with_own_prefix(own, state)
+    for name, shape in own.items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.zeros_like(tensors[name]))
+        elif name in ("normalize.mean", "normalize.std") and name in state and state[name].shape == (1, *shape, 1, 1):
+            state[name] = state[name].reshape(shape)
     theirs = {name: tuple(value.shape) for name, value in state.items()}
     if own != theirs:
         raise InputError(f"{path} is not a checkpoint of this {arch}: {_first_difference(own, theirs)}")
     model.load_state_dict(state)
+
+
+def _with_own_prefix(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a network that is itself all in a ``model`` or ``module``, with the prefix that ``unwrapped`` took off."""
+    for prefix in _PREFIXES:
+        if own and all(name.startswith(prefix) for name in own) and not any(name.startswith(prefix) for name in state):
+            return {prefix + name: value for name, value in state.items()}
+    return dict(state)
 
 
 def _first_difference(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> str:
