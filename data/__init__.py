@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.augment import Augmentation
+from data.folders import DIGEST_BYTES, pixels_digest
 from data.loader import Batch, Split, TrainLoader, plain_batches
-from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, stratified
+from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, Source, stratified
 from utils.errors import InputError, one_line
 
 __all__ = [
@@ -32,7 +35,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready for training: splits on one device and what a network needs to know of the images."""
+    """A data set ready for training: splits on one device and what a network needs to know of the images.
+
+    ``digests`` says which data set it is, whole, before any subset and wherever it lies: hex digests of its "classes",
+    "training labels", "training pixels", "test labels" and "test pixels".
+    """
 
     train: Split
     val: Split
@@ -41,6 +48,12 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """One hex digest of ``digests``; empty where there are none."""
+        return _digest(json.dumps(self.digests, sort_keys=True).encode()) if self.digests else ""
 
     @property
     def image_shape(self) -> torch.Size:
@@ -103,6 +116,7 @@ def load_data(
         mean=mean,
         std=std,
         augmentation=source.augmentation,
+        digests=_digests(source),
     )
 
 
@@ -128,6 +142,18 @@ def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def _digests(source: Source) -> dict[str, str]:
+    digests = {"classes": _digest(json.dumps(source.classes).encode())}
+    for part, found in (("training", source.training), ("test", source.test)):
+        digests[f"{part} labels"] = _digest(found.labels.astype("<i8").tobytes())
+        digests[f"{part} pixels"] = found.digest or pixels_digest(found.opened())
+    return digests
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+
+
 def _thinned(split: Split, n: int | None, flag: str) -> Split:
     if n is None:
         return split
@@ -146,11 +172,7 @@ def _nbytes(image_set: ImageSet) -> int:
 
 def _stored(image_set: ImageSet, device: torch.device, fits: bool) -> Split:
     """A split of all rows; a file is read whole if it fits and mapped if not."""
-    images = image_set.images
-    if isinstance(images, Path):
-        # Copy-on-write: torch wants a writable map, and nothing ever writes to it.
-        images = np.load(images, mmap_mode=None if fits else "c")
-    stored: Tensor = torch.from_numpy(images)
+    stored: Tensor = torch.from_numpy(image_set.opened(mapped=not fits))
     labels = torch.from_numpy(image_set.labels).to(device)
     return Split(stored.to(device) if fits else stored, labels, torch.arange(len(labels), device=device), device)
 

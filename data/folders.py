@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _CHUNK = 512  # images decoded between writes
+DIGEST_BYTES = 16
 _MOST_PIXELS = 2**26
 _PATIENCE = 3.0  # seconds of decoding before a word about it
 _IMAGES, _META = "images.npy", "meta.json"
@@ -142,12 +144,29 @@ def _checksum(path: Path) -> int:
     return value
 
 
+def stored_digest(images: Path) -> str:
+    """What ``pixels_digest`` gives for a file that ``cached_images`` returned; taken when it was decoded."""
+    return json.loads((images.parent / _META).read_text())["pixels"]
+
+
+def pixels_digest(images: np.ndarray) -> str:
+    """Hex digest of the shape and the pixels of uint8 images; of a memory map a few at a time are read."""
+    digest = _begun_digest(images.shape)
+    for start in range(0, len(images), _CHUNK):
+        digest.update(images[start : start + _CHUNK].tobytes())
+    return digest.hexdigest()
+
+
+def _begun_digest(shape: Sequence[int]) -> hashlib.blake2b:
+    return hashlib.blake2b(json.dumps(list(shape)).encode(), digest_size=DIGEST_BYTES)
+
+
 def _build(files: Files, image_size: int | None, folder: Path, fingerprint: str, name: str) -> None:
     """Write the cache beside its place and move it there whole."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_images(files, image_size, temporary / _IMAGES, name)
-        meta = {"fingerprint": fingerprint, "checksum": _checksum(temporary / _IMAGES), "images": len(files.paths)}
+        pixels = _write_images(files, image_size, temporary / _IMAGES, name)
+        meta = {"fingerprint": fingerprint, "checksum": _checksum(temporary / _IMAGES), "images": len(files.paths), "pixels": pixels}
         (temporary / _META).write_text(json.dumps(meta))
         if folder.exists():  # stale or broken
             shutil.rmtree(folder)
@@ -156,19 +175,23 @@ def _build(files: Files, image_size: int | None, folder: Path, fingerprint: str,
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_images(files: Files, image_size: int | None, target: Path, name: str) -> None:
+def _write_images(files: Files, image_size: int | None, target: Path, name: str) -> str:
+    """Write the ``.npy`` and return the digest of its pixels."""
     chunks = _decoded_chunks(files.paths, image_size, name)
     first = next(chunks)
     shape = (len(files.paths), *first.shape[1:])
+    digest = _begun_digest(shape)
     with target.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         # Plain writes, not a memory map: on a full disk a write is an error and a map is a crash.
-        file.write(first.tobytes())
-        for chunk in chunks:
-            file.write(chunk.tobytes())
+        for chunk in itertools.chain([first], chunks):
+            content = chunk.tobytes()
+            file.write(content)
+            digest.update(content)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _decoded_chunks(paths: Sequence[Path], image_size: int | None, name: str) -> Iterator[np.ndarray]:

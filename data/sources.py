@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.augment import Augmentation
-from data.folders import Files, cached_images, class_folders, scan_classes
+from data.folders import Files, cached_images, class_folders, scan_classes, stored_digest
 from utils.compat import import_torchvision
 from utils.errors import InputError
 
@@ -21,10 +21,21 @@ _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``."""
+    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``.
+
+    ``digest`` is ``pixels_digest`` of the images where it is known without reading them.
+    """
 
     images: np.ndarray | Path
     labels: np.ndarray
+    digest: str | None = None
+
+    def opened(self, *, mapped: bool = True) -> np.ndarray:
+        """The images; of a file a map, or what it holds."""
+        if not isinstance(self.images, Path):
+            return self.images
+        # Copy-on-write: torch wants a writable map, and nothing ever writes to it.
+        return np.load(self.images, mmap_mode="c" if mapped else None)
 
 
 @dataclass(frozen=True)
@@ -178,8 +189,8 @@ def tinyimagenet(place: Place) -> Source:
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(training.paths))
     cut = len(order) - len(order) // 10
     return Source(
-        training=ImageSet(cached_images(training, place.image_size, place.cache_dir, "tinyimagenet-train"), training.labels),
-        test=ImageSet(cached_images(test, place.image_size, place.cache_dir, "tinyimagenet-val"), test.labels),
+        training=_decoded(training, place, "tinyimagenet-train"),
+        test=_decoded(test, place, "tinyimagenet-val"),
         train=order[:cut],
         val=order[cut:],
         classes=classes,
@@ -187,6 +198,11 @@ def tinyimagenet(place: Place) -> Source:
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2302, 0.2265, 0.2262),
     )
+
+
+def _decoded(files: Files, place: Place, name: str) -> ImageSet:
+    images = cached_images(files, place.image_size, place.cache_dir, name)
+    return ImageSet(images, files.labels, stored_digest(images))
 
 
 def _annotated(annotations: Path, classes: list[str]) -> Files:
@@ -215,9 +231,8 @@ def imagefolder(place: Place) -> Source:
     if test_root is None:
         raise InputError(f"{place.root} has neither a folder test nor val beside train")
     test = scan_classes(test_root, classes)
-    train_images = cached_images(training, place.image_size, place.cache_dir, "imagefolder-train")
-    test_images = cached_images(test, place.image_size, place.cache_dir, "imagefolder-test")
-    side, test_side = (np.load(path, mmap_mode="r").shape[1:] for path in (train_images, test_images))
+    decoded, decoded_test = _decoded(training, place, "imagefolder-train"), _decoded(test, place, "imagefolder-test")
+    side, test_side = (part.opened().shape[1:] for part in (decoded, decoded_test))
     if side != test_side:
         raise InputError(
             f"training images have {side[1]}x{side[0]} pixels and test images {test_side[1]}x{test_side[0]}; "
@@ -228,8 +243,8 @@ def imagefolder(place: Place) -> Source:
         raise InputError(f"{place.root / 'train' / scarce[0]}: one image; each class needs one to train on and one for validation")
     val = stratified(training.labels, max(len(classes), round(0.1 * len(training.labels))))
     return Source(
-        training=ImageSet(train_images, training.labels),
-        test=ImageSet(test_images, test.labels),
+        training=decoded,
+        test=decoded_test,
         train=_rest(len(training.labels), val),
         val=val,
         classes=classes,

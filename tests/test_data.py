@@ -1,9 +1,11 @@
 import contextlib
+import dataclasses
 import fcntl
 import io
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -413,6 +415,70 @@ def test_what_does_not_fit_is_mapped_and_streamed(image_tree, tmp_path):
         file.write(bytes([last ^ 255]))
     assert streamed.train.images[-1, -1, -1, -1] == last ^ 255
     assert held.train.images[-1, -1, -1, -1] == last
+
+
+# ---------------------------------------------------------------- which data set it is
+
+PARTS = ["classes", "training labels", "training pixels", "test labels", "test pixels"]
+
+
+def test_a_data_set_is_its_content_wherever_it_lies(image_tree, tmp_path):
+    """In memory and mapped, from the cache and decoded anew, whole and thinned, on a path of its own."""
+    first = load_data("imagefolder", image_tree)
+    assert list(first.digests) == PARTS
+    assert first.digest
+    for digest in [first.digest, *first.digests.values()]:
+        assert re.fullmatch("[0-9a-f]{32}", digest)
+    shutil.copytree(image_tree, tmp_path / "elsewhere" / "other")
+    for again in (
+        load_data("imagefolder", image_tree),
+        load_data("imagefolder", image_tree, train_subset=10, test_subset=6),
+        load_data("imagefolder", image_tree, memory_budget=1000),
+        load_data("imagefolder", tmp_path / "elsewhere" / "other"),
+    ):
+        assert again.digests == first.digests
+        assert again.digest == first.digest
+    assert load_data("imagefolder", image_tree, image_size=8).digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("training pixel", ["training pixels"]),
+        ("test pixel", ["test pixels"]),
+        ("class renamed", ["classes"]),
+        ("training label", ["training labels"]),
+        ("test label", ["test labels"]),
+    ],
+)
+def test_what_changes_changes_its_part_of_the_digest(image_tree, change, parts):
+    first = load_data("imagefolder", image_tree)
+    part = change.split()[0]
+    if "pixel" in change:
+        path = image_tree / {"training": "train", "test": "test"}[part] / "bee" / "003.png"
+        pixels = np.array(Image.open(path))
+        pixels[5, 7, 1] ^= 1
+        Image.fromarray(pixels).save(path)
+    elif change == "class renamed":
+        for folder in ("train", "test"):
+            (image_tree / folder / "bee").rename(image_tree / folder / "bug")
+    else:  # the last of one class becomes the first of the next: all pixels stay in their order
+        root = image_tree / {"training": "train", "test": "test"}[part]
+        sorted((root / "ant").iterdir())[-1].rename(root / "bee" / "0.png")
+    again = load_data("imagefolder", image_tree)
+    assert [part for part in PARTS if again.digests[part] != first.digests[part]] == parts
+    assert again.digest != first.digest
+
+
+def test_arrays_have_the_digest_of_the_same_images_in_a_file(tmp_path):
+    digits = load_data("digits")
+    source = data.sources.digits(data.sources.Place(tmp_path))
+    np.save(tmp_path / "training.npy", source.training.images)
+    filed = dataclasses.replace(source, training=data.sources.ImageSet(tmp_path / "training.npy", source.training.labels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SOURCES, "filed", lambda place: filed)
+        assert load_data("filed").digests == digits.digests
+    assert toy.data().digest == ""
 
 
 # ---------------------------------------------------------------- subsets and statistics
