@@ -23,7 +23,6 @@ from utils.config_adv import AdversarialSettings
 from utils.errors import run_command
 from utils.evaluation import network_and_data, stored_settings
 from utils.explain import explain
-from utils.explain_figures import landscape_figure, saliency_figure
 from utils.metrics import environment, json_bytes, write_figure
 from utils.trials import full_precision
 
@@ -47,6 +46,8 @@ def main() -> None:
         options = {"images": arguments.explain_images, "grid": arguments.grid, "seed": settings.seed}
         found = explain(model, data.test, attack, on_point=bar.update, **options)
     require(bool(found.losses.isfinite().all()), f"the losses of {checkpoint}, or around it, are not finite")
+
+    from utils.explain_figures import landscape_figure, saliency_figure
 
     title = f"{checkpoint.resolve().parent.name}/{checkpoint.name}; {name}, {attack.norm}, eps {settings.test_eps:g}/255"
     write_figure(folder / "saliency.png", saliency_figure(found, data.classes, name, title))

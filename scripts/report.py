@@ -1,4 +1,4 @@
-"""Tables, figures and a page of finished runs: ``python scripts/report.py RUNS... [--out DIR] [--paper DATASET] [--figure FILE.png]``.
+"""Tables, figures and a page of finished runs: ``python scripts/report.py RUNS... [--out DIR] [--paper DATASET] [--figure FILE]``.
 
 Without ``--out`` a table goes to the terminal: a line a run, or, where runs differ only in the seed or ``--paper`` is given, means
 and spreads beside the paper's figures.
@@ -17,10 +17,8 @@ from utils.checkpoint import writable_folder
 from utils.command_line import OneLineParser
 from utils.config import require
 from utils.errors import InputError, run_command
-from utils.figures import compared_curves
 from utils.groups import METHOD_NAMES, Group, find_runs, grouped
-from utils.metrics import write_figure
-from utils.page import write_report
+from utils.metrics import FIGURE_KINDS, write_figure
 from utils.paper import DATASETS
 from utils.report import Comparison, comparison_table, markdown, summary_table
 
@@ -32,10 +30,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of finished runs, or folders of such folders")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write tables, figures and index.html")
     parser.add_argument("--paper", choices=list(DATASETS), help="the paper's data set to lay beside runs on others")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="where to write the accuracy curves")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="where to write the accuracy curves: .png, .pdf or .svg")
     arguments = parser.parse_args()
-    png = arguments.figure is None or arguments.figure.suffix.lower() == ".png"
-    require(png, f"--figure {arguments.figure}: the curves are written as PNG, so the file is called something.png")
+    drawable = arguments.figure is None or arguments.figure.suffix.lower() in FIGURE_KINDS
+    require(
+        drawable, f"--figure {arguments.figure}: the curves are written as PNG, PDF or SVG, so the file ends in {', '.join(FIGURE_KINDS)}"
+    )
     runs, unfinished = find_runs(arguments.runs)
     groups, repeated = grouped(runs)
     for note in (*unfinished, *repeated):
@@ -53,6 +53,8 @@ def main() -> None:
     else:
         print(markdown(comparison_table([Comparison.of(group, arguments.paper, groups) for group in groups])), end="")
     if arguments.out is not None:
+        from utils.page import write_report
+
         print(f"page: {write_report(arguments.out, groups, arguments.paper)}")
     if arguments.figure is not None:
         print(f"accuracy curves: {arguments.figure}")
@@ -67,6 +69,8 @@ def _tell_apart(groups: Sequence[Group]) -> None:
 
 
 def _write_curves(path: Path, groups: Sequence[Group]) -> None:
+    from utils.figures import compared_curves  # after all refusals: matplotlib takes a second to import
+
     figure = compared_curves([(group.label, [run.epochs for run in group.runs]) for group in groups])
     try:
         write_figure(path, figure)

@@ -11,6 +11,7 @@ from utils.figures import (
     training_curves,
 )
 from utils.groups import find_runs, grouped, lines_by_density
+from utils.metrics import write_figure
 
 
 def row(epoch, prune=False, grow=False):
@@ -147,3 +148,13 @@ def test_a_report_draws_what_its_groups_give(groups, tmp_path):
     (distances,) = (picture for picture in report_pictures(birds) if picture.stem.startswith("mask_distances"))
     assert distances.figure.axes[0].get_title() == "masks of stage 1, window 5, tolerance 0.08, no ticket, drawn after epoch 2"
     assert all(picture.caption.endswith(".") and picture.alternative for picture in report_pictures(birds))
+
+
+def test_a_figure_is_written_in_the_format_of_its_suffix(tmp_path):
+    """And in the same bytes each time."""
+    for suffix, begins in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
+        first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
+        for path in (first, second):
+            write_figure(path, training_curves(ROWS, "title"))
+        assert first.read_bytes().startswith(begins)
+        assert first.read_bytes() == second.read_bytes()

@@ -31,3 +31,21 @@ def test_it_says_so_before_anything_else_is_imported(tmp_path):
 def test_old_pythons_can_read_what_says_so(path):
     """All of a script is compiled before its first line runs, so it must keep to old syntax as far as Python 3.8 goes."""
     ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
+def test_help_and_refusals_do_not_wait_for_libraries_that_they_do_not_need(script, flag):
+    """A program that starts in a second because it imports them where it draws, downloads or writes events."""
+    heavy = "matplotlib torchvision sklearn tensorboard torch.utils.tensorboard onnx onnxruntime advertorch pyautoattack".split()
+    code = f"""
+import runpy, sys
+sys.argv = [{str(script)!r}, {flag!r}]
+try:
+    runpy.run_path({str(script)!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, [name for name in {heavy} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    expected = "0 []" if flag == "--help" else "2 []"
+    assert result.stdout.splitlines()[-1] == expected, result.stderr

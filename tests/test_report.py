@@ -195,6 +195,8 @@ def report(*arguments):
 def test_the_script_makes_a_table_and_a_picture(run_adv, tmp_path):
     for flags in ([], ["--fb", *toy.TOY_MASKS]):
         assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", *flags).code == 0
+    result = report(*(tmp_path / "runs").iterdir(), "--figure", tmp_path / "f.txt")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     result = report(*(tmp_path / "runs").iterdir(), "--figure", tmp_path / "f.png")
     assert result.returncode == 0, result.stderr
     assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == ["Dense", "Flying Bird"]
@@ -217,7 +219,9 @@ def test_a_toy_report_of_two_seeds(run_adv, tmp_path):
     assert result.stdout.splitlines()[-1] == f"page: {tmp_path / 'out' / 'index.html'}"
     assert (tmp_path / "out" / "table.md").read_text() in result.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"table.md", "table.csv", "index.html", "curves.png", "sparsity.png", "gaps.png", "layer_densities_2_fbp.png"}
+    stems = ("curves", "sparsity", "gaps", "layer_densities_2_fbp")
+    pictures = [f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")]
+    assert names == {"table.md", "table.csv", "index.html", *pictures}
     dense, fbp = records((tmp_path / "out" / "table.csv").read_text())
     stored = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("dense*/summary.json")]
     assert float(dense["ra_final"]) == pytest.approx(sum(s["final"]["test_ra"] for s in stored) / 2)

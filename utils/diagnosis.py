@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from data import Batch, Split
@@ -18,6 +17,9 @@ from data.augment import to_float
 from utils.attacks import PGD, attack_draws, in_mode, without_parameter_gradients
 from utils.seeding import random_bits, stream, uniform
 from utils.trials import Trial, full_precision, pgd_trials
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS = (10, 20, 50, 100)
 STEP_SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of eps
@@ -143,6 +145,8 @@ def text(signs: Signs) -> list[str]:
 
 def figure(attack: PGD, accuracies: Mapping[str, float], signs: Signs) -> Figure:
     """RA against steps, step size and radius, with clean images and noise as controls, and the loss around the images."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     (by_steps, by_size), (by_radius, surface) = figure.subplots(2, 2)
     names = {steps: f"PGD-{steps}" for steps in STEPS}

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +32,9 @@ from utils.preemption import Interruption
 from utils.run import load_data_for, settings_in, settings_of_run
 from utils.sanity import check_network
 from utils.trials import Outcomes, Trial, autoattack_trials, clean_trial, full_precision, pgd_trials, run_trials
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SECONDS_BETWEEN_SAVES = 30.0
 _LOOKED_AT = 32  # images, before a strong evaluation begins

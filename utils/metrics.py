@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from utils.checkpoint import save_checkpoint, snapshot, write_atomically
@@ -27,6 +26,10 @@ from utils.errors import InputError, RunError
 from utils.paths import RunPaths
 from utils.tensorboard import Events, require_tensorboard
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_KINDS = (".png", ".pdf", ".svg")
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack", "tensorboard")
 
 
@@ -218,10 +221,18 @@ class ForeignRunFolder(RunFolder):
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """A PNG of a figure, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    """A figure as PNG, PDF or SVG, by the suffix of ``path``; whole or not at all."""
+    write_atomically(path, drawn(figure, path.suffix.lower().removeprefix(".")))
+
+
+def drawn(figure: Figure, kind: str) -> bytes:
+    """A figure as ``png``, ``pdf`` or ``svg``, the same bytes each time."""
+    import matplotlib
+
+    buffer, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(buffer, format=kind, dpi=120, metadata=undated)
+    return buffer.getvalue()
 
 
 def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:

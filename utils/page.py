@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from utils.checkpoint import write_atomically
 from utils.errors import InputError
 from utils.figures import Picture, report_pictures
 from utils.groups import FinishedRun, Group
-from utils.metrics import write_figure
+from utils.metrics import FIGURE_KINDS, drawn, write_figure
 from utils.report import (
     Comparison,
     Table,
@@ -31,6 +27,9 @@ from utils.report import (
     markdown,
     strong_evaluations,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c1e21; --faint: #5c636b; --line: #d6dade; --ours: #e8f1fb; }
@@ -69,7 +68,7 @@ _BROAD = 8.5  # inches; a wider figure scrolls on a phone, so that its text can 
 
 
 def write_report(folder: Path, groups: Sequence[Group], instead: str | None) -> Path:
-    """Write ``table.md``, ``table.csv``, ``evaluations.md`` and ``.csv`` if there are any, the figures as PNG, and ``index.html``.
+    """Write tables (``table.md``, ``.csv``, and ``evaluations`` if there are any), figures (PNG, PDF and SVG) and ``index.html``.
 
     Args:
         folder: exists (``checkpoint.writable_folder``).
@@ -93,7 +92,8 @@ def write_report(folder: Path, groups: Sequence[Group], instead: str | None) -> 
     texts["index.html"] = page(_title(groups), tables, pictures, groups)
     try:
         for picture in pictures:
-            write_figure(folder / f"{picture.stem}.png", picture.figure)
+            for suffix in FIGURE_KINDS:
+                write_figure(folder / f"{picture.stem}{suffix}", picture.figure)
         for name, text in texts.items():  # the page last: what it stands for is there
             write_atomically(folder / name, text.encode())
     except OSError as error:
@@ -163,10 +163,7 @@ def _figure(picture: Picture) -> str:
 
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI, the same bytes each time."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "report"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
 
 
 def _run(group: Group, run: FinishedRun) -> str:

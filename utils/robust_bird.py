@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
@@ -21,11 +20,13 @@ from utils.engine import EpochResult
 from utils.errors import InputError
 from utils.estimate import Forecast
 from utils.evaluate import evaluate
-from utils.figures import mask_distances
 from utils.inputs import read_checkpoint, refuse_what_is_no_run
 from utils.network import build_network, network_of, spec_in
 from utils.run import Row, Run, Stage, settings_of_run
 from utils.slimming import kept_channels, slim
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(kind: type[TicketSettings], description: str) -> None:
@@ -252,6 +253,8 @@ class RobustBirdRun(Run):
             self.folder.write_picture(self.paths.distances, self._picture())
 
     def _picture(self) -> Figure:
+        from utils.figures import mask_distances
+
         rows, watched = self.rows1, self.early_bird
         drawn = rows[-1]["epoch"] if self._ticket_is_drawn() else None
         seen = (watched.window, watched.tolerance, rows[-1]["ticket"]) if self.settings.early_stop else None

@@ -31,7 +31,6 @@ from utils.engine import EpochResult, Plan, Progress, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
-from utils.figures import training_curves
 from utils.forward import PLAIN, Execution, Forward, best_precision
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
 from utils.network import network_of, network_spec, spec_in
@@ -502,6 +501,8 @@ class Run(ABC):
     def draw(self) -> None:
         if not self.folder.writes:
             return
+        from utils.figures import training_curves  # matplotlib takes longer to import than --help and refusals may take
+
         self.folder.write_picture(self.paths.curves, training_curves(self.history, self.paths.root.name))
         self.drawn_at = time.monotonic()
 
