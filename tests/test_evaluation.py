@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import toy
 from utils.checkpoint import load_checkpoint
@@ -219,3 +221,20 @@ def test_a_file_of_another_evaluation_is_not_gone_on_with(run_adv, trained):
     outcome = run_adv("--eval", "--pretrained", trained)
     assert outcome.code == 2
     assert "is of another evaluation" in outcome.err
+
+
+def test_images_that_changed_are_another_evaluation(run_adv, image_tree, tmp_path):
+    """One pixel of one image among many, wherever it is."""
+    flags = [f for f in toy.TOY_RUN if f not in ("--dataset", "digits", "--train_subset", "100", "--test_subset", "60")]
+    assert run_adv(*flags, "--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "runs").code == 0
+    (checkpoint,) = (tmp_path / "runs").glob("*/model_RA_best.pth.tar")
+    evaluation(run_adv, checkpoint)
+    assert len(results(checkpoint)) == 1
+    evaluation(run_adv, checkpoint)
+    assert len(results(checkpoint)) == 1
+    changed = image_tree / "test" / "bee" / "003.png"
+    pixels = np.array(Image.open(changed))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    evaluation(run_adv, checkpoint)
+    assert len(results(checkpoint)) == 2
