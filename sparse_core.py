@@ -387,7 +387,8 @@ def _connected_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, 
     least = len(scores) - 1 + len(lacking[classifier])
     if round(density * sum(score.numel() for score in scores.values())) < least:
         raise ValueError(f"density {density} leaves fewer weights than one a layer and one for each output of {classifier}, {least}")
-    raised = {name: score.clone() for name, score in scores.items()}
+    # Rows are views of it, which a channels-last tensor does not have.
+    raised = {name: score.clone(memory_format=torch.contiguous_format) for name, score in scores.items()}
     for name, score in raised.items():
         rows = score.view(len(lacking[name]), -1)
         rows.scatter_(1, rows.argmax(dim=1, keepdim=True), float("inf"))

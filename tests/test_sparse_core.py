@@ -740,3 +740,14 @@ def test_a_scored_start_leaves_every_layer_and_every_output_a_weight(method):
     assert sum(int(mask.sum()) for mask in masks.values()) == round(0.01 * total)
     with pytest.raises(ValueError, match="one for each output"):
         initial_masks(model, 4 / total, method, batches=[toy.images(12)])
+
+
+def test_an_emptied_convolution_in_channels_last_is_given_a_weight():
+    model = toy.network().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)
+    plain = toy.network()
+    plain.load_state_dict(model.state_dict())
+    masks = initial_masks(model, 0.05, "magnitude")
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 1, "5.weight": 14}
+    assert mask_hash(masks) == mask_hash(initial_masks(plain, 0.05, "magnitude"))
