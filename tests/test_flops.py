@@ -126,3 +126,10 @@ def test_layers_of_every_kind_cost_what_torch_counts():
     names = {cost.name for cost in costs}
     assert names == set(prunable(model)) - {"unused.weight"}
     assert "block.self_attn.in_proj_weight" in names
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_either_spectral_norm_costs_its_live_weights(norm):
+    model = nn.Sequential(norm(nn.Linear(20, 20)))
+    (name,) = prunable(model)
+    assert real_inference(layer_costs(model, (20,)), {name: 80}) == 160

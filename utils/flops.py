@@ -65,9 +65,9 @@ def _layer_cost(name: str, module: Any, x: Tensor, output: Tensor) -> LayerCost:
     convolution = isinstance(module, nn.modules.conv._ConvNd)
     outputs = module.out_channels if convolution else module.out_features
     positions = x.numel() // module.in_channels if convolution and module.transposed else output.numel() // outputs
-    computed = nn.utils.parametrize.is_parametrized(module, "weight")
-    weight = f"{name}.parametrizations.weight.original" if computed else f"{name}.weight"
-    return LayerCost(weight, module.weight.numel(), outputs, positions, convolution)
+    own = dict(module.named_parameters())
+    leaf = next((leaf for leaf in ("parametrizations.weight.original", "weight_orig") if leaf in own), "weight")  # of a spectral norm
+    return LayerCost(f"{name}.{leaf}", module.weight.numel(), outputs, positions, convolution)
 
 
 def _attention_costs(name: str, module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> list[LayerCost]:
