@@ -39,7 +39,7 @@ def main() -> None:
     require(arguments.explain_images <= images, f"--explain_images {arguments.explain_images}: there are {images} test images")
     folder = writable_folder(Path(arguments.out) if arguments.out is not None else checkpoint.parent / "explain", "--out DIR")
 
-    for caution in settings.attack_cautions("test"):
+    for caution in (*settings.notes, *settings.attack_cautions("test")):
         print(f"note: {caution}")
     attack, name = settings.test_attack, f"PGD-{settings.test_step}"
     with full_precision(), tqdm(total=arguments.grid**2, desc="loss landscape", unit="point", leave=False, disable=None) as bar:

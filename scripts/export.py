@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils.installed  # noqa: F401
-from models import ARCHITECTURES
+from models import arch_names
 from utils.command_line import OneLineParser
 from utils.errors import run_command
 from utils.export import FORMATS, export
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="state_dict: flat and in full size, zeros in place")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the checkpoint, with another suffix")
     plain = parser.add_argument_group("for a state dict, which does not say which network it is of")
-    plain.add_argument("--arch", choices=ARCHITECTURES)
+    plain.add_argument("--arch", choices=arch_names())
     plain.add_argument("--num_classes", type=int, metavar="N")
     plain.add_argument("--width", type=float, metavar="FACTOR", help="on all channel counts (default 1)")
     plain.add_argument("--depth_factor", type=int, metavar="N", help="of wideresnet (default 34)")

@@ -28,6 +28,8 @@ table_begin() {
     extra=("$@")
     [ ! -e "$data" ] || data=$(realpath "$data")
     cd "$(dirname "$self")/.."
+    [ -n "${TASK:-}" ] || QUIET=1 bash scripts/setup.sh
+    python=$PWD/.venv/bin/python
     dataset=${DATASET:-$(guess_dataset "$data")} || exit 2
     out=${OUT:-runs/$name-$dataset${SMOKE:+-smoke}}
     seeds=${SEEDS:-1}
@@ -39,8 +41,6 @@ table_begin() {
     for other in EPOCH SEED JOB; do
         [ -z "${!other:-}" ] || echo "note: $other is not looked at; did you mean ${other}S?" >&2
     done
-    [ -n "${TASK:-}" ] || QUIET=1 bash scripts/setup.sh
-    python=$PWD/.venv/bin/python
     runs=()
     checks=()
 }
@@ -51,21 +51,9 @@ check_number() {
 
 # Which data set a folder holds, by what lies in it, else by its name.
 guess_dataset() {
-    local lower=${1,,}
-    if [ "$1" = digits ]; then
-        echo digits
-    elif [ -f "$1/val/val_annotations.txt" ]; then
-        echo tinyimagenet
-    elif [ -d "$1/train" ] && { [ -d "$1/test" ] || [ -d "$1/val" ]; }; then
-        echo imagefolder
-    else
-        case $lower in
-            *cifar100* | *cifar-100*) echo cifar100 ;;
-            *cifar10* | *cifar-10*) echo cifar10 ;;
-            *svhn*) echo svhn ;;
-            *) echo "error: '$1' has neither train/<class>/* nor the name of a known data set; DATASET=... says what it is" >&2 && return 1 ;;
-        esac
-    fi
+    [ "$1" != digits ] || { echo digits; return; }
+    "$python" -m utils.guess "$1" ||
+        { echo "error: '$1' has neither train/<class>/* nor the name of a known data set; DATASET=... says what it is" >&2; return 1; }
 }
 
 # A run: its script and its flags. Those that came with the call stand last, so that they win.

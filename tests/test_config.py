@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse_core import MaskingConfig
+from utils.command_line import as_known
 from utils.config import parse_settings, pick_device, settings_from
 from utils.config_adv import AdversarialSettings, cautions, refuse_idle_masks
 from utils.config_rb import EarlyBirdSettings, TicketSettings
@@ -94,7 +95,6 @@ def test_fractions_of_the_run():
         ("--density 0 --fb", r"\(0, 1\]"),
         ("--density 1.2 --fb", r"\(0, 1\]"),
         ("--density 1 --fb", "nothing to prune"),
-        ("--density 0.3", "no effect with a dense run"),
         ("--growth gradient", "no effect with a dense run"),
         ("--fb --fbp", "choose one"),
         ("--fbp --fix", "choose one"),
@@ -110,7 +110,7 @@ def test_fractions_of_the_run():
         ("--decreasing_lr 150,100", "must not fall"),
         ("--decreasing_lr ten", "neither an epoch nor a fraction"),
         ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),
-        ("--data somewhere", "needs no folder"),
+        ("--data somewhere", "is no folder, and names no data set; --dataset says which it is"),
         ("--image_size 16", "not decoded from a folder"),
         ("--dataset cifar10 --cache_dir x", "not decoded from a folder"),
         ("--arch resnet18 --depth_factor 28", "only with wideresnet"),
@@ -159,7 +159,8 @@ def test_what_cannot_take_effect_is_refused(line, reason):
         ("--norm l2 --train_eps 128 --train_gamma 0.1", "give 25.5"),
         ("--eval --pretrained x --test_eps 0.031", "give 7.905"),
         ("--train_eps 300", r"lies in \[0, 255\]"),
-        ("--train_eps 8/255", "--train_eps: '8/255' is no number; the unit is 1/255: give 8 for 8/255"),
+        ("--train_eps 8/256", "--train_eps: '8/256' is no number; the unit is 1/255: give 8 for 8/255"),
+        ("--train_eps 0.0314/255", "give 8.007"),
         ("--test_eps eight", "the unit is 1/255: give 8 for 8/255"),
     ],
 )
@@ -223,6 +224,69 @@ def test_examples_in_help_are_commands_that_work(kind):
 def test_the_nearest_of_several_choices_is_suggested(line, nearest):
     with pytest.raises(InputError, match=f"did you mean {nearest}"):
         parse(line)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--dataset CIFAR10 --data x --arch ResNet18 --norm L2", "--dataset cifar10 --data x --arch resnet18 --norm l2"),
+        ("--fb --sparse_init ERK --growth Gradient", "--fb --sparse_init erk --growth gradient"),
+        ("--fb --sparse_init ER", "--fb --sparse_init er"),
+        ("--fb --sparse_init fixed_ERK --decay-schedule Cosine", "--fb --sparse_init erk"),
+        ("--arch VGG16_BN", "--arch vgg16"),
+        ("--eval --pretrained x --eval_attack AA", "--eval --pretrained x --eval_attack autoattack"),
+        ("--train_eps 8/255 --test_gamma 2/255", ""),
+        ("--data data/cifar10", "--dataset cifar10 --data data/cifar10"),
+    ],
+)
+def test_what_people_type_is_the_value_it_means(typed, meant):
+    assert parse(typed) == parse(meant)
+    assert parse(typed).run_name() == parse(meant).run_name()
+
+
+def test_a_choice_that_is_one_already_stays_as_it_is():
+    assert as_known("Own", ["own", "Own"]) == "Own"
+    assert as_known("OWN", ["Own"]) == "Own"
+    assert as_known("aa", ["pgd"]) == "aa"  # an alias of another flag's value
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--sparsity 0.8", "--density 0.2"),
+        ("--sparsity=0.95", "--density 0.05"),
+        ("--fb --sparsity most", "--density"),
+        ("--workers 4", "there are no workers"),
+        ("--num-workers 4", "there are no workers"),
+        ("--resume runs/RUN", "--resume_dir runs/RUN goes on with"),
+        ("--seed 2 --resume runs/RUN --fb", "--resume_dir runs/RUN goes on with"),
+        ("--resume=runs/RUN", "--resume_dir runs/RUN goes on with"),
+        ("--resume --densty 2", "did you mean --density"),
+    ],
+)
+def test_flags_of_other_programs_are_answered(line, answer):
+    with pytest.raises(InputError, match=answer):
+        parse(line)
+
+
+@pytest.mark.parametrize("kind", [EarlyBirdSettings, TicketSettings])
+def test_epochs_of_two_stages(kind):
+    with pytest.raises(InputError, match="--epochs1 are those of stage 1, --epochs2 those of stage 2"):
+        parse_settings(kind, ["--epochs", "5"], "", lambda given: {})
+
+
+def test_what_is_left_aside_is_said_and_does_not_change_the_run():
+    for line, name in (("--density 0.3", "--density 0.3"), ("--density 0.2", "--density 0.2"), ("--dataset digits --data x", "--data x")):
+        settings = parse(f"{line} --decreasing_lr 9")
+        (note,) = settings.notes
+        assert note.startswith(f"{name} has no effect: ")
+        assert cautions(settings, 352) == [note]
+        assert settings == parse("--decreasing_lr 9")
+        assert settings.run_name() == parse("--decreasing_lr 9").run_name()
+    assert not parse("--fb --density 0.3").notes
+    assert not parse("--dataset cifar10 --data x").notes
+    bird = parse_settings(EarlyBirdSettings, "--dataset digits --data x".split(), "", lambda given: {})
+    assert bird.cautions()[0] == bird.notes[0] == "--data x has no effect: --dataset digits needs no folder"
 
 
 def test_a_flag_is_named_in_one_spelling():

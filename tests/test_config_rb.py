@@ -53,7 +53,6 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
     ("line", "reason"),
     [
         ("--data images", "names no data set"),
-        ("--dataset digits --data x", "needs no folder"),
         ("--stage1 adam", "invalid choice"),
         ("--pruning layer", "invalid choice"),
         ("--density 0", r"\(0, 1\]"),

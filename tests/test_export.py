@@ -263,6 +263,8 @@ def test_bad_input_is_one_line_and_writes_nothing(plain, run_export, tmp_path):
     refused(run_export(plain, "--format", "onnx"), "arch and num_classes")
     refused(run_export(plain, "--format", "onnx", *described[:4]), "not a checkpoint of this vgg16")
     refused(run_export(plain, "--format", "onnx", *described, "--image_size", 8), "vgg16 cannot take 8x8")
+    aliased = flags_of({**PLAIN, "arch": "VGG16_BN"})
+    refused(run_export(plain, "--format", "onnx", *aliased, "--image_size", 8), "cannot take 8x8")
     refused(run_export(plain, "--format", "tflite"), "--format", "onnx")
     refused(run_export(plain), "--format")
     refused(run_export(plain, "--format", "state_dict", *described), "the checkpoint itself")

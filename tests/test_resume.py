@@ -1,5 +1,6 @@
 """A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
 
+import fcntl
 import os
 import random
 import re
@@ -360,6 +361,20 @@ def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypat
     assert len(read_epochs(only_run(tmp_path / "cut"))) == 2
     assert run("fbp", "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_adv, tmp_path):
+    """It has lines of metrics and no checkpoint for the moment between the two."""
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+    paths = only_run(tmp_path)
+    for path in (paths.checkpoint, paths.previous, paths.summary):
+        path.unlink()
+    with paths.log.open() as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        for flags in (["--resume"], []):
+            outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *flags)
+            assert (outcome.code, outcome.err) == (2, f"error: another process is training in {paths.root}\n")
+    assert "has epochs and no checkpoint" in run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--resume").err
 
 
 # ---------------------------------------------------------------- more epochs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from utils.errors import InputError
 _WIDEST = 120  # of help, in characters
 _COLUMN = 32  # at which the texts begin
 _LONGEST_METAVAR = 30  # what is longer is said in the text
+_ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # values as the released code calls them
 EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out, 3 the run failed (what it saved stays),
             75 out of time, 130 interrupted, 143 terminated"""
 
@@ -25,10 +27,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)*: ", r"\1: ", message))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        namespace, unknown = self.parse_known_args(args, namespace)
+        arguments = sys.argv[1:] if args is None else args
+        namespace, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            self.error(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")
+            self.error(
+                self.answer(arguments, unknown) or f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}"
+            )
         return namespace
+
+    def answer(self, arguments: Sequence[str], unknown: Sequence[str]) -> str | None:
+        """What to say of a command line with unknown arguments where that is more than the nearest name."""
+        return None
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        return as_known(value, action.choices) if isinstance(value, str) and action.choices is not None else value
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -49,6 +62,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
         if action.option_strings and action.dest != "help":
             return action.option_strings[0] + (f" {action.metavar}" if action.nargs != 0 else "")
         return super()._format_action_invocation(action)
+
+
+def as_known(text: str, choices: Iterable[str]) -> str:
+    """The one of ``choices`` that is meant, whatever its case or by the released code's name; ``text`` itself if none is."""
+    known = {name.lower(): name for name in choices}
+    plain = text.lower()
+    return text if text in known.values() else known.get(plain, known.get(_ALIASES.get(plain, ""), text))
 
 
 def suggestion(unknown: object, known: Iterable[str]) -> str:

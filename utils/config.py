@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 import torch
 
@@ -25,6 +28,7 @@ from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
 from utils.forward import PRECISIONS, use_fast_kernels
+from utils.guess import guess_data_set
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
@@ -61,6 +65,7 @@ class CommonSettings:
     script: ClassVar[str]  # the script whose flags these are
     examples: ClassVar[tuple[str, ...]]  # commands, for ``--help``
     may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
+    notes: ClassVar[tuple[str, ...]] = ()  # of a command line: which of its flags were left aside, and why
 
     # data
     dataset: str = flag("digits", "data", "data set", choices=SOURCES)
@@ -185,8 +190,13 @@ class CommonSettings:
 
     @classmethod
     def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields that follow from the flags given."""
-        return {}
+        """The data set that ``--data`` holds or is called, unless ``--dataset`` says it; ``InputError`` where neither tells."""
+        if "data" not in given or "dataset" in given:
+            return {}
+        dataset, folder = guess_data_set(given["data"]), Path(given["data"])
+        why = "holds no data set that is known by its files, and" if folder.is_dir() else "is no folder, and"
+        require(dataset is not None, f"--data {folder} {why} names no data set; --dataset says which it is")
+        return {"dataset": dataset}
 
     def check_values(self) -> None:
         """Raise ``InputError`` for values that make no sense in any run."""
@@ -246,9 +256,12 @@ class CommonSettings:
             return [f"--norm l2: {steps} steps of --{part}_gamma {gamma:g} do not reach half of --{part}_eps {eps:g}; {usual} is usual"]
         return []
 
+    def idle(self, given: frozenset[str]) -> dict[str, str]:
+        """Flags that were given and are left aside, with the reason: a run says so at its start."""
+        return {"data": "--dataset digits needs no folder"} if self.dataset == "digits" and "data" in given else {}
+
     def refuse_idle(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for flags that were given and could not take effect."""
-        only(given, ["data"], self.dataset != "digits", "--dataset digits, which needs no folder; which data set is it?")
         decoded = self.dataset in DECODED_HERE
         only(given, ["image_size", "cache_dir"], decoded, f"--dataset {self.dataset}, which is not decoded from a folder")
         only(given, ["depth_factor", "width_factor"], self.arch == "wideresnet", f"--arch {self.arch}, only with wideresnet")
@@ -329,7 +342,7 @@ def parse_settings(
         InputError: unknown flags, bad values, flags that could not take effect or contradict the checkpoint.
     """
     examples = "\n".join(f"  {example}" for example in kind.examples)
-    parser = OneLineParser(
+    parser = _Parser(
         usage="%(prog)s [flags]",
         description=f"{description}\nA flag may be spelled with - for _.",
         epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
@@ -344,8 +357,43 @@ def parse_settings(
     settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
     _refuse_contradictions(given, stored, settings)
     settings.refuse_wrong_units(frozenset(given))
-    settings.refuse_idle(frozenset(given))
+    idle = settings.idle(frozenset(given))
+    settings.refuse_idle(frozenset(given) - idle.keys())
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(kind) if f.name in idle}
+    settings = dataclasses.replace(settings, **defaults)
+    # No field, which would be a flag and a part of the run's hash.
+    object.__setattr__(settings, "notes", tuple(f"--{name} {given[name]} has no effect: {why}" for name, why in idle.items()))
     return settings
+
+
+class _Parser(OneLineParser):
+    """With answers to flags of other programs."""
+
+    def error(self, message: str) -> NoReturn:
+        if folder := re.fullmatch(r"argument --resume: ignored explicit argument '(.*)'", message):
+            message = _RESUME.format(folder[1])
+        super().error(message)
+
+    def answer(self, arguments: Sequence[str], unknown: Sequence[str]) -> str | None:
+        name, _, value = unknown[0].partition("=")
+        if not name.startswith("-") and ("--resume", name) in itertools.pairwise(arguments):
+            return _RESUME.format(name)
+        value = value or next(iter(unknown[1:]), "")
+        match name.replace("-", "_"):
+            case "__sparsity":
+                try:
+                    kept = f" {1 - float(value):g}" if 0 <= float(value) < 1 else ""
+                except ValueError:
+                    kept = ""
+                return f"unknown argument {name}: the kept fraction is given instead, --density{kept}"
+            case "__workers" | "__num_workers":
+                return f"unknown argument {name}: there are no workers, images are decoded once and handed out on the device"
+            case "__epochs":
+                return f"unknown argument {name}: --epochs1 are those of stage 1, --epochs2 those of stage 2"
+        return None
+
+
+_RESUME = "--resume takes no folder, it goes on with the one that the flags name; --resume_dir {0} goes on with {0}"
 
 
 def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -394,10 +442,9 @@ def _spellings(name: str) -> list[str]:
 def _levels(text: str) -> float:
     """A length in 1/255, for argparse."""
     try:
-        return float(text)
+        return float(re.sub(r"\s*/\s*255\s*$", "", text))  # 8/255 is as many
     except ValueError:
-        over = text.split("/")[0].strip() if text.replace(" ", "").endswith("/255") else "8"
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; the unit is 1/255: give {over} for {over}/255") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; the unit is 1/255: give 8 for 8/255") from None
 
 
 def epoch_number(text: str, epochs: int, name: str) -> int:

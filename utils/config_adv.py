@@ -141,6 +141,10 @@ class AdversarialSettings(CommonSettings):
         self.check_milestones(self.epochs)
         require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
 
+    def idle(self, given: frozenset[str]) -> dict[str, str]:
+        dense = not self.eval and self.method == DENSE and "density" in given
+        return {**super().idle(given), **({"density": "a dense run has no masks; see --fb, --fbp and --fix"} if dense else {})}
+
     def refuse_idle(self, given: frozenset[str]) -> None:
         require(not self.reset, "--reset has no meaning in the paper's method; leave it out")
         require(self.fb + self.fbp < 2, "--fb and --fbp are two methods; choose one")
@@ -215,7 +219,7 @@ def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
 
 def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
     """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
-    found = [*s.attack_cautions("train"), *s.attack_cautions("test")]
+    found = [*s.notes, *s.attack_cautions("train"), *s.attack_cautions("test")]
     if not any(milestone < s.epochs for milestone in s.milestones):
         found.append(f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end")
     if s.method in ("fb", "fbp"):

@@ -17,9 +17,6 @@ from utils.inputs import refuse_what_is_no_checkpoint
 from utils.seeding import stream
 from utils.slimming import usual_floor
 
-# What in the path of the data names the data set, the longer names first.
-_IN_PATHS = {"cifar100": "cifar100", "cifar-100": "cifar100", "cifar10": "cifar10", "cifar-10": "cifar10", "tiny": "tinyimagenet"}
-_IN_PATHS |= {"svhn": "svhn"}
 _OF_PGD = "train_step train_gamma train_randinit attack_mode".split()
 _OF_STAGE_1 = "stage1 epochs1 stage1_ra eb_window eb_tolerance".split()
 
@@ -119,17 +116,6 @@ class TicketSettings(CommonSettings):
 
     # ---- what is refused, and what is said
 
-    @classmethod
-    def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The data set that the path of the data names, as in the paper's script, unless ``--dataset`` says it."""
-        if "data" not in given or "dataset" in given:
-            return {}
-        for folder in reversed(Path(str(given["data"]).lower()).parts):
-            for part, dataset in _IN_PATHS.items():
-                if part in folder:
-                    return {"dataset": dataset}
-        raise InputError(f"--data {given['data']} names no data set this script knows; --dataset says which it is")
-
     def check_values(self) -> None:
         super().check_values()
         self.check_numbers(at_least_one=["epochs1", "epochs2"])
@@ -159,7 +145,7 @@ class TicketSettings(CommonSettings):
 
     def cautions(self) -> list[str]:
         """What the settings leave idle although nobody asked for it in so many words; a run says so at its start."""
-        found = [*(self.attack_cautions("train") if set(self.stages) != {"sgd"} else []), *self.attack_cautions("test")]
+        found = [*self.notes, *(self.attack_cautions("train") if set(self.stages) != {"sgd"} else []), *self.attack_cautions("test")]
         if self.density == 1:
             found.append("--density 1 keeps everything, so nothing is pruned and both stages train the dense network")
         if self.stage2 != "fast" and not any(milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)):

@@ -203,6 +203,13 @@ def _locked(paths: RunPaths) -> IO[str]:
     return lock
 
 
+def refuse_locked(paths: RunPaths) -> None:
+    """Raise ``InputError`` if another process trains in the folder now; nothing is written."""
+    if paths.log.exists():
+        with contextlib.suppress(OSError):  # one that cannot be written says so when it is
+            _locked(paths).close()
+
+
 class ForeignRunFolder(RunFolder):
     """A run's folder as its other processes have it: the first one writes, and they say and write nothing."""
 

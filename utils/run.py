@@ -32,7 +32,7 @@ from utils.errors import InputError, RunError, Stopped, one_line
 from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
 from utils.forward import PLAIN, Execution, Forward, best_precision
-from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary
+from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary, refuse_locked
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
@@ -180,6 +180,7 @@ class Run(ABC):
         self.world = world
         self.paths = RunPaths(Path(settings.resume_dir or Path(settings.save_dir) / settings.run_name()))
         resuming = settings.resume or settings.resume_dir is not None
+        refuse_locked(self.paths)  # what is said of its files would be of a moment
         if self.paths.holds_a_run() and not resuming:
             raise InputError(
                 f"{self.paths.root} already holds a run with these settings; --resume goes on with it, another --save_dir starts elsewhere"
