@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,12 @@ class Data:
     def digest(self) -> str:
         """One hex digest of ``digests``; empty where there are none."""
         return _digest(json.dumps(self.digests, sort_keys=True).encode()) if self.digests else ""
+
+    def numbered(self, classes: Sequence[str]) -> Data:
+        """The same data with labels that are places in ``classes``: its own classes in another order."""
+        place = torch.tensor([classes.index(name) for name in self.classes], device=self.train.device)
+        train, val, test = (replace(split, labels=place[split.labels]) for split in (self.train, self.val, self.test))
+        return replace(self, classes=list(classes), train=train, val=val, test=test)
 
     @property
     def image_shape(self) -> torch.Size:

@@ -34,7 +34,7 @@ _IDLE = "eval_attack restarts source eval_dir time_limit train_subset".split()
 def main() -> None:
     checkpoint, arguments, settings = _read(sys.argv[1:])
     device = pick_device(settings)
-    model, data = network_and_data(settings, device)
+    judged, data = network_and_data(settings, device)
     images = len(data.test)
     require(arguments.explain_images <= images, f"--explain_images {arguments.explain_images}: there are {images} test images")
     folder = writable_folder(Path(arguments.out) if arguments.out is not None else checkpoint.parent / "explain", "--out DIR")
@@ -44,7 +44,7 @@ def main() -> None:
     attack, name = settings.test_attack, f"PGD-{settings.test_step}"
     with full_precision(), tqdm(total=arguments.grid**2, desc="loss landscape", unit="point", leave=False, disable=None) as bar:
         options = {"images": arguments.explain_images, "grid": arguments.grid, "seed": settings.seed}
-        found = explain(model, data.test, attack, on_point=bar.update, **options)
+        found = explain(judged.model, data.test, attack, on_point=bar.update, **options)
     require(bool(found.losses.isfinite().all()), f"the losses of {checkpoint}, or around it, are not finite")
 
     from utils.explain_figures import landscape_figure, saliency_figure

@@ -19,13 +19,14 @@ import utils.installed  # noqa: F401
 # isort: split
 import torch
 
+from data import Data
 from utils.command_line import OneLineParser
 from utils.config import CommonSettings, parse_settings, pick_device
 from utils.errors import InputError, run_command
 from utils.estimate import duration, image_passes, images_of, seconds_per_pass
 from utils.metrics import read_epochs
 from utils.paths import RunPaths
-from utils.run import load_data_for
+from utils.run import load_data_for, placed
 from utils.scripts import SETTINGS_OF
 
 _MEASURED: dict[Any, Any] = {}
@@ -65,8 +66,8 @@ def planned(command: str) -> Planned:
     kind = SETTINGS_OF.get(Path(script).name)
     if kind is None:
         raise InputError(f"{script} trains nothing; known: {', '.join(SETTINGS_OF)}")
-    settings = parse_settings(kind, flags, "", lambda given: {})
-    paths = RunPaths(Path(settings.save_dir) / settings.run_name())
+    asked = parse_settings(kind, flags, "", lambda given: {})
+    settings, paths = placed(asked, data_of(asked), pick_device(asked))
     rows = read_epochs(paths) if paths.metrics.exists() else []
     return Planned(settings, paths, len(rows), settings.epochs_done(rows))
 
@@ -86,14 +87,23 @@ def show(runs: list[Planned], jobs: int) -> None:
     print(f"{unfinished} of {len(runs)} runs to train{total}", file=sys.stderr)
 
 
+def data_of(settings: CommonSettings) -> Data:
+    """A data set, read once: a run is named by it too."""
+    which = _which(settings)
+    if which not in _MEASURED:
+        _MEASURED[which] = load_data_for(settings, pick_device(settings))
+    return _MEASURED[which]
+
+
+def _which(s: CommonSettings) -> tuple[Any, ...]:
+    return (s.dataset, s.data, s.image_size, s.train_subset, s.test_subset, s.cache_dir)
+
+
 def estimated(run: Planned) -> float:
     """Seconds that are left of a run; data and speed are looked at once for each data set and network."""
     s = run.settings
-    which = (s.dataset, s.data, s.image_size, s.train_subset, s.test_subset)
-    network = (*which, s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
-    if which not in _MEASURED:
-        _MEASURED[which] = load_data_for(s, pick_device(s))
-    data = _MEASURED[which]
+    data = data_of(s)
+    network = (*_which(s), s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
     if network not in _MEASURED:
         _MEASURED[network] = seconds_per_pass(s, data, pick_device(s))
     return image_passes(s, images_of(data), run.done) * _MEASURED[network]

@@ -210,17 +210,21 @@ def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
 def test_a_run_says_and_keeps_its_precision(run_adv, tmp_path, monkeypatch):
     """Begun in bf16 with auto, it goes on in bf16 where auto would be float32."""
     flags = [flag for flag in toy.TOY_RUN if flag not in ("--precision", "float32")]
-    monkeypatch.setattr("utils.run.best_precision", lambda device: "bf16")
+    monkeypatch.setattr("utils.config.best_precision", lambda device: "bf16")
     outcome = run_adv(*flags, "--save_dir", tmp_path)
     assert (outcome.code, "in bf16 on cpu" in outcome.out) == (0, True), outcome.err
     root = only_run(tmp_path).root
     content = load_checkpoint(root / "checkpoint.pth.tar")
-    assert content["precision"] == "bf16"
-    monkeypatch.setattr("utils.run.best_precision", lambda device: "float32")
+    assert content["settings"]["precision"] == "bf16"
+    again = run_adv(*flags, "--save_dir", tmp_path, "--precision", "bf16")
+    assert (again.code, f"{root} already holds a run" in again.err) == (2, True), "auto and what it means are one run"
+    monkeypatch.setattr("utils.config.best_precision", lambda device: "float32")
+    found = run_adv(*flags, "--save_dir", tmp_path, "--resume")
+    assert (found.code, f"{root} is finished" in found.out) == (0, True), found.err
     grown = run_adv("--resume_dir", root, "--epochs", 3)
     assert (grown.code, "in bf16 on cpu" in grown.out) == (0, True), grown.err
     other = run_adv("--resume_dir", root, "--precision", "float32")
-    assert (other.code, "--precision float32 contradicts the checkpoint, which has auto" in other.err) == (2, True)
+    assert (other.code, "--precision float32 contradicts the checkpoint, which has bf16" in other.err) == (2, True)
 
 
 def test_precisions_give_other_bits_and_final_figures_are_float32(run_adv, tmp_path, monkeypatch):

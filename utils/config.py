@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, Self, TypeVar, get_type_hints
 
 import torch
 
@@ -27,13 +27,13 @@ from utils.command_line import EXIT_CODES, Help, OneLineParser, metavar_and_text
 from utils.distributed import ALONE, World
 from utils.engine import Plan
 from utils.errors import InputError
-from utils.forward import PRECISIONS, use_fast_kernels
+from utils.forward import PRECISIONS, best_precision, use_fast_kernels
 from utils.guess import guess_data_set
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
 # Settings without influence on the result that a resumed run keeps, because somebody would miss them.
-_TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard")
+_TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard", "stage1_ra")
 _FAST_PEAK = 0.2  # highest learning rate of ``fast`` (SPEC 4)
 
 
@@ -167,6 +167,20 @@ class CommonSettings:
 
     # ---- identity
 
+    def with_values(self, **values: Any) -> Self:
+        """The same settings but for some, and with the notes of their command line."""
+        changed = dataclasses.replace(self, **values)
+        object.__setattr__(changed, "notes", self.notes)
+        return changed
+
+    def on_machine(self, device: torch.device, processes: int) -> list[Self]:
+        """What these settings mean there: first as a fresh run takes them, then as one that was begun elsewhere may have them."""
+        usual = best_precision(device)
+        precisions = [usual, *(p for p in PRECISIONS if p != usual)] if self.precision == "auto" else [self.precision]
+        # Of one process there is nothing to synchronize; what several have begun, one may go on with.
+        synchronized = [False, True] if self.sync_bn and processes == 1 else [self.sync_bn]
+        return [self.with_values(precision=p, sync_bn=s) for s in synchronized for p in precisions]
+
     def resolved(self) -> dict[str, Any]:
         """The fields with different spellings of one meaning made alike."""
         return dataclasses.asdict(self)
@@ -176,9 +190,9 @@ class CommonSettings:
         values = self.resolved()
         return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["result"] and values[f.name] != f.default}
 
-    def run_name(self) -> str:
-        """``<method>_<arch>_<dataset>_<what matters>_<hash>``."""
-        text = json.dumps(self.identity(), sort_keys=True)
+    def run_name(self, images: str = "") -> str:
+        """``<method>_<arch>_<dataset>_<what matters>_<hash>``; ``images`` is the digest of the data set (``Data.digest``)."""
+        text = json.dumps(self.identity() | ({"images": images} if images else {}), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return "_".join([self.method, self.arch, self.dataset, *self.name_parts(), f"s{self.seed}", digest])
 
@@ -351,6 +365,8 @@ def parse_settings(
     )
     _add_flags(parser, kind)
     given = vars(parser.parse_args(arguments))
+    if given.get("precision") == "auto":  # the default; of a run that goes on, whatever it began in
+        del given["precision"]
     # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its data lies, and what it would notice.
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}

@@ -43,7 +43,7 @@ class TicketSettings(CommonSettings):
     # stages
     stage1: str = flag("sgd", "stages", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS)
     epochs1: int = flag(200, "stages", "epochs of stage 1", metavar="EPOCHS")
-    stage1_ra: bool = flag(False, "stages", "measure RA, and the test set, in stage 1 too, which its clean training does not need")
+    stage1_ra: bool = flag(False, "stages", "measure RA, and the test set, in stage 1 too, which its training does not need", result=False)
     stage1_pretrained: str | None = flag(None, "stages", "checkpoint of a dense network to prune instead of training one", metavar="FILE")
     stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
     epochs2: int = flag(200, "stages", "epochs of stage 2", metavar="EPOCHS")

@@ -8,8 +8,10 @@ import hashlib
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,13 @@ from data.augment import to_float
 from utils import diagnosis
 from utils.attacks import in_mode
 from utils.checkpoint import checksum, load_checkpoint, save_checkpoint, writable_folder, write_atomically
+from utils.config import require
 from utils.config_adv import AdversarialSettings, evaluation_settings
 from utils.distributed import World
 from utils.errors import InputError, RunError, Stopped
 from utils.inputs import read_checkpoint, refuse_what_is_no_run
 from utils.metrics import environment, json_bytes, write_figure
-from utils.network import network_of, network_spec, spec_in
+from utils.network import network_of, network_spec, refuse_other_classes, spec_in
 from utils.preemption import Interruption
 from utils.run import load_data_for, settings_in, settings_of_run
 from utils.sanity import check_network
@@ -51,14 +54,33 @@ def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings_of_run(AdversarialSettings.script, given["resume_dir"])
 
 
-def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[nn.Module, Data]:
-    """What ``--pretrained`` holds and what it is evaluated on; raises ``InputError`` if they do not fit."""
+def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[Judged, Data]:
+    """What ``--pretrained`` holds and its data, classes numbered as it does; raises ``InputError`` if they do not fit."""
     data = load_data_for(settings, device)
     assert settings.pretrained is not None
-    return network_for(settings.pretrained, settings, data, device), data
+    judged = network_for(settings.pretrained, settings, data, device)
+    if judged.classes == data.classes:
+        return judged, data
+    warnings.warn(f"{settings.pretrained} numbers the classes in another order than the data: they are matched by name", stacklevel=2)
+    return judged, data.numbered(judged.classes)
 
 
-def network_for(path: str, settings: AdversarialSettings, data: Data, device: torch.device) -> nn.Module:
+@dataclass(frozen=True)
+class Judged:
+    """A network from a checkpoint: its classes in their order, and which network of its run it is."""
+
+    model: nn.Module
+    classes: list[str]
+    epoch: int | None
+    val_ra: float | None
+
+    @cached_property
+    def weights(self) -> str:
+        """A checksum of its state."""
+        return checksum(self.model.state_dict())
+
+
+def network_for(path: str, settings: AdversarialSettings, data: Data, device: torch.device) -> Judged:
     """The network in a checkpoint, for these images; raises ``InputError`` if they do not fit."""
     content = read_checkpoint(path)
     spec = spec_in(content, path) or network_spec(settings, data)
@@ -66,7 +88,9 @@ def network_for(path: str, settings: AdversarialSettings, data: Data, device: to
         raise InputError(f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}")
     if len(spec["mean"]) != data.image_shape[0]:
         raise InputError(f"{path} takes {len(spec['mean'])} channels and the images have {data.image_shape[0]}")
-    return network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device)
+    refuse_other_classes(path, spec, data.classes)
+    model = network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device)
+    return Judged(model, spec.get("classes") or data.classes, content.get("epoch"), content.get("val_ra"))
 
 
 def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
@@ -98,8 +122,9 @@ class Evaluation:
         self.attack = settings.test_attack
         if settings.eval_attack == "cw":
             self.attack = dataclasses.replace(self.attack, loss="margin")
-        self.model, self.data = network_and_data(settings, device)
-        self.source = None if settings.source is None else network_for(settings.source, settings, self.data, device)
+        self.judged, self.data = network_and_data(settings, device)
+        self.model = self.judged.model
+        self.source = None if settings.source is None else self._source(settings.source)
         self.asked = self._asked()
         self.splits = {"test": self.data.test, "train": self.data.train}
         self.warnings = self._look_at_network()
@@ -109,6 +134,12 @@ class Evaluation:
         self.began_at = ""
         if self.answers.exists():
             self._go_on()
+
+    def _source(self, path: str) -> nn.Module:
+        source = network_for(path, self.settings, self.data, self.device)
+        other = f"--source {path} numbers the classes in another order than --pretrained {self.settings.pretrained}"
+        require(source.classes == self.data.classes, other)
+        return source.model
 
     # ---- what is asked
 
@@ -156,12 +187,12 @@ class Evaluation:
         """The answers by image."""
         return self._path(".pth.tar")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A digest of what decides the answers: networks, attack, images."""
         settings = self.settings
         source = None if self.source is None else checksum(self.source.state_dict())
-        parts: list[Any] = [checksum(self.model.state_dict()), source, dataclasses.asdict(self.attack)]
+        parts: list[Any] = [self.judged.weights, source, dataclasses.asdict(self.attack)]
         parts += [settings.eval_attack, settings.restarts, settings.seed, *(_digest_of_rows(split) for split in self.splits.values())]
         parts += [self.data.digest]
         parts += [(trial.name, trial.batch) for trial in self.asked.trials]
@@ -250,6 +281,7 @@ class Evaluation:
         attack, kind = self.attack, "transfer" if self.source is not None else self.settings.eval_attack
         return {
             "checkpoint": Path(self.settings.pretrained or "").name,
+            "network": {"weights": self.judged.weights, "epoch": self.judged.epoch, "val_ra": self.judged.val_ra},
             "attack": kind,
             "title": self.asked.title,
             "norm": attack.norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from utils.config import CommonSettings, settings_from
 from utils.config_adv import DENSE, AdversarialSettings
 from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError
-from utils.metrics import read_epochs, read_summary
+from utils.metrics import made_by, read_epochs, read_summary
 from utils.paths import RunPaths
 
 Row = Mapping[str, Any]
@@ -59,7 +60,8 @@ _WORDS = {
     "stage1": "stage 1 {}",
     "stage2": "stage 2 {}",
     "stage1_pretrained": "ticket from {}",
-    "stage1_ra": "RA in stage 1",
+    "precision": "trained in {}",
+    "processes": "in {} process(es)",
     "eb_window": "early-bird window {}",
     "eb_tolerance": "early-bird tolerance {}",
     "death_rate": "drop fraction {}",
@@ -124,8 +126,44 @@ class FinishedRun:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result, without the seed, different spellings of one meaning made alike."""
-        return _deciding(self.settings, self.settings.resolved())
+        """What decides the result, without the seed, different spellings of one meaning made alike."""
+        return self._deciding(self.settings.resolved())
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """The same as it was spelled."""
+        return self._deciding(dataclasses.asdict(self.settings))
+
+    def _deciding(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = {f.name: values[f.name] for f in dataclasses.fields(self.settings) if f.metadata["result"] and f.name != "seed"}
+        return {**found, "data": self.data, "precision": self.precision, "processes": self.processes}
+
+    @cached_property
+    def data(self) -> str | None:
+        """Which data set: the digest of its content; of older image folders their name."""
+        if digests := self._found.get("digests"):
+            return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        return Path(self.settings.data).name if self.settings.dataset == "imagefolder" else None
+
+    @property
+    def precision(self) -> str:
+        """In which it was trained."""
+        return str(self._found.get("precision", "float32")) if self.settings.precision == "auto" else self.settings.precision
+
+    @property
+    def processes(self) -> str:
+        """How many processes trained it, one after the other."""
+        return ", ".join(dict.fromkeys(str(entry.get("processes", 1)) for entry in self.made_by)) or "1"
+
+    @cached_property
+    def made_by(self) -> list[dict[str, Any]]:
+        """The processes that made it, the last one last."""
+        return made_by(self.paths)
+
+    @cached_property
+    def _found(self) -> Row:
+        """``config.json``, nothing if it is not there."""
+        return self.config if self.paths.config.exists() else {}
 
     @cached_property
     def config(self) -> Row:
@@ -210,7 +248,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
-    """Groups in the order of their first runs, and what was left out, a line each: of a seed only its first run counts."""
+    """Groups in the order of their first runs, and what to know of them, a line each: of a seed only its first run counts."""
     members: dict[Any, dict[int, FinishedRun]] = {}
     notes = []
     for run in runs:
@@ -220,7 +258,14 @@ def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
         seeds.setdefault(run.settings.seed, run)
     by_seed = [[seeds[seed] for seed in sorted(seeds)] for seeds in members.values()]
     labels = _labels([group[0] for group in by_seed])
+    notes += [note for label, group in zip(labels, by_seed, strict=True) if (note := _other_versions(label, group))]
     return [Group(label, group) for label, group in zip(labels, by_seed, strict=True)], notes
+
+
+def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
+    """What to say of seeds that were not trained by the same torch."""
+    found = {str(version) for run in runs for entry in run.made_by if (version := entry.get("versions", {}).get("torch"))}
+    return f"{label}: trained by torch {' and '.join(sorted(found))}" if len(found) > 1 else ""
 
 
 def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
@@ -255,13 +300,6 @@ def value_text(name: str, value: object) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def _deciding(settings: CommonSettings, values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {f.name: values[f.name] for f in dataclasses.fields(settings) if f.metadata["result"] and f.name != "seed"}
-    if settings.dataset == "imagefolder":  # the folder is the data set
-        found["data"] = Path(settings.data).name
-    return found
-
-
 def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
     """For each run its method and the settings that tell it from the others: of scale among all of them, and else among its method's."""
     found = []
@@ -272,9 +310,22 @@ def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
         names += [name for name in dict.fromkeys(own) if _differs(name, same)]
         if len(names) > _MOST_TOLD:
             names = _sufficient(names, runs, same)
-        told = [setting_text(name, run.identity[name]) for name in names if name in run.identity]
+        told = [
+            setting_text(name, _data_name(run, runs) if name == "data" else run.identity[name]) for name in names if name in run.identity
+        ]
         found.append(METHOD_NAMES[run.method] + (f" ({', '.join(told)})" if told else ""))
     return found
+
+
+def _data_name(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
+    """The name of its folder, with a part of its digest where other data are called so too."""
+    name = Path(run.settings.data).name if run.settings.dataset == "imagefolder" else run.settings.dataset
+    others = {
+        other.data
+        for other in runs
+        if (other.settings.dataset, Path(other.settings.data).name) == (run.settings.dataset, Path(run.settings.data).name)
+    }
+    return f"{name} {run.data[:8]}" if run.data and len(others) > 1 else name
 
 
 def _sufficient(names: Sequence[str], runs: Sequence[FinishedRun], same: Sequence[FinishedRun]) -> list[str]:
@@ -289,7 +340,7 @@ def _sufficient(names: Sequence[str], runs: Sequence[FinishedRun], same: Sequenc
 
 def _differs(name: str, runs: Sequence[FinishedRun]) -> bool:
     """Whether a setting tells runs apart; not one that only follows from another, as milestones in fractions do from the length."""
-    asked = [_deciding(run.settings, dataclasses.asdict(run.settings)).get(name) for run in runs]
+    asked = [run.asked.get(name) for run in runs]
     means = [run.identity.get(name) for run in runs]
     return any(value != asked[0] for value in asked) and any(value != means[0] for value in means)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_KINDS = (".png", ".pdf", ".svg")
+_ENVIRONMENT = ("versions", "revision", "device", "hardware")
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack", "tensorboard")
 
 
@@ -260,14 +261,24 @@ def read_summary(paths: RunPaths) -> dict[str, Any]:
         raise InputError(f"{paths.summary} cannot be read ({error})") from error
 
 
+def made_by(paths: RunPaths) -> list[dict[str, Any]]:
+    """The processes that made a run, by its ``config.json``: one entry a start or resume, of older runs the last one alone."""
+    try:
+        config = json.loads(paths.config.read_text())
+        entries = config.get("made_by") or [{name: config[name] for name in ("processes", *_ENVIRONMENT) if name in config}]
+    except (OSError, ValueError, AttributeError):  # none yet, or a damaged one, which is written anew
+        return []
+    return [entry for entry in entries if entry] if isinstance(entries, list) else []
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, source revision and hardware, for ``config.json``."""
+    """Versions, source revision and hardware, for a process in ``config.json`` and for results."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"versions": versions, "revision": source_revision(), "device": str(device), "hardware": hardware}
+    return dict(zip(_ENVIRONMENT, (versions, source_revision(), str(device), hardware), strict=True))
 
 
 def source_revision() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from utils.inputs import read_checkpoint
 from utils.safe_tensors import SUFFIX, load_safetensors
 from utils.slimming import slim
 
+_NOT_BUILT = frozenset({"kept", "classes"})  # of a description: what a full, nameless network does not have
+
 
 def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
-    """What ``build_network`` needs to make this network again; every checkpoint carries it."""
+    """What ``build_network`` needs to make this network again, and the names of its classes; every checkpoint carries it."""
     return {
         "arch": settings.arch,
         "num_classes": len(data.classes),
@@ -30,6 +32,7 @@ def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
         "depth_factor": settings.depth_factor,
         "width_factor": settings.width_factor,
         "image_size": min(data.image_shape[1:]),
+        "classes": list(data.classes),
     }
 
 
@@ -40,13 +43,35 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
         return None
     kinds = {"arch": str, "num_classes": int, "mean": list, "std": list, "width": float, "image_size": int}
     kinds |= {"depth_factor": int, "width_factor": int}
-    known = isinstance(spec, Mapping) and spec.keys() - {"kept"} == kinds.keys()
+    known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
     if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
         raise InputError(f"{path} does not say which network it holds")
     kept = spec.get("kept", {})
     if not isinstance(kept, Mapping) or not all(isinstance(channels, list) for channels in kept.values()):
         raise InputError(f"{path} does not say which channels its network kept")
+    classes = spec.get("classes")
+    named = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+    if not named or (classes is not None and len(classes) != spec["num_classes"]):
+        raise InputError(f"{path} does not name each of its {spec['num_classes']} classes")
     return dict(spec)
+
+
+def refuse_other_classes(path: object, spec: Mapping[str, Any], classes: Sequence[str]) -> bool:
+    """Compare the names of the classes, where a checkpoint's ``spec`` has them, with those of the data.
+
+    Returns:
+        Whether the network numbers them as the data does.
+
+    Raises:
+        InputError: they are not the same classes.
+    """
+    known = spec.get("classes") or list(classes)
+    if sorted(known) != sorted(classes):
+        if len(known) != len(classes):
+            raise InputError(f"{path} knows {len(known)} classes and the data has {len(classes)}")
+        theirs, ours = ([name for name in one if name not in other][:3] for one, other in ((known, classes), (classes, known)))
+        raise InputError(f"{path} knows other classes than the data: {', '.join(theirs)} and not {', '.join(ours)}")
+    return known == list(classes)
 
 
 def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) -> nn.Module:
@@ -54,7 +79,7 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
 
     Args:
         spec: arguments of ``build_model``, and for a network without some of its channels ``kept``: the channels
-            that stay, by batch norm (``utils.slimming``).
+            that stay, by batch norm (``utils.slimming``). Names of ``classes`` may lie beside them.
         device: where it goes, channels-last.
         seed: of its weights.
 
@@ -63,7 +88,7 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
     """
     kept = spec.get("kept")
     try:
-        model = build_model(**{name: value for name, value in spec.items() if name != "kept"}, seed=seed)
+        model = build_model(**{name: value for name, value in spec.items() if name not in _NOT_BUILT}, seed=seed)
         model = model if kept is None else slim(model, kept)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     except (ValueError, RuntimeError) as error:  # a size it cannot have, or more memory than there is

@@ -25,6 +25,7 @@ from utils.report import (
     evaluation_csv,
     evaluation_table,
     markdown,
+    stale_evaluations,
     strong_evaluations,
 )
 
@@ -81,11 +82,15 @@ def write_report(folder: Path, groups: Sequence[Group], instead: str | None) -> 
     Raises:
         InputError: files of a run that are missing or damaged, a folder that cannot be written.
     """
-    compared, strong = [Comparison.of(group, instead, groups) for group in groups], strong_evaluations(groups)
+    compared, strong, stale = (
+        [Comparison.of(group, instead, groups) for group in groups],
+        strong_evaluations(groups),
+        stale_evaluations(groups),
+    )
     tables, texts = [comparison_table(compared)], {"table.csv": comparison_csv(compared)}
     texts["table.md"] = markdown(tables[0])
-    if strong:
-        stronger = [evaluation_table(strong), *benchmark_tables(strong, instead)]
+    if strong or stale:
+        stronger = [evaluation_table(strong, stale), *benchmark_tables(strong, instead)]
         texts |= {"evaluations.md": "\n".join(map(markdown, stronger)), "evaluations.csv": evaluation_csv(strong)}
         tables += stronger
     pictures = report_pictures(groups)
@@ -169,11 +174,11 @@ def svg_uri(figure: Figure) -> str:
 def _run(group: Group, run: FinishedRun) -> str:
     """How a run was made, folded."""
     config = run.config
-    settings = config.get("settings", {})
+    settings, last = config.get("settings", {}), (run.made_by or [{}])[-1]
     rows = {
-        "machine": f"{config.get('hardware', 'unknown')}, {config.get('processes', 1)} process(es), trained in {config.get('precision')}",
-        "source revision": config.get("revision", "unknown"),
-        "versions": ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items()),
+        "machine": f"{last.get('hardware', 'unknown')}, {run.processes} process(es), trained in {run.precision}",
+        "source revision": ", ".join(dict.fromkeys(str(entry.get("revision", "unknown")) for entry in run.made_by)),
+        "versions": ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items()),
         "images": ", ".join(f"{count} {part}" for part, count in config.get("images", {}).items()),
         "time": f"{run.summary.get('seconds', 0) / 3600:.2f} h",
     }

@@ -80,7 +80,7 @@ def differences(group: Group, dataset: str | None) -> list[str]:
     found = [] if dataset == group.settings.dataset else [_other_data(group)]
     if dataset is not None:
         found += _other_images(group.first.config, _IMAGES[dataset])
-    precision = group.first.config.get("precision", "float32")
+    precision = group.first.precision
     if precision != "float32":
         found.append(f"trained in {precision} (paper: float32)")
     return found + _other_settings(group)

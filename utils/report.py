@@ -12,7 +12,7 @@ from typing import Any
 from models import canonical_arch
 from utils import paper
 from utils.errors import InputError
-from utils.groups import METHOD_NAMES, Group, Measured, density
+from utils.groups import METHOD_NAMES, FinishedRun, Group, Measured, density
 
 Row = Mapping[str, Any]
 
@@ -292,10 +292,28 @@ def strong_evaluations(groups: Sequence[Group]) -> list[Strong]:
         by_kind: dict[_Kind, dict[int, Row]] = {}
         for run in group.runs:
             for evaluation in run.evaluations:
-                if evaluation.get("attack") != "masking":
+                if evaluation.get("attack") != "masking" and not is_stale(run, evaluation):
                     by_kind.setdefault(_kind(evaluation, run.paths.root / "evaluations"), {})[run.settings.seed] = evaluation
         kinds = sorted(by_kind, key=lambda key: (_checkpoint_order(key[0]), key))
         found += [_strong(group, key, list(by_kind[key].values())) for key in kinds]
+    return found
+
+
+def is_stale(run: FinishedRun, evaluation: Row) -> bool:
+    """Whether an evaluation is of a network that has been trained since; older ones do not say of which they are."""
+    network, weights = evaluation.get("network"), run.summary.get("weights")
+    if not isinstance(network, Mapping) or not isinstance(weights, Mapping):
+        return False
+    now = weights.get(str(evaluation.get("checkpoint")))
+    return now is not None and network.get("weights") != now
+
+
+def stale_evaluations(groups: Sequence[Group]) -> list[str]:
+    """What to say of the evaluations that are left out, a line a run."""
+    found = []
+    for run in (run for group in groups for run in group.runs):
+        count = sum(is_stale(run, evaluation) for evaluation in run.evaluations)
+        found += [f"{run.name}: {count} evaluation(s) left out: they are of networks that have been trained since."] if count else []
     return found
 
 
@@ -324,15 +342,15 @@ def _checkpoint_order(checkpoint: str) -> int:
     return known.index(checkpoint) if checkpoint in known else len(known)
 
 
-def evaluation_table(found: Sequence[Strong]) -> Table:
-    """A line for each group, checkpoint and attack."""
+def evaluation_table(found: Sequence[Strong], left_out: Sequence[str] = ()) -> Table:
+    """A line for each group, checkpoint and attack; below them what was ``left_out``."""
     columns = ("method", "checkpoint", "attack", "ball", "seeds", "test images", "SA", "RA", "robust gap")
     rows = [
         [s.group.label, s.checkpoint, s.title, s.ball, str(s.ra.n), str(s.images), _percents(s.sa), _percents(s.ra), _percents(s.gap)]
         for s in found
     ]
     notes = ["In percent, mean \u00b1 sample standard deviation over seeds; best = best validation RA, final = last epoch."]
-    return Table("Strong evaluations", columns, rows, notes, words=4)
+    return Table("Strong evaluations", columns, rows, [*notes, *left_out], words=4)
 
 
 def evaluation_csv(found: Sequence[Strong]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils import flops
 from utils.checkpoint import load_checkpoint
-from utils.config import parse_settings, pick_device
+from utils.config import parse_settings, pick_device, require
 from utils.config_rb import TicketSettings
 from utils.distributed import joined
 from utils.engine import EpochResult
@@ -21,7 +21,7 @@ from utils.errors import InputError
 from utils.estimate import Forecast
 from utils.evaluate import evaluate
 from utils.inputs import read_checkpoint, refuse_what_is_no_run
-from utils.network import build_network, network_of, spec_in
+from utils.network import build_network, network_of, refuse_other_classes, spec_in
 from utils.run import Row, Run, Stage, settings_of_run
 from utils.slimming import kept_channels, slim
 
@@ -94,6 +94,8 @@ class RobustBirdRun(Run):
         if "kept" in (spec_in(content, path) or {}):
             raise InputError(f"--stage1_pretrained {path} is a network whose channels were already removed; a dense one is needed")
         self._refuse_other_spec(path, spec_in(content, path) or {})
+        same = refuse_other_classes(path, spec_in(content, path) or {}, self.data.classes)
+        require(same, f"--stage1_pretrained {path} numbers the classes in another order than the data")
         model = network_of(content, path, self.spec, self.device)
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise InputError(f"--stage1_pretrained {path} has weights that are not finite")

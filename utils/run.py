@@ -14,8 +14,10 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,8 @@ from utils.engine import EpochResult, Plan, Progress, Tally, sgd, train_epoch
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
-from utils.forward import PLAIN, Execution, Forward, best_precision
-from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary, refuse_locked
+from utils.forward import PLAIN, Execution, Forward
+from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, made_by, read_summary, refuse_locked
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
@@ -69,7 +71,22 @@ def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:
     settings = content.get("settings", {})
     if not isinstance(settings, Mapping):
         raise InputError(f"{path}: its settings are not names and values")
+    if settings.get("precision") == "auto":  # as runs once kept it
+        settings = {**settings, "precision": content.get("precision", "float32")}
     return settings
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:
+    """The settings as they are meant on this machine, and the folder of their run: one that is resumed may have been begun on another."""
+    variants = settings.on_machine(device, processes)
+    if settings.resume_dir is not None:
+        return variants[0], RunPaths(Path(settings.resume_dir))
+    folders = [(variant, RunPaths(Path(settings.save_dir) / variant.run_name(data.digest))) for variant in variants]
+    begun = (folder for folder in folders if folder[1].checkpoint.exists() or folder[1].previous.exists())
+    return next(begun, folders[0]) if settings.resume else folders[0]
 
 
 class Stage:
@@ -175,18 +192,19 @@ class Run(ABC):
 
     def __init__(self, settings: CommonSettings, device: torch.device, world: World = ALONE) -> None:
         """Build everything and check it against the data; nothing is written, and no other process asked, before ``train``."""
-        self.settings = settings
+        if settings.resume_dir is not None:
+            refuse_locked(RunPaths(Path(settings.resume_dir)))
+        self.data = load_data_for(settings, device)
+        self.settings, self.paths = settings, _ = placed(settings, self.data, device, world.size)
         self.device = device
         self.world = world
-        self.paths = RunPaths(Path(settings.resume_dir or Path(settings.save_dir) / settings.run_name()))
         resuming = settings.resume or settings.resume_dir is not None
         refuse_locked(self.paths)  # what is said of its files would be of a moment
         if self.paths.holds_a_run() and not resuming:
             raise InputError(
                 f"{self.paths.root} already holds a run with these settings; --resume goes on with it, another --save_dir starts elsewhere"
             )
-        self.stamps = self.paths.stamps()  # before anything is read
-        self.data = load_data_for(settings, device)
+        self.stamps = self.paths.stamps()  # before anything of it is read
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
         self.drawn_at = float("-inf")
@@ -200,8 +218,7 @@ class Run(ABC):
         self.saved = ""
         self.last_good = self.paths.checkpoint  # the file that holds what was saved
         self.warning: str | None = None
-        precision = best_precision(device) if settings.precision == "auto" else settings.precision
-        self.execution = Execution(precision, {"auto": None, "on": True, "off": False}[settings.compile], world=world)
+        self.execution = Execution(settings.precision, {"auto": None, "on": True, "off": False}[settings.compile], world=world)
         self.processes = world.size  # of the checkpoint, if there is one
         if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
             content, self.last_good, self.warning = load_newest(self.paths.checkpoint, self.paths.previous)
@@ -212,7 +229,24 @@ class Run(ABC):
             raise InputError(
                 f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from, another --save_dir starts anew"
             )
+        if settings.resume:
+            self._refuse_changed_images()
         self.stage = self.first_stage()
+
+    def _refuse_changed_images(self) -> None:
+        """A run beside this one that has all of its settings and read other images at the same place was meant."""
+        mine = self.settings
+        for root, config, differs in self._beside():
+            if not differs and (config.get("method"), config["settings"].get("data")) == (mine.method, mine.data):
+                self._refuse_other_images(config, root)
+
+    def _refuse_other_images(self, content: Mapping[str, Any], path: Path) -> None:
+        """``content``: of a checkpoint or a ``config.json``; older ones do not say which data they were of."""
+        theirs = content.get("digests")
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        changed = [part for part, digest in self.data.digests.items() if theirs.get(part, digest) != digest]
+        if changed:
+            raise InputError(f"{path} was trained on other data than {self.settings.data} holds now: its {', '.join(changed)} differ")
 
     def _refuse_grown(self, stored: Mapping[str, Any]) -> None:
         """A run that was given more epochs keeps the folder that is named by fewer: those flags are of another run by now."""
@@ -477,7 +511,6 @@ class Run(ABC):
     def _content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
         """Everything to go on from, ``partial`` being how far the epoch has come."""
         where = {"history": self.history, **self.further_state(), "partial": partial, "processes": self.world.size}
-        where |= {"precision": self.execution.precision}
         return {**self.network_content(), **self.stage.state_dict(), **where}
 
     def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
@@ -515,6 +548,7 @@ class Run(ABC):
             "network": self.spec,
             "script": self.settings.script,
             "settings": dataclasses.asdict(self.settings),
+            "digests": dict(self.data.digests),
             "epoch": last.get("epoch", 0),
             "val_ra": last.get("val_ra"),
             "val_sa": last.get("val_sa"),
@@ -522,13 +556,12 @@ class Run(ABC):
 
     def _restore(self, content: Mapping[str, Any]) -> None:
         path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
-        if {name: value for name, value in spec.items() if name != "kept"} != self.spec:
+        self._refuse_other_images(content, path)
+        if {"classes": self.spec["classes"], **spec, "kept": None} != {**self.spec, "kept": None}:  # older ones do not name their classes
             raise InputError(f"{path} was trained on other data: classes, image size or pixel statistics differ")
         self.spec = spec
         try:
             self.history = list(content["history"])
-            if self.settings.precision == "auto":  # as it began, on whatever it goes on
-                self.execution = dataclasses.replace(self.execution, precision=content.get("precision", "float32"))
             self.stage = self.stage_of(content)
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
             self.stage.load_state_dict(content)
@@ -539,7 +572,7 @@ class Run(ABC):
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
     def config(self) -> Row:
-        """Everything about the run for ``config.json``."""
+        """Contents of ``config.json``."""
         data = self.data
         images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
         return {
@@ -548,13 +581,18 @@ class Run(ABC):
             "milestones": self.settings.milestones_in(self.epochs),
             "network": self.spec,
             "classes": data.classes,
+            "digests": dict(data.digests),
             "images": images,
             "steps_per_epoch": self.stage.steps,
-            "processes": self.world.size,
-            "precision": self.execution.precision,
             "compiled": self.stage.execution.compile,
-            **environment(self.device),
+            "made_by": self.made_by,
         }
+
+    @cached_property
+    def made_by(self) -> list[Row]:
+        """The processes that made this run, one entry a start or resume; the last is this one."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return [*made_by(self.paths), {"when": now, "processes": self.world.size, **environment(self.device)}]
 
     def _announce(self) -> None:
         self.folder.say(self.headline())
@@ -573,17 +611,20 @@ class Run(ABC):
 
     def _most_like_it(self) -> str:
         """The run beside this one that differs from it in one or two settings, which may be the one that was meant."""
-        mine, found = self.settings.resolved(), []
-        results = [f for f in dataclasses.fields(self.settings) if f.metadata["result"]]
+        found = [(len(differs), root, ", ".join(differs) or "these settings and other data") for root, _, differs in self._beside()]
+        found = [near for near in found if near[0] <= 2 and "--seed" not in near[2]]
+        return f"; {min(found)[1]} has {min(found)[2]}" if found else ""
+
+    def _beside(self) -> Iterator[tuple[Path, Row, list[str]]]:
+        """Other runs beside this one: folder, ``config.json`` and the flags in which they differ from it."""
+        mine, results = self.settings.resolved(), [f for f in dataclasses.fields(self.settings) if f.metadata["result"]]
         for path in self.paths.root.parent.glob("*/" + self.paths.config.name):
             if path.parent == self.paths.root:
                 continue
             with contextlib.suppress(InputError, OSError, ValueError, AttributeError):  # whatever else lies there
-                theirs = settings_from(type(self.settings), json.loads(path.read_text())["settings"]).resolved()
-                differs = [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
-                if len(differs) <= 2 and theirs["seed"] == mine["seed"]:
-                    found.append((len(differs), f"; {path.parent} has {', '.join(differs)}"))
-        return min(found)[1] if found else ""
+                config = json.loads(path.read_text())
+                theirs = settings_from(type(self.settings), settings_in(config, path)).resolved()
+                yield path.parent, config, [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
 
     def where_and_what(self) -> str:
         """Network, data and tests, for the headline."""
@@ -638,7 +679,17 @@ class Run(ABC):
             "explored": last["explored"],
             "flops": self.flops(),
             "seconds": sum(row["seconds"] for row in self.history),
+            "weights": self._weights(),
+            "made_by": self.made_by,
         }
+
+    def _weights(self) -> dict[str, str]:
+        """A checksum of each network that an evaluation may be of, by its file."""
+        found = {}
+        for path in (self.paths.best_ra, self.paths.best_sa, self.paths.checkpoint) if self.folder.writes else ():
+            network = network_of(load_checkpoint(path), path, self.spec, torch.device("cpu"))
+            found[path.name] = checksum(network.state_dict())
+        return found
 
     def flops(self) -> dict[str, dict[str, int]]:
         """Both counts for the last stage."""

@@ -18,7 +18,7 @@ from utils.errors import BrokenCheckpointError, InputError
 
 SUFFIX = ".safetensors"
 # What describes the network; the rest of the metadata says where it comes from.
-_NETWORK = frozenset("arch num_classes mean std width depth_factor width_factor image_size kept".split())
+_NETWORK = frozenset("arch num_classes mean std width depth_factor width_factor image_size kept classes".split())
 
 
 def safetensors_bytes(state: Mapping[str, Tensor], spec: Mapping[str, Any], about: Mapping[str, Any]) -> bytes:
