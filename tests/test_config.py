@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_core import MaskingConfig
 from utils.command_line import as_known
@@ -11,6 +12,7 @@ from utils.config import parse_settings, pick_device, settings_from
 from utils.config_adv import AdversarialSettings, cautions, refuse_idle_masks
 from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError
+from utils.forward import best_precision
 
 
 def parse(line, stored=None):
@@ -360,6 +362,20 @@ def test_the_name_covers_what_changes_the_result_and_nothing_else():
     for line in ("--lr 0.2", "--density 0.3", "--seed 2", "--train_subset 100", "--attack_mode eval", "--no-train_randinit", "--fix"):
         assert parse(f"--fb {line}").run_name() != base
     assert parse("--fb --fix").run_name() == parse("--fix").run_name()
+    assert parse("--fb").run_name("abc") not in (base, parse("--fb").run_name("abd"))
+
+
+def test_what_auto_means_is_what_counts():
+    """And nothing is synchronized in one process, which may go on with what several began."""
+    cpu = torch.device("cpu")
+    usual = best_precision(cpu)
+    names = [[s.run_name() for s in parse(line).on_machine(cpu, 1)] for line in ("--fb", f"--fb --precision {usual}")]
+    assert names[0][0] == names[1][0]
+    assert (len(names[0]), len(names[1])) == (2, 1)
+    fixed = parse(f"--sync_bn --precision {usual}")
+    assert [s.sync_bn for s in fixed.on_machine(cpu, 1)] == [False, True]
+    assert [s.sync_bn for s in fixed.on_machine(cpu, 2)] == [True]
+    assert fixed.on_machine(cpu, 1)[0].run_name() == parse(f"--precision {usual}").run_name()
 
 
 def test_how_a_run_was_told_to_go_is_not_taken_over():

@@ -133,7 +133,7 @@ def test_the_run_name_is_stable():
 
 def test_the_name_covers_what_changes_the_result_and_nothing_else(tmp_path):
     base = parse("").run_name()
-    for line in ("--save_dir x", "--print_freq 3", "--eb_tolerance 0.08", "--decreasing_lr 0.25,0.75"):
+    for line in ("--save_dir x", "--print_freq 3", "--eb_tolerance 0.08", "--stage1_ra", "--decreasing_lr 0.25,0.75"):
         assert parse(line).run_name() == base
     for line in ("--eb_tolerance 0.1", "--eb_window 4", "--stage1 fast", "--epochs1 100", "--pruning channel", "--density 0.3"):
         assert parse(line).run_name() != base

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from tests import toy
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +34,8 @@ def results(checkpoint):
     return {path.name: json.loads(path.read_text()) for path in sorted((checkpoint.parent / "evaluations").glob("*.json"))}
 
 
-def answers(checkpoint):
-    (path,) = (checkpoint.parent / "evaluations").glob("*.pth.tar")
-    return load_checkpoint(path)
+def answers(checkpoint, number=0):
+    return load_checkpoint(sorted((checkpoint.parent / "evaluations").glob("*.pth.tar"))[number])
 
 
 def evaluation(run_adv, checkpoint, *flags):
@@ -238,3 +239,53 @@ def test_images_that_changed_are_another_evaluation(run_adv, image_tree, tmp_pat
     Image.fromarray(pixels).save(changed)
     evaluation(run_adv, checkpoint)
     assert len(results(checkpoint)) == 2
+
+
+# ---------------------------------------------------------------- which classes, which network
+
+
+@pytest.fixture
+def reversed_digits(monkeypatch):
+    """The digits with their classes in the opposite order: what another way of numbering them gives."""
+    original = data.SOURCES["digits"]
+
+    def source(place):
+        found = original(place)
+        sets = {name: replace(part, labels=9 - part.labels) for name, part in (("training", found.training), ("test", found.test))}
+        return replace(found, classes=found.classes[::-1], **sets)
+
+    return lambda: monkeypatch.setitem(data.SOURCES, "digits", source)
+
+
+def test_classes_are_matched_by_name(run_adv, trained, reversed_digits, tmp_path):
+    evaluation(run_adv, trained)
+    reversed_digits()
+    with pytest.warns(UserWarning, match="in another order than the data: they are matched by name"):
+        evaluation(run_adv, trained)
+    before, after = results(trained).values()
+    assert all(before[name] == after[name] for name in ("test_sa", "test_ra", "train_ra", "network"))
+    predicted, labels = answers(trained, -1)["outcomes"]["predicted"]["clean"], answers(trained, -1)["labels"]["test"]
+    assert (predicted == labels).sum() != (predicted == 9 - labels).sum(), "the other order would be seen"
+
+
+def test_other_classes_are_refused_and_transfer_needs_one_order(run_adv, trained, reversed_digits, tmp_path):
+    content = load_checkpoint(trained)
+    other = tmp_path / "other.pth.tar"
+    names = ["zero", *content["network"]["classes"][1:]]
+    save_checkpoint(other, {**content, "network": {**content["network"], "classes": names}})
+    outcome = run_adv("--eval", "--pretrained", other, "--eval_dir", tmp_path)
+    assert (outcome.code, "knows other classes than the data: zero and not 0" in outcome.err) == (2, True), outcome.err
+    save_checkpoint(other, {**content, "network": {**content["network"], "classes": content["network"]["classes"][::-1]}})
+    outcome = run_adv("--eval", "--pretrained", trained, "--source", other, "--eval_dir", tmp_path)
+    assert (outcome.code, "numbers the classes in another order than --pretrained" in outcome.err) == (2, True), outcome.err
+    nameless = {name: value for name, value in content["network"].items() if name != "classes"}
+    save_checkpoint(other, {**content, "network": nameless})
+    assert run_adv("--eval", "--pretrained", other, "--eval_dir", tmp_path).code == 0
+
+
+def test_an_evaluation_names_its_network_as_the_summary_does(run_adv, trained):
+    content, summary = load_checkpoint(trained), json.loads((trained.parent / "summary.json").read_text())
+    evaluation(run_adv, trained)
+    (found,) = results(trained).values()
+    assert found["network"] == {"weights": summary["weights"][trained.name], "epoch": content["epoch"], "val_ra": content["val_ra"]}
+    assert summary["weights"].keys() == {"model_RA_best.pth.tar", "model_SA_best.pth.tar", "checkpoint.pth.tar"}

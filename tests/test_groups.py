@@ -114,10 +114,48 @@ def test_labels_say_the_scale_where_it_differs_anywhere(tmp_path):
     assert labels(tmp_path) == ["Dense (width factor 0.5)", "Flying Bird (width factor 0.25)"]
 
 
-def test_image_folders_are_told_apart_by_their_names(tmp_path):
+def add_config(root, **facts):
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, **facts}))
+
+
+def test_a_data_set_is_its_content(tmp_path):
+    for seed, data, content in ((1, "a/birds", "x"), (2, "b/vogels", "x"), (3, "b/birds", "y")):
+        write_run(tmp_path, "dense", seed, dataset="imagefolder", data=data, name=str(seed))
+        add_config(tmp_path / str(seed), digests={"test pixels": content})
+    groups, _ = grouped(find_runs([tmp_path])[0])
+    assert [group.seeds for group in groups] == [[1, 2], [3]]
+    told = [group.label.removeprefix("Dense (images of birds ") for group in groups]
+    assert [len(text) for text in told] == [9, 9], "eight digits of the digest, as both are called birds"
+    assert told[0] != told[1]
+
+
+def test_of_older_image_folders_only_the_names_are_known(tmp_path):
     for data in ("a/birds", "b/birds", "a/fish"):
         write_run(tmp_path, "dense", 1 if data[0] == "a" else 2, dataset="imagefolder", data=data)
     assert sorted(labels(tmp_path)) == ["Dense (images of birds)", "Dense (images of fish)"]
+
+
+def test_precision_and_processes_keep_runs_apart_and_versions_are_said(tmp_path):
+    entry = {"processes": 1, "versions": {"torch": "2.13.0"}}
+    facts = [
+        {"precision": "bf16", "made_by": [entry]},
+        {"precision": "bf16", "made_by": [{**entry, "versions": {"torch": "2.11.0"}}]},
+        {"precision": "float32", "made_by": [entry]},
+        {"precision": "bf16", "made_by": [{**entry, "processes": 4}, entry]},
+        {"precision": "bf16", "processes": 4},
+    ]
+    for seed, fact in enumerate(facts, 1):
+        write_run(tmp_path, "fb", seed, name=str(seed))
+        add_config(tmp_path / str(seed), **fact)
+    groups, notes = grouped(find_runs([tmp_path])[0])
+    assert [(group.seeds, group.label) for group in groups] == [
+        ([1, 2], "Flying Bird (trained in bf16, in 1 process(es))"),
+        ([3], "Flying Bird (trained in float32, in 1 process(es))"),
+        ([4], "Flying Bird (trained in bf16, in 4, 1 process(es))"),
+        ([5], "Flying Bird (trained in bf16, in 4 process(es))"),
+    ]
+    assert notes == ["Flying Bird (trained in bf16, in 1 process(es)): trained by torch 2.11.0 and 2.13.0"]
 
 
 def test_of_a_seed_the_first_run_counts_and_the_other_is_named(tmp_path):

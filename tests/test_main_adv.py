@@ -2,13 +2,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import utils.engine
 import utils.run
@@ -46,8 +49,11 @@ def test_a_run_leaves_everything_the_specification_names(run_adv, tmp_path, meth
     assert sorted(os.listdir(paths.root)) == sorted(toy.RUN_FILES)
     config, rows, summary = json.loads(paths.config.read_text()), read_epochs(paths), read_summary(paths)
     assert config["settings"]["width"] == 0.0625
-    assert {"torch", "numpy"} <= config["versions"].keys()
-    assert config["revision"]
+    (maker,) = config["made_by"]
+    assert maker.keys() == {"when", "processes", "versions", "revision", "device", "hardware"}
+    assert {"torch", "numpy"} <= maker["versions"].keys()
+    assert summary["made_by"] == [maker]
+    assert config["digests"].keys() == {"classes", "training labels", "training pixels", "test labels", "test pixels"}
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01])
     assert {"best", "final", "diff", "robust_gap", "layer_densities", "flops", "seconds"} <= summary.keys()
@@ -195,7 +201,7 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
         paths = only_run(save_dir)
         content, best = load_checkpoint(paths.checkpoint), load_checkpoint(paths.best_ra)
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
-        summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings")}
+        summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings", "made_by")}
         return content["state_dict"], content["optimizer"], content["masking"], (rows, best["epoch"], summary)
 
     flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient", "--epochs", 3]
@@ -224,6 +230,9 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
     assert all(torch.equal(masking["masks"][name], masking2["masks"][name]) for name in masking["masks"])
     assert masking["events"] == masking2["events"]
     assert rest == rest2
+    makers = json.loads(only_run(tmp_path / "cut").config.read_text())["made_by"]
+    assert len(makers) == 2, "one entry a start and a resume"
+    assert read_summary(only_run(tmp_path / "cut"))["made_by"] == makers
 
 
 def test_resuming_a_finished_run_changes_nothing(run_adv, tmp_path):
@@ -349,24 +358,32 @@ def test_checkpoints_with_odd_contents_are_refused(run_adv, tmp_path):
     assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", "--resume"), 2, "cannot be resumed from")
 
 
-def test_resume_refuses_other_data(run_adv, tmp_path, image_tree):
-    flags = [
-        "--dataset",
-        "imagefolder",
-        "--width",
-        0.0625,
-        "--epochs",
-        1,
-        "--train_step",
-        1,
-        "--test_step",
-        1,
-        "--save_dir",
-        tmp_path / "r",
-    ]
+SMALL = "--dataset imagefolder --width 0.0625 --epochs 1 --train_step 1 --test_step 1".split()
+
+
+def test_a_run_is_of_its_images_wherever_they_lie(run_adv, tmp_path, image_tree):
+    flags = [*SMALL, "--save_dir", tmp_path / "r"]
     assert run_adv(*flags, "--data", image_tree).code == 0
+    first = only_run(tmp_path / "r").root
+    moved = shutil.copytree(image_tree, tmp_path / "moved")
+    assert_refused(run_adv(*flags, "--data", moved), 2, f"{first} already holds a run")
     other = toy.write_image_tree(tmp_path / "other", side=32)
-    assert_refused(run_adv(*flags, "--data", other, "--resume"), 2, "other data")
+    outcome = run_adv(*flags, "--data", other, "--resume")
+    assert (outcome.code, f"{first} has these settings and other data" in outcome.out) == (0, True), outcome.err
+    assert len(list((tmp_path / "r").iterdir())) == 2
+
+
+def test_resume_says_which_images_changed(run_adv, tmp_path, image_tree):
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    flags = [*SMALL, "--save_dir", tmp_path / "r", "--data", data]
+    assert run_adv(*flags).code == 0
+    root, before = only_run(tmp_path / "r").root, files(tmp_path / "r")
+    changed = next((data / "test").rglob("*.png"))
+    Image.fromarray(255 - np.asarray(Image.open(changed))).save(changed)
+    for more in (["--resume"], None):
+        again = run_adv("--resume_dir", root) if more is None else run_adv(*flags, *more)
+        assert_refused(again, 2, str(root), f"trained on other data than {data} holds now: its test pixels differ")
+    assert files(tmp_path / "r") == before
 
 
 def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_adv, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from utils.report import (
     evaluation_csv,
     evaluation_table,
     markdown,
+    stale_evaluations,
     strong_evaluations,
     summary_table,
     summary_text,
@@ -151,6 +152,20 @@ def test_strong_evaluations_are_means_over_seeds_by_checkpoint_and_attack(tmp_pa
     ]
     first, *_ = records(evaluation_csv(found))
     assert (first["checkpoint"], first["ra"], first["robust_gap"]) == ("best", "44.0", "")
+
+
+def test_an_evaluation_of_a_network_that_was_trained_on_is_left_out(tmp_path):
+    run = write_run(tmp_path, "fb", 1)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "weights": {"model_RA_best.pth.tar": "new"}}))
+    for name, weights in (("a", "new"), ("b", "old")):
+        write_evaluation(run, name, title=name, network={"weights": weights, "epoch": 1, "val_ra": 40.0})
+    write_evaluation(run, "c", title="from before networks were named")
+    groups = groups_in(tmp_path)
+    assert [found.title for found in strong_evaluations(groups)] == ["a", "from before networks were named"]
+    (note,) = stale_evaluations(groups)
+    assert note == f"{run.name}: 1 evaluation(s) left out: they are of networks that have been trained since."
+    assert note in markdown(evaluation_table(strong_evaluations(groups), [note]))
 
 
 def test_a_file_that_is_no_evaluation_is_named(tmp_path):
