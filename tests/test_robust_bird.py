@@ -296,6 +296,7 @@ def state(save_dir):
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
     summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings")}
     summary["stage1"].pop("seconds", None)
+    summary.pop("made_by")
     first = load_checkpoint(paths.stage1)["state_dict"] if paths.stage1.exists() else {}
     return {**content["state_dict"], **{f"stage 1 {name}": value for name, value in first.items()}}, (content["network"], rows, summary)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import toy
 
@@ -71,17 +72,21 @@ def test_what_each_script_would_run(name, images, environment):
 
 def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
     """Nothing is shortened where nobody asks for it: the names are those of the README's commands."""
+    from data import load_data
     from utils.config import parse_settings
     from utils.config_adv import AdversarialSettings
     from utils.config_rb import EarlyBirdSettings
+    from utils.run import placed
 
     result = script("table1", "digits", environment, PLAN=1, CHANNELS=0, SEEDS="1 2")
     names = [line.split()[0] for line in result.stderr.splitlines()[:-1]]
     sparse = ["--density", "0.2", "--dynamic_fre"]
     paper = [AdversarialSettings, [], EarlyBirdSettings, ["--density", "0.2"], AdversarialSettings, [*sparse, "--fb"], AdversarialSettings]
     paper.append([*sparse, "--fbp"])
+    device = torch.device("cpu")
+    digits = load_data("digits")
     expected = [
-        parse_settings(kind, [*flags, "--seed", seed], "", lambda given: {}).run_name()
+        placed(parse_settings(kind, [*flags, "--seed", seed], "", lambda given: {}), digits, device)[1].root.name
         for seed in ("1", "2")
         for kind, flags in zip(paper[::2], paper[1::2], strict=True)
     ]
