@@ -297,14 +297,17 @@ def test_grasp_by_hand():
 
 
 def test_synflow_keeps_the_strongest_path():
-    """Two linear layers: at 2 of 8 weights, what is left must be one path from input to output."""
+    """Two linear layers: at 3 of 8 weights, what is left must be one path from input to output, and a weight of the other output."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
         model[1].weight.copy_(torch.tensor([[-4.0, 1.0], [1.0, 1.0]]))
-    masks = initial_masks(model, 0.25, "synflow", batches=[(torch.zeros(1, 2), torch.zeros(1))])
+    batches = [(torch.zeros(1, 2), torch.zeros(1))]
+    masks = initial_masks(model, 3 / 8, "synflow", batches=batches)
     assert masks["0.weight"].tolist() == [[False, True], [False, False]]
-    assert masks["1.weight"].tolist() == [[True, False], [False, False]]
+    assert masks["1.weight"].tolist() == [[True, False], [True, False]]
+    with pytest.raises(ValueError, match="one for each output"):
+        initial_masks(model, 2 / 8, "synflow", batches=batches)
 
 
 # ---------------------------------------------------------------- masks in training
@@ -411,10 +414,9 @@ def test_growth_without_what_it_needs_is_refused():
     _, _, masking = start(growth="gradient")
     with pytest.raises(ValueError, match="needs the gradient"):
         masking.update_topology()
-    model = toy.network()
-    plain = Masking(model, torch.optim.SGD(model.parameters(), 0.1), MaskingConfig(0.3, 8, growth="momentum"))
-    with pytest.raises(ValueError, match="optimizer with momentum"):
-        plain.update_topology()
+    _, _, masking = start(growth="momentum")
+    with pytest.raises(ValueError, match="needs a step"):
+        masking.update_topology()
 
 
 def test_random_growth_is_a_pure_function_of_seed_and_step():
@@ -641,7 +643,7 @@ def test_frozen_layers_are_left_alone_and_named():
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    with pytest.warns(UserWarning, match=r"frozen .*: 0$"):
+    with pytest.warns(UserWarning, match=r"frozen .*: 0\.weight$"):
         masking = masking_of(model)
     assert torch.equal(model[0].weight, before)
     assert (list(masking.masks), masking.live_counts()) == (["1.weight"], {"1.weight": 80})
@@ -656,30 +658,156 @@ def test_dead_weights_stay_zero_when_their_gradient_is_infinite():
     assert bool((model[0].weight[~masking.masks["0.weight"]] == 0).all())
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "key"),
-    [
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "momentum_buffer"),
-        (torch.optim.Adam, "exp_avg"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "momentum_buffer"),
-        (torch.optim.Adagrad, None),
-        (torch.optim.RMSprop, None),
-    ],
-)
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "rmsprop": lambda p: torch.optim.RMSprop(p, momentum=0.5),
+    "plain sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "plain rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "rprop": torch.optim.Rprop,
+    "adafactor": torch.optim.Adafactor,
+}
+MOMENTUM = MaskingConfig(0.2, 10, update_frequency=1, growth="momentum")
+
+
+@pytest.mark.parametrize(("optimizer", "key"), [("sgd", "momentum_buffer"), ("adam", "exp_avg"), ("rmsprop", "momentum_buffer")])
 def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
     model = nn.Sequential(nn.Linear(20, 20))
-    made = optimizer(model.parameters())
-    masking = Masking(model, made, MaskingConfig(0.2, 10, update_frequency=1, growth="momentum"))
+    made = OPTIMIZERS[optimizer](model.parameters())
+    masking = Masking(model, made, MOMENTUM)
     model(torch.rand(4, 20)).square().sum().backward()
     made.step()
-    if key is None:
-        with pytest.raises(ValueError, match="optimizer with momentum"):
-            masking.step()
-        return
     expected = made.state[model[0].weight][key].abs().clone()
     assert torch.equal(GROWTHS["momentum"](masking, "0.weight"), expected)
     masking.step()
     assert masking.live_counts() == {"0.weight": 80}
+
+
+@pytest.mark.parametrize("optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "rprop", "adafactor"])
+def test_momentum_growth_without_momentum_is_refused_at_once(optimizer):
+    model = nn.Sequential(nn.Linear(20, 20))
+    with pytest.raises(ValueError, match=r"optimizer with momentum.* 0\.weight has none"):
+        Masking(model, OPTIMIZERS[optimizer](model.parameters()), MOMENTUM)
+    parts = [{"params": [model[0].weight], "momentum": 0.0}, {"params": [model[0].bias]}]
+    with pytest.raises(ValueError, match="optimizer with momentum"):
+        Masking(model, torch.optim.SGD(parts, 0.1, momentum=0.9), MOMENTUM)
+
+
+class Foreign(torch.optim.Optimizer):
+    """Keeps one tensor of each weight, made of its gradient."""
+
+    def __init__(self, parameters, key, kept, **defaults):
+        super().__init__(parameters, defaults)
+        self.key, self.kept = key, kept
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter][self.key] = self.kept(parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("key", "kept", "message"),
+    [
+        ("exp_avg", lambda g: g.mean(dim=1), r"momentum shaped like 0\.weight, in floats; .* \(20,\)"),
+        ("exp_avg", lambda g: g.to(torch.uint8), r"momentum shaped like 0\.weight, in floats; .*uint8"),
+        ("state1", lambda g: g.to(torch.uint8), "optimizer with momentum"),
+    ],
+)
+def test_momentum_that_is_not_like_the_weight_is_refused(key, kept, message):
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    optimizer = Foreign(model.parameters(), key, kept, betas=(0.9, 0.99))
+    masking = Masking(model, optimizer, MOMENTUM)
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        masking.step()
+
+
+def test_a_state_that_is_not_in_floats_is_refused():
+    """The zero of a code of eight bits need not be the code of zero."""
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    optimizer = Foreign(model.parameters(), "state1", lambda g: g.to(torch.uint8))
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=1))
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"state of 0\.weight in torch\.uint8"):
+        masking.step()
+
+
+def test_momentum_growth_waits_for_the_first_step():
+    """A scaler skips the first ones, and then there is no momentum yet."""
+    model = nn.Sequential(nn.Linear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="momentum"))
+    before = masking.masks["0.weight"].clone()
+    masking.step()
+    masking.step()
+    assert torch.equal(masking.masks["0.weight"], before)
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    masking.step()
+    assert [event["step"] for event in masking.events] == [3]
+    assert masking.live_counts() == {"0.weight": 80}
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer and remembers slow weights: in its own state, nested, or in a list of its own."""
+
+    def __init__(self, optimizer, where):
+        self.inner, self.where, self.slow = optimizer, where, []
+        self.param_groups = optimizer.param_groups
+        self.state, self.fast_state = {}, optimizer.state
+
+    def step(self):
+        self.inner.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                slow = torch.ones_like(parameter)
+                if self.where == "list":
+                    self.slow.append(slow)
+                elif self.where == "dict":
+                    self.slow.append({parameter: slow})
+                else:
+                    self.state[parameter] = {"slow": {"weights": [slow]}}
+
+
+@pytest.mark.parametrize("where", ["state", "list", "dict"])
+def test_what_a_wrapping_optimizer_remembers_is_masked_or_refused(where):
+    model = toy.network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = Lookahead(inner, where)
+    masking = Masking(model, optimizer, MOMENTUM)
+    x, y = toy.images()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    if where != "state":
+        with pytest.raises(ValueError, match="Lookahead keeps tensors of the shape of"):
+            masking.step()
+        return
+    masking.step()
+    for name, weight in prunable(model).items():
+        dead = ~masking.masks[name]
+        assert not inner.state[weight]["momentum_buffer"][dead].any()
+        assert not optimizer.state[weight]["slow"]["weights"][0][dead].any()
+        assert optimizer.state[weight]["slow"]["weights"][0].any()
+
+
+def test_an_object_around_an_optimizer_needs_no_groups_of_its_own():
+    class Scaled:
+        def __init__(self, optimizer):
+            self.optimizers = {"first": optimizer}
+
+    model = toy.network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, Scaled(inner), MOMENTUM)
+    train(model, inner, masking, 3)
+    assert_dead_is_zero(model, inner, masking)
+    with pytest.raises(ValueError, match="optimizer with momentum"):
+        Masking(model, Scaled(torch.optim.SGD(model.parameters(), 0.1)), MOMENTUM)
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
