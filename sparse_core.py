@@ -842,12 +842,16 @@ class Masking:
         return self._put_off or update_is_due(self.config, self.steps)
 
     def _grounds_tell(self) -> bool:
-        """Whether the gradients, or the momentum, say where to grow: finite, and not all zero, as after a step that a scaler skipped."""
+        """Whether the gradients, or the momentum, say where to grow: finite, and not all zero, as after a step that a scaler skipped.
+
+        They are all zero, too, for as long as an empty layer lets nothing through: then the draw among ties decides.
+        """
         grounds = self._grounds()
         if not grounds and self.config.growth == "momentum":  # no step was made yet
             return False
         largest = torch.stack([ground.abs().amax() for ground in self._required(grounds)])  # of NaN that is NaN
-        return bool(largest.isfinite().all() & (largest > 0).any())
+        emptied = torch.stack([~mask.any() for mask in self.masks.values()]).any()
+        return bool(largest.isfinite().all() & ((largest > 0).any() | emptied))
 
     def _grounds(self) -> list[Tensor]:
         found = [_GROUNDS[self.config.growth](self, name) for name in self.weights]
