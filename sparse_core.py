@@ -317,11 +317,9 @@ def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
             _refuse_unmaskable(model, name, parameter)
         wanted = {id(parameter) for parameter in choice.values()}
     else:
-        asked = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
-        chosen = [(name, parameter) for name, parameter in asked if choice(name, _layer_of(model, name)[1], parameter)]
-        for name, parameter in chosen:
-            _refuse_unmaskable(model, name, parameter)
-        wanted = {id(parameter) for _, parameter in chosen}
+        asked = {name: p for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter) or p.dim() > 1}
+        chosen = {name: parameter for name, parameter in asked.items() if choice(name, _layer_of(model, name)[1], parameter)}
+        return _chosen(model, chosen)
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
@@ -356,14 +354,14 @@ def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
     name = name or type(module).__name__  # of a model that is one layer
     if isinstance(own.get(leaf), nn.UninitializedParameter):
         raise ValueError(f"{name} has no weight before its first batch; call the model once, and make the optimizer after that")
-    if isinstance(module, nn.MultiheadAttention) and hasattr(module.out_proj, "weight_orig"):
-        norm = "weight of the older spectral_norm or of prune, which an attention never computes anew"
-        raise ValueError(f"{name}.out_proj has a {norm}; take torch.nn.utils.parametrizations.spectral_norm")
     if leaf in own:
         return own[leaf]
     if hasattr(module, f"{leaf}_mask"):
         raise ValueError(f"{name} is masked by torch.nn.utils.prune already; torch.nn.utils.prune.remove(layer, '{leaf}') makes that plain")
     if f"{leaf}_orig" in own:  # the older spectral norm
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):  # of an attention, which does not call it
+            older = "older spectral_norm, which an attention never computes"
+            raise ValueError(f"{name} has the {older}; take torch.nn.utils.parametrizations.spectral_norm")
         return own[f"{leaf}_orig"]
     if f"{leaf}_g" in own:
         raise ValueError(
@@ -634,8 +632,7 @@ class _Memory:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
         self._optimizers = list(_optimizers(optimizer, set()))
-        trained = [parameter for group in getattr(optimizer, "param_groups", []) for parameter in group["params"]]
-        self._parameters = [*model.parameters(), *trained]
+        self._model = model
         self._weights = weights
 
     def refuse_other(self) -> None:
@@ -656,10 +653,12 @@ class _Memory:
     def refuse_hidden(self) -> None:
         """Tensors like a weight that no state says to be of one: they cannot be masked."""
         like = {tuple(weight.shape): name for name, weight in self._weights.items()}
-        known = {id(p) for p in self._parameters} | {id(p.grad) for p in self._parameters if p.grad is not None}
+        trained = [parameter for group in getattr(self._optimizers[0], "param_groups", []) for parameter in group["params"]]
+        parameters = [*self._model.parameters(), *trained]
+        known = {id(p) for p in parameters} | {id(p.grad) for p in parameters if p.grad is not None}
         states = {id(getattr(optimizer, "state", None)) for optimizer in self._optimizers}
         for optimizer in self._optimizers:
-            for tensor in _hidden(vars(optimizer), known, {id(weight) for weight in self._weights.values()}, states):
+            for tensor in _hidden(getattr(optimizer, "__dict__", {}), known, {id(weight) for weight in self._weights.values()}, states):
                 if tuple(tensor.shape) in like:
                     kind, name = type(optimizer).__name__, like[tuple(tensor.shape)]
                     where = f"tensors of the shape of {name} outside of state[weight]"
@@ -721,7 +720,7 @@ def _optimizers(held: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(held))
     if first or hasattr(held, "param_groups"):
         yield held
-        held = vars(held)
+        held = getattr(held, "__dict__", {})
     for part in _parts(held):
         yield from _optimizers(part, seen)
 
@@ -733,10 +732,11 @@ def _parts(held: Any) -> Iterable[Any]:
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
     for part in _parts(held):
-        yield from _tensors(part)
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from _tensors(part)
 
 
 def _hidden(held: Any, known: set[int], masked: set[int], states: set[int]) -> Iterator[Tensor]:
@@ -952,8 +952,8 @@ class Masking:
         dead = [name for name, live in live_counts.items() if live == 0 and name not in self._said_dead]
         self._said_dead |= set(dead)
         if dead:
-            what = "fixed masks leave it so" if self.config.fixed else "mask updates let it grow one"
-            warnings.warn(f"without a live weight, so that it lets nothing through; {what}: {', '.join(dead)}", stacklevel=3)
+            what = "fixed masks leave it so" if self.config.fixed else "a mask update lets each grow one"
+            warnings.warn(f"layers without a live weight let nothing through, {what}: {', '.join(dead)}", stacklevel=3)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}

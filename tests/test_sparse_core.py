@@ -797,6 +797,15 @@ def test_what_a_wrapping_optimizer_remembers_is_masked_or_refused(where):
         assert optimizer.state[weight]["slow"]["weights"][0].any()
 
 
+def test_what_joins_the_optimizer_later_is_no_hidden_state():
+    model = toy.network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.3, 8, update_frequency=1))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.rand(3, 64))]})
+    train(model, optimizer, masking, 2)
+    assert_dead_is_zero(model, optimizer, masking)
+
+
 def test_an_object_around_an_optimizer_needs_no_groups_of_its_own():
     class Scaled:
         def __init__(self, optimizer):
@@ -1005,7 +1014,7 @@ def test_a_layer_that_dies_later_is_said_and_regrows():
     model, optimizer, masking = start(update_frequency=1)
     state = masking.state_dict()
     state["masks"]["0.weight"][:] = False
-    with pytest.warns(UserWarning, match=r"mask updates let it grow one: 0\.weight$"):
+    with pytest.warns(UserWarning, match=r"a mask update lets each grow one: 0\.weight$"):
         masking.load_state_dict(state)
     total = sum(masking.live_counts().values())
     train(model, optimizer, masking, 1)
@@ -1124,7 +1133,7 @@ def test_a_spectral_norm_on_an_attention_is_right_or_refused(leaf):
     assert sum(masking.live_counts().values()) == round(0.2 * 256)
     older = nn.Sequential(attention(nn.utils.spectral_norm))
     if leaf == "out_proj":  # whose forward, which computes the older norm, an attention does not call
-        with pytest.raises(ValueError, match=r"^0\.out_proj has a weight of the older spectral_norm"):
+        with pytest.raises(ValueError, match=r"^0\.out_proj has the older spectral_norm"):
             masking_of(older)
         return
     masking_of(older)
@@ -1144,3 +1153,5 @@ def test_a_lazy_layer_is_refused_before_its_first_batch():
     model = nn.Sequential(nn.LazyLinear(8))
     with pytest.raises(ValueError, match=r"^0 has no weight before its first batch"):
         prunable(model)
+    with pytest.raises(ValueError, match=r"^0 has no weight before its first batch"):
+        initial_masks(model, 0.5, prunable=lambda name, layer, parameter: True)
