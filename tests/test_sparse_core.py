@@ -1,6 +1,8 @@
 import json
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1029,6 +1031,22 @@ def test_a_dead_layer_regrows_under_the_verdicts_too():
     assert masking.live_counts() == {"0.weight": 1, "5.weight": 60 - 30 - 12 + int(30 * 1.05) - 1}
 
 
+def test_a_regrown_layer_learns_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 10), nn.Sigmoid(), nn.Linear(10, 3))
+    masks = {"0.weight": torch.zeros(10, 10, dtype=torch.bool), "2.weight": torch.rand(3, 10) < 0.5}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"without a live weight"):
+        masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"), masks=masks)
+    x, y = torch.rand(12, 10), torch.arange(12) % 3
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        masking.step()
+    assert int(model[0].weight.count_nonzero()) == 1
+
+
 def test_fixed_masks_say_that_a_dead_layer_stays():
     model, optimizer, masking = dead_start("random", fixed=True)
     train(model, optimizer, masking, 3)
@@ -1063,6 +1081,13 @@ def test_prunable_chooses_otherwise(by, method):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name not in masking.masks)
     assert all(int(named[name].count_nonzero()) == live for name, live in masking.live_counts().items())
     assert set(initial_masks(model, 0.25, "erk", prunable=chosen)) == set(masking.masks)
+
+
+def test_the_choice_of_the_documentation(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prunable=" in part]
+    exec(compile(snippet, "extending.md", "exec"), {})
+    assert eval(capsys.readouterr().out).keys() == {"0.weight", "2.weight"}
 
 
 def test_a_predicate_sees_the_layer_that_computes():
