@@ -28,7 +28,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ _GRASP_TEMPERATURE = 200.0
 _SYNFLOW_ROUNDS = 100
 
 ImagesAndLabels = tuple[Tensor, Tensor]
+# Weights by name, or which of a model's are meant: by their name, their layer and themselves.
+Choice = Mapping[str, nn.Parameter] | Callable[[str, nn.Module, nn.Parameter], bool]
 
 
 # ---------------------------------------------------------------- densities by layer
@@ -153,15 +156,19 @@ def drop_lowest(score: Tensor, mask: Tensor, n: int) -> Tensor:
     return _switch(score, mask, n, lowest=True)
 
 
-def grow_highest(score: Tensor, mask: Tensor, n: int) -> Tensor:
+def grow_highest(score: Tensor, mask: Tensor, n: int, *, tie_key: int | None = None) -> Tensor:
     """A new mask with the ``n`` dead positions of highest score added.
 
-    Args and ties as in ``drop_lowest``; ``n`` is 0 to the number of dead positions.
+    Args:
+        score, mask: as in ``drop_lowest``.
+        n: how many to add, 0 to the number of dead positions.
+        tie_key: ties are drawn with this key of ``utils.seeding.stream``, alike on every device; without one they go to the lower
+            index. Gradients in bfloat16 have few values, and the first of them by index would lie side by side.
     """
-    return _switch(score, mask, n, lowest=False)
+    return _switch(score, mask, n, lowest=False, tie_key=tie_key)
 
 
-def _switch(score: Tensor, mask: Tensor, n: int, *, lowest: bool) -> Tensor:
+def _switch(score: Tensor, mask: Tensor, n: int, *, lowest: bool, tie_key: int | None = None) -> Tensor:
     if score.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(f"score {tuple(score.shape)} and bool mask {tuple(mask.shape)} must have the same shape")
     # Row-major order whatever the memory format, so that ties break alike for channels-last weights.
@@ -170,20 +177,22 @@ def _switch(score: Tensor, mask: Tensor, n: int, *, lowest: bool) -> Tensor:
         raise ValueError(f"cannot choose {n} of {positions.numel()} positions")
     switched = mask.reshape(-1).clone()
     if n:
-        values = score.reshape(-1)[positions]
-        switched[positions[_extreme(values, n, lowest)]] = not lowest
+        beyond, tied = _extreme(score.reshape(-1)[positions], n, lowest)
+        beyond, tied = positions[beyond], positions[tied]
+        if tie_key is not None:
+            tied = tied[random_bits(tie_key, tied).argsort(stable=True)]
+        switched[torch.cat([beyond, tied[: n - beyond.numel()]])] = not lowest
     return switched.view(mask.shape)
 
 
-def _extreme(values: Tensor, n: int, lowest: bool) -> Tensor:
-    """Indices of the ``n`` lowest (or highest) values, ties to the lower index."""
+def _extreme(values: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
+    """Indices of the values that are surely among the ``n`` lowest (or highest), and of those that tie for the rest; both ascending."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     chosen = values.topk(n, largest=not lowest, sorted=False).values
     threshold = chosen.amax() if lowest else chosen.amin()
     # topk breaks ties as it likes, so it only gives the threshold.
     beyond = (values < threshold if lowest else values > threshold).nonzero().squeeze(1)
-    tied = (values == threshold).nonzero().squeeze(1)
-    return torch.cat([beyond, tied[: n - beyond.numel()]])
+    return beyond, (values == threshold).nonzero().squeeze(1)
 
 
 # ---------------------------------------------------------------- schedules and verdicts
@@ -288,10 +297,49 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: a layer whose weight is computed from others, as by ``weight_norm`` or ``torch.nn.utils.prune``, so that zeros
             in what is trained are not zeros in what is computed.
     """
-    weights: set[int] = set()
-    for name, module in model.named_modules():
-        weights |= {id(_trained_weight(module, leaf, name)) for leaf in _weight_names(module)}
-    return {name: p for name, p in model.named_parameters() if id(p) in weights and p.requires_grad}
+    return _unfrozen(_chosen(model, None))
+
+
+def _unfrozen(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
+
+
+def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
+    """The weights to mask and those that would be if they were not frozen, in the model's order: by its layers, or by a choice."""
+    if choice is None:
+        layers = [(name, module, leaf) for name, module in model.named_modules() for leaf in _weight_names(module)]
+        wanted = {id(_trained_weight(module, leaf, name)) for name, module, leaf in layers}
+    elif isinstance(choice, Mapping):
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in choice.items():
+            if own.get(name) is not parameter:
+                raise ValueError(f"prunable names {name}, which is no parameter of this model")
+            _refuse_unmaskable(model, name, parameter)
+        wanted = {id(parameter) for parameter in choice.values()}
+    else:
+        asked = {name: p for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter) or p.dim() > 1}
+        chosen = {name: parameter for name, parameter in asked.items() if choice(name, _layer_of(model, name)[1], parameter)}
+        return _chosen(model, chosen)
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def _refuse_unmaskable(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    layer_name, layer, leaf = _layer_of(model, name)
+    if _trained_weight(layer, leaf, layer_name) is not parameter:
+        raise ValueError(f"{name} is one of the parts that {leaf} is computed from, so its zeros would be no zeros of that")
+    if parameter.dim() < 2:
+        raise ValueError(f"{name} has the shape {tuple(parameter.shape)}; weights to mask have two dimensions or more")
+
+
+def _layer_of(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
+    """The layer that a parameter belongs to, its name first, and under which name it computes with it."""
+    path, _, leaf = name.rpartition(".")
+    before, parametrized, part = f".{path}".rpartition(".parametrizations.")
+    if parametrized:
+        return before[1:], model.get_submodule(before[1:]), part.partition(".")[0]
+    layer = model.get_submodule(path)
+    older = next((leaf.removesuffix(end) for end in ("_orig", "_g", "_v") if leaf.endswith(end)), leaf)  # than parametrizations
+    return path, layer, older if hasattr(layer, older) else leaf
 
 
 def _weight_names(module: nn.Module) -> list[str]:
@@ -303,11 +351,17 @@ def _weight_names(module: nn.Module) -> list[str]:
 def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
     """The parameter behind a layer's weight: itself, or what a spectral norm divides, since there a zero stays one."""
     own = dict(module.named_parameters(recurse=False))
+    name = name or type(module).__name__  # of a model that is one layer
+    if isinstance(own.get(leaf), nn.UninitializedParameter):
+        raise ValueError(f"{name} has no weight before its first batch; call the model once, and make the optimizer after that")
     if leaf in own:
         return own[leaf]
     if hasattr(module, f"{leaf}_mask"):
         raise ValueError(f"{name} is masked by torch.nn.utils.prune already; torch.nn.utils.prune.remove(layer, '{leaf}') makes that plain")
     if f"{leaf}_orig" in own:  # the older spectral norm
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):  # of an attention, which does not call it
+            older = "older spectral_norm, which an attention never computes"
+            raise ValueError(f"{name} has the {older}; take torch.nn.utils.parametrizations.spectral_norm")
         return own[f"{leaf}_orig"]
     if f"{leaf}_g" in own:
         raise ValueError(
@@ -323,16 +377,21 @@ def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
     raise ValueError(f"{name} has a {leaf} that is no parameter, so it cannot be masked")
 
 
-def _warn_of_frozen(model: nn.Module) -> None:
+def _warn_of_frozen(weights: Mapping[str, nn.Parameter]) -> None:
     """Name what a caller may have expected to be masked."""
-    weights = [(name, _trained_weight(m, leaf, name)) for name, m in model.named_modules() for leaf in _weight_names(m)]
-    frozen = list(dict.fromkeys(name for name, weight in weights if not weight.requires_grad))
+    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
     if frozen:
         warnings.warn(f"frozen layers are left alone and do not count: {', '.join(frozen)}", stacklevel=3)
 
 
 def initial_masks(
-    model: nn.Module, density: float, method: str = "igq", *, seed: int = 1, batches: Sequence[ImagesAndLabels] = ()
+    model: nn.Module,
+    density: float,
+    method: str = "igq",
+    *,
+    seed: int = 1,
+    batches: Sequence[ImagesAndLabels] = (),
+    prunable: Choice | None = None,
 ) -> dict[str, Tensor]:
     """First masks (name -> bool, True is live) with ``round(density * total)`` live weights in all.
 
@@ -341,18 +400,20 @@ def initial_masks(
         density: kept fraction in (0, 1].
         method: a density method (positions drawn at random within the layer's exact count), or a score over
             all layers together: ``magnitude``, ``random_global``, ``snip`` (Lee et al., 2019), ``grasp`` (Wang
-            et al., 2020), ``synflow`` (Tanaka et al., 2020).
-        seed: of the random positions.
+            et al., 2020), ``synflow`` (Tanaka et al., 2020). Every score leaves each layer a weight and the
+            last layer, the classifier, one for each output.
+        seed: of the random positions, and of the draw among weights whose scores tie.
         batches: images and labels for ``snip`` and ``grasp`` (their gradients are summed over them); the
             image shape is also what ``synflow`` needs.
+        prunable: which weights, as in ``Masking``.
 
     Raises:
-        ValueError: unknown method, bad density, no batches where the score needs them.
+        ValueError: unknown method, a density that is bad or too low for one weight a layer and one an output, no batches
+            where the score needs them, scores that are all zero or not finite.
     """
     _check_density(density)
-    weights = prunable(model)
-    if not weights:
-        raise ValueError("the network has no weights to mask: no trained convolution, linear layer or attention")
+    weights = _unfrozen(_chosen(model, prunable))
+    _refuse_nothing(weights)
     if method in DENSITY_METHODS:
         counts = layer_counts({name: tuple(w.shape) for name, w in weights.items()}, density, method)
         return {
@@ -363,23 +424,39 @@ def initial_masks(
         raise ValueError(f"unknown sparse start {method!r}; known: {', '.join(SPARSE_INITS)}")
     if method in ("snip", "grasp", "synflow") and not batches:
         raise ValueError(f"{method} needs batches of images and labels to score the weights")
+    if method == "random_global":
+        return _connected_masks({name: _random_score(w, seed, "init", name) for name, w in weights.items()}, density)
+    tie_key = stream(seed, "ties", method)
     if method == "synflow":
-        return _synflow_masks(model, density, batches[0][0][:1])
+        return _synflow_masks(model, list(weights), density, batches[0][0][:1], tie_key)
     if method == "magnitude":
         scores = {name: w.detach().abs() for name, w in weights.items()}
-    elif method == "random_global":
-        scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
     else:
-        scores = (_snip_scores if method == "snip" else _grasp_scores)(model, batches)
-    return _connected_masks(scores, density)
+        scores = (_snip_scores if method == "snip" else _grasp_scores)(model, list(weights), batches)
+    _refuse_useless(scores, method)
+    return _connected_masks(scores, density, tie_key)
 
 
-def _connected_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+def _refuse_nothing(weights: Mapping[str, nn.Parameter]) -> None:
+    if not weights:
+        raise ValueError("the network has no weights to mask: no trained convolution, linear layer or attention, or none is chosen")
+
+
+def _refuse_useless(scores: Mapping[str, Tensor], method: str) -> None:
+    """A start by them would be one by chance, and say that it is not."""
+    broken = [name for name, score in scores.items() if not bool(score.isfinite().all())]
+    if broken:
+        raise ValueError(f"{method} scores the weights of {', '.join(broken)} with what is not finite: look at weights and batches")
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError(f"{method} scores every weight with zero: the loss on these batches, or the output, does not depend on them")
+
+
+def _connected_masks(scores: Mapping[str, Tensor], density: float, tie_key: int | None = None) -> dict[str, Tensor]:
     """``global_masks`` that leave each layer its highest weight, and the last one, the classifier, that of each output.
 
     A layer that a start empties lets nothing through, so it never has a gradient to grow by.
     """
-    masks = global_masks(scores, density)
+    masks = global_masks(scores, density, tie_key=tie_key)
     *_, classifier = scores
     lacking = {name: ~mask.flatten(1).any(dim=1) if name == classifier else ~mask.any().view(1) for name, mask in masks.items()}
     if not any(bool(rows.any()) for rows in lacking.values()):
@@ -392,17 +469,20 @@ def _connected_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, 
     for name, score in raised.items():
         rows = score.view(len(lacking[name]), -1)
         rows.scatter_(1, rows.argmax(dim=1, keepdim=True), float("inf"))
-    return global_masks(raised, density)
+    return global_masks(raised, density, tie_key=tie_key)
 
 
-def global_masks(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """Keep the highest scores over all layers together, ``round(density * total)`` in all; ties to the earlier layer."""
+def global_masks(scores: Mapping[str, Tensor], density: float, *, tie_key: int | None = None) -> dict[str, Tensor]:
+    """Keep the highest scores over all layers together, ``round(density * total)`` in all.
+
+    Ties go to the earlier layer, or are drawn with ``tie_key`` as in ``grow_highest``.
+    """
     _check_density(density)
     flat = torch.cat([score.reshape(-1) for score in scores.values()])
     live = round(density * flat.numel())
     if live < len(scores):
         raise ValueError(f"density {density} leaves fewer weights than the network has layers ({len(scores)})")
-    kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), live)
+    kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), live, tie_key=tie_key)
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
@@ -412,20 +492,31 @@ def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
     return uniform(stream(seed, *names), counter).view(weight.shape)
 
 
-def _snip_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that may be scored; what a forward pass left in it is no leaf, like the older spectral norm's weight, and is detached."""
+    left = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    own = dict(model.named_parameters())
+    return {name: own[name] for name in names}
+
+
+def _snip_scores(model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
     """|w * dL/dw| with the loss summed over all batches."""
-    model = copy.deepcopy(model).train()
-    weights = prunable(model)
+    model = _copy(model).train()
+    weights = _named(model, names)
     for x, y in batches:
         F.cross_entropy(model(x), y, reduction="sum").backward()
     # A layer that the loss does not reach has no gradient.
     return {name: (w.detach() * (torch.zeros_like(w) if w.grad is None else w.grad)).abs() for name, w in weights.items()}
 
 
-def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
+def _grasp_scores(model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]) -> dict[str, Tensor]:
     """w * (H g): how much gradient flow is lost with a weight (kept: the highest), logits divided by 200."""
-    model = copy.deepcopy(model).train()
-    weights = prunable(model)
+    model = _copy(model).train()
+    weights = _named(model, names)
 
     def gradients(x: Tensor, y: Tensor, create_graph: bool) -> Sequence[Tensor]:
         loss = F.cross_entropy(model(x) / _GRASP_TEMPERATURE, y, reduction="sum")
@@ -443,11 +534,11 @@ def _grasp_scores(model: nn.Module, batches: Sequence[ImagesAndLabels]) -> dict[
     return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), products, strict=True)}
 
 
-def _synflow_masks(model: nn.Module, density: float, x: Tensor) -> dict[str, Tensor]:
+def _synflow_masks(model: nn.Module, names: Sequence[str], density: float, x: Tensor, tie_key: int) -> dict[str, Tensor]:
     """100 rounds of keeping the highest |w * dR/dw|, R = the network's output on ones with all weights positive."""
     # float64: in a deep positive network the products span more than float32 holds.
-    model = copy.deepcopy(model).double().eval()
-    weights = prunable(model)
+    model = _copy(model).double().eval()
+    weights = _named(model, names)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()
@@ -459,7 +550,11 @@ def _synflow_masks(model: nn.Module, density: float, x: Tensor) -> dict[str, Ten
     for done in range(1, _SYNFLOW_ROUNDS + 1):
         gradients = torch.autograd.grad(model(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True)
         scores = {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
-        masks = global_masks(scores, density ** (done / _SYNFLOW_ROUNDS))
+        if done == 1:
+            _refuse_useless(scores, "synflow")
+        # A weight that is lost stays so: below those that score zero.
+        scores = {name: score.masked_fill(~masks[name], -1.0) for name, score in scores.items()}
+        masks = _connected_masks(scores, density ** (done / _SYNFLOW_ROUNDS), tie_key)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.mul_(masks[name])
@@ -527,12 +622,134 @@ def update_is_due(config: MaskingConfig, step: int) -> bool:
     return step % frequency == 0
 
 
-def _refuse_other_optimizer(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Its momentum would bring masked weights back: of a copy of the network, say, or of a part of it."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, weight in weights.items():
-        if id(weight) not in trained:
-            raise ValueError(f"the optimizer does not hold {name}: make it of this model's parameters, after the model is complete")
+_MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
+_MOMENTUM_NEEDED = "momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the Adam family"
+_NO_MOMENTUM = (torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.LBFGS, torch.optim.Rprop)
+
+
+class _Memory:
+    """What an optimizer, and those that it wraps, remember of the weights: momentum would bring masked weights back."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        self._optimizers = list(_optimizers(optimizer, set()))
+        self._model = model
+        self._weights = weights
+
+    def refuse_other(self) -> None:
+        """An optimizer of a copy of the network, say, or of a part of it."""
+        trained = {id(parameter) for group in self._groups() for parameter in group["params"]}
+        for name, weight in self._weights.items():
+            if id(weight) not in trained:
+                raise ValueError(f"the optimizer does not hold {name}: make it of this model's parameters, after the model is complete")
+
+    def refuse_without_momentum(self) -> None:
+        """Known before the first step, when the state is empty still; of a foreign optimizer only once it has made a step."""
+        without = {id(p) for optimizer, group in self._pairs() if _has_momentum(optimizer, group) is False for p in group["params"]}
+        promised = self._promised()
+        for name, weight in self._weights.items():
+            if id(weight) in without - promised:
+                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
+
+    def refuse_hidden(self) -> None:
+        """Tensors like a weight that no state says to be of one: they cannot be masked."""
+        like = {tuple(weight.shape): name for name, weight in self._weights.items()}
+        trained = [parameter for group in getattr(self._optimizers[0], "param_groups", []) for parameter in group["params"]]
+        parameters = [*self._model.parameters(), *trained]
+        known = {id(p) for p in parameters} | {id(p.grad) for p in parameters if p.grad is not None}
+        states = {id(getattr(optimizer, "state", None)) for optimizer in self._optimizers}
+        for optimizer in self._optimizers:
+            for tensor in _hidden(getattr(optimizer, "__dict__", {}), known, {id(weight) for weight in self._weights.values()}, states):
+                if tuple(tensor.shape) in like:
+                    kind, name = type(optimizer).__name__, like[tuple(tensor.shape)]
+                    where = f"tensors of the shape of {name} outside of state[weight]"
+                    raise ValueError(f"{kind} keeps {where}, where they cannot be masked; take an optimizer that keeps them there")
+
+    def of(self, name: str) -> list[Tensor]:
+        """Every tensor of the state that is shaped like the weight."""
+        weight = self._weights[name]
+        found = [tensor for state in self._states(weight) for tensor in _tensors(state) if tensor.shape == weight.shape]
+        for tensor in found:
+            if not tensor.is_floating_point():  # its zero need not mean zero
+                raise ValueError(f"the optimizer keeps its state of {name} in {tensor.dtype}, which cannot be masked; take one in floats")
+        return found
+
+    def momentum(self, name: str) -> Tensor | None:
+        """The momentum of a weight; None before the first step that uses it.
+
+        Raises:
+            ValueError: an optimizer without momentum, or with one that is not shaped like the weight.
+        """
+        weight = self._weights[name]
+        states = [state for state in self._states(weight) if state]
+        momentum = next((state[key] for state in states for key in _MOMENTA if isinstance(state.get(key), Tensor)), None)
+        if momentum is None:  # sums and averages of squares, as of Adagrad and RMSprop, have no direction
+            if states or id(weight) not in self._promised():
+                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
+        elif momentum.shape != weight.shape or not momentum.is_floating_point():
+            kept = f"{momentum.dtype} {tuple(momentum.shape)}"
+            raise ValueError(f"momentum growth needs a momentum shaped like {name}, in floats; the optimizer keeps {kept}")
+        return momentum
+
+    def _promised(self) -> set[int]:
+        return {id(p) for optimizer, group in self._pairs() if _has_momentum(optimizer, group) for p in group["params"]}
+
+    def _pairs(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        return ((optimizer, group) for optimizer in self._optimizers for group in getattr(optimizer, "param_groups", []))
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for _, group in self._pairs())
+
+    def _states(self, weight: Tensor) -> list[Mapping[str, Any]]:
+        return [getattr(optimizer, "state", {}).get(weight, {}) for optimizer in self._optimizers]
+
+
+def _has_momentum(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
+    """Whether an optimizer will keep a momentum of a group's parameters; None of an unknown one."""
+    if "momentum" in group:
+        return bool(group["momentum"])
+    if "betas" in group:
+        return True
+    return False if isinstance(optimizer, _NO_MOMENTUM) else None
+
+
+def _optimizers(held: Any, seen: set[int]) -> Iterator[Any]:
+    """An optimizer and those that it wraps: in its attributes, or in lists and dicts there."""
+    first = not seen
+    if id(held) in seen or isinstance(held, Tensor):
+        return
+    seen.add(id(held))
+    if first or hasattr(held, "param_groups"):
+        yield held
+        held = getattr(held, "__dict__", {})
+    for part in _parts(held):
+        yield from _optimizers(part, seen)
+
+
+def _parts(held: Any) -> Iterable[Any]:
+    if isinstance(held, Mapping):
+        return held.values()
+    return held if isinstance(held, (list, tuple, deque)) else ()
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    for part in _parts(held):
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from _tensors(part)
+
+
+def _hidden(held: Any, known: set[int], masked: set[int], states: set[int]) -> Iterator[Tensor]:
+    """Tensors in the attributes of an optimizer but those of the model and what is of one parameter, in a state if that is masked."""
+    if isinstance(held, Tensor):
+        if id(held) not in known:
+            yield held
+    else:
+        reached = known if id(held) in states else known - masked
+        keys = held if isinstance(held, Mapping) else itertools.repeat(None)
+        for key, part in zip(keys, _parts(held), strict=False):
+            if not (isinstance(key, Tensor) and id(key) in reached):
+                yield from _hidden(part, known, masked, states)
 
 
 def _warn_of_idle_updates(config: MaskingConfig) -> None:
@@ -551,15 +768,21 @@ class Masking:
 
     Args:
         model: its prunable weights (``prunable``) are masked in place at once.
-        optimizer: every state tensor shaped like a weight (momentum) is masked too.
+        optimizer: every tensor like a weight in its state (momentum) is masked too, also where it wraps another.
         config: see ``MaskingConfig``.
         masks: the first masks, instead of ``config.sparse_init`` (a Robust Bird ticket, say).
         batches: images and labels, for starts that score weights by data.
+        prunable: which weights, if not those of the function of this name: a mapping of the model's own names to parameters, or
+            a function ``(name, layer, parameter) -> bool``, asked of every parameter with two dimensions or more, where
+            ``layer`` is the module that computes with it. Frozen ones are left alone.
 
     Raises:
-        ValueError: masks that do not fit the network, an optimizer that does not train it, or a start without the batches it needs.
+        ValueError: masks that do not fit the network, an optimizer that does not train it or has no momentum for ``momentum``
+            growth, weights that are computed from others or have one dimension, or a start without the batches it needs; while
+            training, an optimizer that keeps tensors like a weight where they cannot be masked.
 
-    Warns where masks that are not ``fixed`` would never change in ``total_steps``.
+    Warns where masks that are not ``fixed`` would never change in ``total_steps``, of frozen layers, and, once by name, of layers
+    without a live weight.
     """
 
     def __init__(
@@ -570,24 +793,32 @@ class Masking:
         *,
         masks: Mapping[str, Tensor] | None = None,
         batches: Sequence[ImagesAndLabels] = (),
+        prunable: Choice | None = None,
     ) -> None:
         self.config = config
         self.steps = 0
-        self._put_off = False  # an update that fell on gradients without use
+        self._put_off = False  # an update that fell on gradients or momentum without use
         self.events: list[dict[str, Any]] = []
         self.controller = DensityController(config.epoch_range, config.update_threshold, config.start_epoch)
         self.schedule = DropFractionSchedule(config.drop_fraction, config.total_steps, config.drop_schedule)
-        self.weights = prunable(model)
+        chosen = _chosen(model, prunable)
+        self.weights = _unfrozen(chosen)
         self._optimizer = optimizer
-        _warn_of_frozen(model)
-        _refuse_other_optimizer(self.weights, optimizer)
+        self._memory = _Memory(optimizer, model, self.weights)
+        self._said_dead: set[str] = set()
+        _refuse_nothing(self.weights)
+        _warn_of_frozen(chosen)
+        self._memory.refuse_other()
+        if config.growth == "momentum" and not config.fixed:
+            self._memory.refuse_without_momentum()
         _warn_of_idle_updates(config)
         if masks is None:
-            masks = initial_masks(model, config.density, config.sparse_init, seed=config.seed, batches=batches)
+            masks = initial_masks(model, config.density, config.sparse_init, seed=config.seed, batches=batches, prunable=self.weights)
         self.masks: dict[str, Tensor] = {}
         self._explored: dict[str, Tensor] = {}
         self._set_masks(masks)
         self._explored = {name: mask.clone() for name, mask in self.masks.items()}
+        self._warn_of_dead(self.live_counts())
         self.apply()
 
     # ---- every step
@@ -595,9 +826,11 @@ class Masking:
     def step(self) -> None:
         """Call after each ``optimizer.step()``, gradients still in place: masks again, and updates when due."""
         self.steps += 1
+        if self.steps == 1:
+            self._memory.refuse_hidden()
         if not self.update_due():
             self.apply()
-        elif self.config.growth == "gradient" and not self._gradients_tell():
+        elif self.config.growth in _GROUNDS and not self._grounds_tell():
             self._put_off = True
             self.apply()
         else:
@@ -608,16 +841,28 @@ class Masking:
         """Whether the masks change after the step that was just counted."""
         return self._put_off or update_is_due(self.config, self.steps)
 
-    def _gradients_tell(self) -> bool:
-        """Whether the last gradients say where to grow: finite, and not all zero, as they are after a step that a scaler skipped."""
-        largest = torch.stack([gradient.abs().amax() for gradient in self._gradients()])  # of NaN that is NaN
-        return bool(largest.isfinite().all() & (largest > 0).any())
+    def _grounds_tell(self) -> bool:
+        """Whether the gradients, or the momentum, say where to grow: finite, and not all zero, as after a step that a scaler skipped.
 
-    def _gradients(self) -> list[Tensor]:
-        found = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        if not found:
-            raise ValueError("gradient growth needs the gradients of the last batch: update masks before zero_grad()")
-        return found
+        They are all zero, too, for as long as an empty layer lets nothing through: then the draw among ties decides.
+        """
+        grounds = self._grounds()
+        if not grounds and self.config.growth == "momentum":  # no step was made yet
+            return False
+        largest = torch.stack([ground.abs().amax() for ground in self._required(grounds)])  # of NaN that is NaN
+        emptied = torch.stack([~mask.any() for mask in self.masks.values()]).any()
+        return bool(largest.isfinite().all() & ((largest > 0).any() | emptied))
+
+    def _grounds(self) -> list[Tensor]:
+        found = [_GROUNDS[self.config.growth](self, name) for name in self.weights]
+        return [ground for ground in found if ground is not None]
+
+    def _required(self, grounds: list[Tensor]) -> list[Tensor]:
+        if grounds:
+            return grounds
+        if self.config.growth == "momentum":
+            raise ValueError("momentum growth needs a step of the optimizer before the masks are updated")
+        raise ValueError("gradient growth needs the gradients of the last batch: update masks before zero_grad()")
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -627,10 +872,8 @@ class Masking:
                 tensor.masked_fill_(self._dead[name], 0.0)  # not times 0, which an infinite gradient would make NaN
 
     def moments(self, name: str) -> Iterable[Tensor]:
-        """What the optimizer remembers of a layer, each tensor shaped like its weight: the momentum of SGD."""
-        weight = self.weights[name]
-        state = self._optimizer.state.get(weight, {})
-        return [s for s in state.values() if isinstance(s, Tensor) and s.shape == weight.shape]
+        """What the optimizer, or one that it wraps, remembers of a layer, each tensor shaped like its weight: the momentum of SGD."""
+        return self._memory.of(name)
 
     # ---- every update
 
@@ -639,14 +882,21 @@ class Masking:
         """Drop and grow in every layer that is not fully dense, once, by the schedule and the verdict now.
 
         Called by ``step`` when due. Needs the gradients of the last batch for ``gradient`` growth and the
-        optimizer's momentum, not yet masked, for ``momentum`` growth.
+        optimizer's momentum, not yet masked, for ``momentum`` growth. Where scores tie, the seed draws.
+
+        A layer without a live weight has none to drop, so none would ever grow: it grows one, and the layer with the most
+        live weights, one that is not fully dense if there is one, grows one less. The number of all together stays exact.
         """
-        if self.config.growth == "gradient":
-            self._gradients()  # without any, nothing would move
+        self._memory.refuse_hidden()
+        if self.config.growth in _GROUNDS:
+            self._required(self._grounds())  # without any, nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
         fraction = self.schedule.at(self.steps)
-        live_counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
-        updated = {name: self._update_layer(name, live, fraction, verdict) for (name, live) in zip(self.masks, live_counts, strict=True)}
+        live_counts = self.live_counts()  # one wait for the device
+        self._warn_of_dead(live_counts)
+        changes = {name: self._change(name, live, fraction, verdict) for name, live in live_counts.items()}
+        self._revive(changes, live_counts)
+        updated = {name: self._update_layer(name, *change) for name, change in changes.items()}
         self.apply()  # old masks first: what grows starts at zero; a weight dropped and regrown at once keeps its value
         self._set_masks(updated)
         for name, mask in self.masks.items():
@@ -663,18 +913,47 @@ class Masking:
             }
         )
 
-    def _update_layer(self, name: str, live: int, fraction: float, verdict: Verdict) -> Tensor:
-        mask, weight = self.masks[name], self.weights[name]
-        if live == mask.numel():
-            return mask
-        if self.config.growth == "gradient" and weight.grad is None:  # not used in the last step
-            return mask
+    def _change(self, name: str, live: int, fraction: float, verdict: Verdict) -> tuple[int, int]:
+        """How many weights a layer drops and then grows."""
+        size = self.masks[name].numel()
+        if live == size or not self._can_grow(name):
+            return 0, 0
         n_drop = min(live, math.ceil(fraction * live))
         n_prune = math.ceil(fraction * self.config.prune_ratio * live) if verdict.prune else 0
         n_grow = int(n_drop * (1 + self.config.growth_ratio)) if verdict.grow else n_drop
         n_dropped = min(live, n_drop + n_prune)
-        dropped = drop_lowest(weight.abs(), mask, n_dropped)
-        return grow_highest(GROWTHS[self.config.growth](self, name), dropped, min(n_grow, mask.numel() - live + n_dropped))
+        return n_dropped, min(n_grow, size - live + n_dropped)
+
+    def _can_grow(self, name: str) -> bool:
+        """Not by the gradient or momentum of a layer that was not used, which keeps its mask."""
+        return self.config.growth not in _GROUNDS or _GROUNDS[self.config.growth](self, name) is not None
+
+    def _revive(self, changes: dict[str, tuple[int, int]], live_counts: Mapping[str, int]) -> None:
+        """Let each layer that is left without a live weight grow one, and the layer with the most give it."""
+        after = {name: live_counts[name] - dropped + grown for name, (dropped, grown) in changes.items() if self._can_grow(name)}
+        for name in [name for name, live in after.items() if live == 0]:
+            giver = max(after, key=lambda name: (after[name] > 1, live_counts[name] < self.masks[name].numel(), after[name]))
+            if after[giver] < 2:
+                return
+            dropped, grown = changes[giver]
+            changes[giver] = (dropped, grown - 1) if grown else (dropped + 1, 0)
+            changes[name] = (0, 1)
+            after[giver], after[name] = after[giver] - 1, 1
+
+    def _update_layer(self, name: str, n_drop: int, n_grow: int) -> Tensor:
+        mask, weight, config = self.masks[name], self.weights[name], self.config
+        if n_drop == n_grow == 0:
+            return mask
+        # Random growth has drawn already: its few ties may go by index.
+        tie_key = None if config.growth == "random" else stream(config.seed, "ties", self.steps, name)
+        return grow_highest(GROWTHS[config.growth](self, name), drop_lowest(weight.abs(), mask, n_drop), n_grow, tie_key=tie_key)
+
+    def _warn_of_dead(self, live_counts: Mapping[str, int]) -> None:
+        dead = [name for name, live in live_counts.items() if live == 0 and name not in self._said_dead]
+        self._said_dead |= set(dead)
+        if dead:
+            what = "fixed masks leave it so" if self.config.fixed else "a mask update lets each grow one"
+            warnings.warn(f"layers without a live weight let nothing through, {what}: {', '.join(dead)}", stacklevel=3)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
@@ -737,6 +1016,7 @@ class Masking:
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
         self.events = [dict(event) for event in state["events"]]
+        self._warn_of_dead(self.live_counts())
         self.apply()
 
 
@@ -744,21 +1024,29 @@ def _random_growth(masking: Masking, name: str) -> Tensor:
     return _random_score(masking.weights[name], masking.config.seed, "grow", masking.steps, name)
 
 
+def _gradient(masking: Masking, name: str) -> Tensor | None:
+    return masking.weights[name].grad
+
+
+def _momentum(masking: Masking, name: str) -> Tensor | None:
+    return masking._memory.momentum(name)
+
+
+# What these growths go by, None of a layer that was not used.
+_GROUNDS: dict[str, Callable[[Masking, str], Tensor | None]] = {"gradient": _gradient, "momentum": _momentum}
+
+
 def _gradient_growth(masking: Masking, name: str) -> Tensor:
-    gradient = masking.weights[name].grad
+    gradient = _gradient(masking, name)
     if gradient is None:
         raise ValueError(f"gradient growth needs the gradient of {name}: update masks before zero_grad()")
     return gradient.abs()
 
 
-_MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
-
-
 def _momentum_growth(masking: Masking, name: str) -> Tensor:
-    state = masking._optimizer.state.get(masking.weights[name], {})
-    momentum = next((state[key] for key in _MOMENTA if isinstance(state.get(key), Tensor)), None)
-    if momentum is None:  # sums and averages of squares, as of Adagrad and RMSprop, have no direction
-        raise ValueError("momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the Adam family")
+    momentum = _momentum(masking, name)
+    if momentum is None:
+        raise ValueError(f"momentum growth needs the momentum of {name}: update masks after a step of the optimizer")
     return momentum.abs()
 
 

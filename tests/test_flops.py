@@ -133,3 +133,70 @@ def test_either_spectral_norm_costs_its_live_weights(norm):
     model = nn.Sequential(norm(nn.Linear(20, 20)))
     (name,) = prunable(model)
     assert real_inference(layer_costs(model, (20,)), {name: 80}) == 160
+
+
+class Crossed(nn.Module):
+    """Few queries ask many keys, as in a pooling by attention; the keys may have another width."""
+
+    def __init__(self, wrap=lambda attention: attention, **options) -> None:
+        super().__init__()
+        self.attention = wrap(nn.MultiheadAttention(8, 2, batch_first=True, **options))
+
+    def forward(self, x):
+        return self.attention(query=x[..., :8][:, :2], key=x, value=x)[0]
+
+
+@pytest.mark.parametrize("length", [7, 2, 5])
+@pytest.mark.parametrize("width", [8, 12])
+def test_attention_between_two_lengths_costs_what_torch_counts(length, width):
+    torch.manual_seed(0)
+    model = Crossed(kdim=width, vdim=width).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, width))
+    theirs = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "addmm" in str(op) or str(op) == "aten.mm")
+    costs = layer_costs(model, (length, width))
+    assert real_inference(costs) == theirs == 2 * (2 * 64 * 2 + 2 * 8 * width * length)
+    masks = {name: torch.rand(weight.shape) < 0.3 for name, weight in prunable(model).items()}
+    if width == 8:
+        asked, *known = (int(rows.sum()) for rows in masks["attention.in_proj_weight"].split(8))
+    else:
+        asked, *known = (int(masks[f"attention.{part}_proj_weight"].sum()) for part in "qkv")
+    expected = 2 * (2 * (asked + int(masks["attention.out_proj.weight"].sum())) + length * sum(known))
+    assert real_inference(costs, masks) == expected
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    if width == 8 and length != 2:  # which of them are live matters
+        with pytest.raises(ValueError, match=rf"2 queries and {length} keys: give its mask"):
+            real_inference(costs, counts)
+    else:
+        assert real_inference(costs, counts) == expected
+
+
+def spectral(norm, leaf):
+    def wrap(attention):
+        norm(*((attention.out_proj,) if leaf == "out_proj" else (attention, leaf)))
+        return attention
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("norm", "leaf"),
+    [
+        (nn.utils.parametrizations.spectral_norm, "in_proj_weight"),
+        (nn.utils.parametrizations.spectral_norm, "out_proj"),
+        (nn.utils.spectral_norm, "in_proj_weight"),
+    ],
+)
+def test_a_spectral_norm_on_an_attention_costs_its_live_weights(norm, leaf):
+    model = Crossed(spectral(norm, leaf))
+    costs = layer_costs(model, (2, 8))
+    assert {cost.name for cost in costs} == set(prunable(model))
+    assert real_inference(costs, dict.fromkeys(prunable(model), 10)) == 2 * 2 * 20
+
+
+def test_a_network_that_is_one_layer_and_a_shared_weight_have_the_names_of_their_masks():
+    assert real_inference(layer_costs(nn.Linear(5, 5), (5,)), {"weight": 3}) == 6
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    assert list(prunable(model)) == ["0.weight"]
+    assert real_inference(layer_costs(model, (5,)), {"0.weight": 3}) == 12

@@ -1,6 +1,8 @@
 import json
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from sparse_core import (
 )
 from tests import toy
 from utils.attacks import PGD, pgd_attack
+from utils.seeding import random_bits
 
 
 def read(path):
@@ -297,14 +300,17 @@ def test_grasp_by_hand():
 
 
 def test_synflow_keeps_the_strongest_path():
-    """Two linear layers: at 2 of 8 weights, what is left must be one path from input to output."""
+    """Two linear layers: at 3 of 8 weights, what is left must be one path from input to output, and a weight of the other output."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
         model[1].weight.copy_(torch.tensor([[-4.0, 1.0], [1.0, 1.0]]))
-    masks = initial_masks(model, 0.25, "synflow", batches=[(torch.zeros(1, 2), torch.zeros(1))])
+    batches = [(torch.zeros(1, 2), torch.zeros(1))]
+    masks = initial_masks(model, 3 / 8, "synflow", batches=batches)
     assert masks["0.weight"].tolist() == [[False, True], [False, False]]
-    assert masks["1.weight"].tolist() == [[True, False], [False, False]]
+    assert masks["1.weight"].tolist() == [[True, False], [True, False]]
+    with pytest.raises(ValueError, match="one for each output"):
+        initial_masks(model, 2 / 8, "synflow", batches=batches)
 
 
 # ---------------------------------------------------------------- masks in training
@@ -411,10 +417,9 @@ def test_growth_without_what_it_needs_is_refused():
     _, _, masking = start(growth="gradient")
     with pytest.raises(ValueError, match="needs the gradient"):
         masking.update_topology()
-    model = toy.network()
-    plain = Masking(model, torch.optim.SGD(model.parameters(), 0.1), MaskingConfig(0.3, 8, growth="momentum"))
-    with pytest.raises(ValueError, match="optimizer with momentum"):
-        plain.update_topology()
+    _, _, masking = start(growth="momentum")
+    with pytest.raises(ValueError, match="needs a step"):
+        masking.update_topology()
 
 
 def test_random_growth_is_a_pure_function_of_seed_and_step():
@@ -641,7 +646,7 @@ def test_frozen_layers_are_left_alone_and_named():
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    with pytest.warns(UserWarning, match=r"frozen .*: 0$"):
+    with pytest.warns(UserWarning, match=r"frozen .*: 0\.weight$"):
         masking = masking_of(model)
     assert torch.equal(model[0].weight, before)
     assert (list(masking.masks), masking.live_counts()) == (["1.weight"], {"1.weight": 80})
@@ -656,30 +661,165 @@ def test_dead_weights_stay_zero_when_their_gradient_is_infinite():
     assert bool((model[0].weight[~masking.masks["0.weight"]] == 0).all())
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "key"),
-    [
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "momentum_buffer"),
-        (torch.optim.Adam, "exp_avg"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "momentum_buffer"),
-        (torch.optim.Adagrad, None),
-        (torch.optim.RMSprop, None),
-    ],
-)
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "rmsprop": lambda p: torch.optim.RMSprop(p, momentum=0.5),
+    "plain sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "plain rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "rprop": torch.optim.Rprop,
+    "adafactor": torch.optim.Adafactor,
+}
+MOMENTUM = MaskingConfig(0.2, 10, update_frequency=1, growth="momentum")
+
+
+@pytest.mark.parametrize(("optimizer", "key"), [("sgd", "momentum_buffer"), ("adam", "exp_avg"), ("rmsprop", "momentum_buffer")])
 def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
     model = nn.Sequential(nn.Linear(20, 20))
-    made = optimizer(model.parameters())
-    masking = Masking(model, made, MaskingConfig(0.2, 10, update_frequency=1, growth="momentum"))
+    made = OPTIMIZERS[optimizer](model.parameters())
+    masking = Masking(model, made, MOMENTUM)
     model(torch.rand(4, 20)).square().sum().backward()
     made.step()
-    if key is None:
-        with pytest.raises(ValueError, match="optimizer with momentum"):
-            masking.step()
-        return
     expected = made.state[model[0].weight][key].abs().clone()
     assert torch.equal(GROWTHS["momentum"](masking, "0.weight"), expected)
     masking.step()
     assert masking.live_counts() == {"0.weight": 80}
+
+
+@pytest.mark.parametrize("optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "rprop", "adafactor"])
+def test_momentum_growth_without_momentum_is_refused_at_once(optimizer):
+    model = nn.Sequential(nn.Linear(20, 20))
+    with pytest.raises(ValueError, match=r"optimizer with momentum.* 0\.weight has none"):
+        Masking(model, OPTIMIZERS[optimizer](model.parameters()), MOMENTUM)
+    parts = [{"params": [model[0].weight], "momentum": 0.0}, {"params": [model[0].bias]}]
+    with pytest.raises(ValueError, match="optimizer with momentum"):
+        Masking(model, torch.optim.SGD(parts, 0.1, momentum=0.9), MOMENTUM)
+
+
+class Foreign(torch.optim.Optimizer):
+    """Keeps one tensor of each weight, made of its gradient."""
+
+    def __init__(self, parameters, key, kept, **defaults):
+        super().__init__(parameters, defaults)
+        self.key, self.kept = key, kept
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter][self.key] = self.kept(parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("key", "kept", "message"),
+    [
+        ("exp_avg", lambda g: g.mean(dim=1), r"momentum shaped like 0\.weight, in floats; .* \(20,\)"),
+        ("exp_avg", lambda g: g.to(torch.uint8), r"momentum shaped like 0\.weight, in floats; .*uint8"),
+        ("state1", lambda g: g.to(torch.uint8), "optimizer with momentum"),
+    ],
+)
+def test_momentum_that_is_not_like_the_weight_is_refused(key, kept, message):
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    optimizer = Foreign(model.parameters(), key, kept, betas=(0.9, 0.99))
+    masking = Masking(model, optimizer, MOMENTUM)
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        masking.step()
+
+
+def test_a_state_that_is_not_in_floats_is_refused():
+    """The zero of a code of eight bits need not be the code of zero."""
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    optimizer = Foreign(model.parameters(), "state1", lambda g: g.to(torch.uint8))
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=1))
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"state of 0\.weight in torch\.uint8"):
+        masking.step()
+
+
+def test_momentum_growth_waits_for_the_first_step():
+    """A scaler skips the first ones, and then there is no momentum yet."""
+    model = nn.Sequential(nn.Linear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="momentum"))
+    before = masking.masks["0.weight"].clone()
+    masking.step()
+    masking.step()
+    assert torch.equal(masking.masks["0.weight"], before)
+    model(torch.rand(4, 20)).square().sum().backward()
+    optimizer.step()
+    masking.step()
+    assert [event["step"] for event in masking.events] == [3]
+    assert masking.live_counts() == {"0.weight": 80}
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer and remembers slow weights: in its own state, nested, or in a list of its own."""
+
+    def __init__(self, optimizer, where):
+        self.inner, self.where, self.slow = optimizer, where, []
+        self.param_groups = optimizer.param_groups
+        self.state, self.fast_state = {}, optimizer.state
+
+    def step(self):
+        self.inner.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                slow = torch.ones_like(parameter)
+                if self.where == "list":
+                    self.slow.append(slow)
+                elif self.where == "dict":
+                    self.slow.append({parameter: slow})
+                else:
+                    self.state[parameter] = {"slow": {"weights": [slow]}}
+
+
+@pytest.mark.parametrize("where", ["state", "list", "dict"])
+def test_what_a_wrapping_optimizer_remembers_is_masked_or_refused(where):
+    model = toy.network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = Lookahead(inner, where)
+    masking = Masking(model, optimizer, MOMENTUM)
+    x, y = toy.images()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    if where != "state":
+        with pytest.raises(ValueError, match="Lookahead keeps tensors of the shape of"):
+            masking.step()
+        return
+    masking.step()
+    for name, weight in prunable(model).items():
+        dead = ~masking.masks[name]
+        assert not inner.state[weight]["momentum_buffer"][dead].any()
+        assert not optimizer.state[weight]["slow"]["weights"][0][dead].any()
+        assert optimizer.state[weight]["slow"]["weights"][0].any()
+
+
+def test_what_joins_the_optimizer_later_is_no_hidden_state():
+    model = toy.network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.3, 8, update_frequency=1))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.rand(3, 64))]})
+    train(model, optimizer, masking, 2)
+    assert_dead_is_zero(model, optimizer, masking)
+
+
+def test_an_object_around_an_optimizer_needs_no_groups_of_its_own():
+    class Scaled:
+        def __init__(self, optimizer):
+            self.optimizers = {"first": optimizer}
+
+    model = toy.network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, Scaled(inner), MOMENTUM)
+    train(model, inner, masking, 3)
+    assert_dead_is_zero(model, inner, masking)
+    with pytest.raises(ValueError, match="optimizer with momentum"):
+        Masking(model, Scaled(torch.optim.SGD(model.parameters(), 0.1)), MOMENTUM)
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
@@ -751,3 +891,292 @@ def test_an_emptied_convolution_in_channels_last_is_given_a_weight():
     masks = initial_masks(model, 0.05, "magnitude")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 1, "5.weight": 14}
     assert mask_hash(masks) == mask_hash(initial_masks(plain, 0.05, "magnitude"))
+
+
+def by_index(mask, n):
+    """The mask with the first ``n`` dead positions."""
+    return grow_highest(torch.zeros(mask.shape), mask, n)
+
+
+def test_ties_of_a_growth_are_drawn():
+    score, mask = torch.zeros(10, 10), torch.zeros(10, 10, dtype=torch.bool)
+    score[3] = 1.0
+    first, again, other = (grow_highest(score, mask, 30, tie_key=key) for key in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first[3].all()
+    assert (int(first.sum()), int(first.any(dim=1).sum())) == (30, 10)
+    tied = torch.cat([torch.arange(30), torch.arange(40, 100)])
+    expected = tied[random_bits(1, tied).argsort()[:20]]  # of the position's number alone
+    assert set((first & (score == 0)).flatten().nonzero().squeeze(1).tolist()) == set(expected.tolist())
+    last = [part[None, :, :, None].to(memory_format=torch.channels_last) for part in (score.view(10, 10), mask)]
+    assert torch.equal(grow_highest(*last, 30, tie_key=1).view(10, 10), first)
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_equal_scores_grow_where_the_seed_says(growth):
+    def grown(seed, steps=1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 40, bias=False))
+        masks = {"0.weight": torch.zeros(40, 40, dtype=torch.bool)}
+        masks["0.weight"][:4] = True
+        optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)
+        config = MaskingConfig(0.1, 9, update_frequency=1, growth=growth, seed=seed, drop_schedule="constant", drop_fraction=0.25)
+        masking = Masking(model, optimizer, config, masks=masks)
+        for _ in range(steps):
+            before = masking.masks["0.weight"].clone()
+            model[0].weight.grad = torch.full_like(model[0].weight, 1e-3)
+            optimizer.step()
+            masking.step()
+        return before, masking.masks["0.weight"]
+
+    before, after = grown(1)
+    new = after & ~before
+    assert int(after.sum()) == 160
+    assert int(new.any(dim=1).sum()) > 18  # about 35 in 36 rows that were dead; by index they would lie in one
+    assert torch.equal(after, grown(1)[1])
+    assert not torch.equal(after, grown(2)[1])
+    assert not torch.equal(after, grown(1, 2)[1])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "synflow"])
+def test_equal_scores_of_a_start_are_drawn(method):
+    model = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+        model[1].weight.copy_(torch.arange(1.0, 5).view(4, 1).expand(4, 20))
+    batches = [(torch.ones(2, 20), torch.tensor([0, 1]))]
+    first, again, other = (initial_masks(model, 0.3, method, seed=seed, batches=batches) for seed in (1, 1, 2))
+    assert mask_hash(first) == mask_hash(again) != mask_hash(other)
+    live = int(first["0.weight"].sum())
+    assert live > 20
+    assert not torch.equal(first["0.weight"], by_index(torch.zeros(20, 20, dtype=torch.bool), live))
+    assert int(first["0.weight"].any(dim=1).sum()) > 5
+
+
+def test_random_starts_and_growth_keep_the_rule_of_the_index():
+    score = torch.tensor([0.5, 0.25, 0.5, 0.5])
+    assert global_masks({"a": score}, 0.5)["a"].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp", "synflow"])
+def test_scores_without_use_are_refused(method):
+    model, batches = toy.network(), [toy.images()]
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=rf"{method} scores the weights of 0\.weight.* not finite"):
+        initial_masks(model, 0.3, method, batches=batches)
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight.zero_()
+    with pytest.raises(ValueError, match=f"{method} scores every weight with zero"):
+        initial_masks(model, 0.3, method, batches=batches)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.06])
+def test_synflow_leaves_every_layer_and_every_output_a_weight(density):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 6))
+    with torch.no_grad():
+        model[4].weight[2:].mul_(1e-6)
+    masks = initial_masks(model, density, "synflow", batches=[(torch.zeros(1, 30), torch.zeros(1))])
+    assert all(bool(mask.any()) for mask in masks.values())
+    assert bool(masks["4.weight"].any(dim=1).all())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(density * 1120)
+
+
+def dead_start(growth, dense=False, fixed=False, **options):
+    model = toy.network()
+    masks = {"0.weight": torch.zeros(4, 3, 3, 3, dtype=torch.bool), "5.weight": torch.ones(3, 64, dtype=torch.bool)}
+    if not dense:
+        masks["5.weight"][:, 20:] = False
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    config = MaskingConfig(0.5, 8, update_frequency=1, growth=growth, fixed=fixed, **options)
+    with pytest.warns(UserWarning, match=r"without a live weight.*: 0\.weight$"):
+        masking = Masking(model, optimizer, config, masks=masks)
+    return model, optimizer, masking
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
+def test_a_dead_layer_is_said_once_and_regrows(growth, dense):
+    model, optimizer, masking = dead_start(growth, dense)
+    total = sum(masking.live_counts().values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, masking, 1)
+        assert masking.live_counts() == {"0.weight": 1, "5.weight": total - 1}
+        train(model, optimizer, masking, 4, first=1)
+    assert sum(masking.live_counts().values()) == total
+    assert masking.live_counts()["0.weight"] >= 1
+    assert_dead_is_zero(model, optimizer, masking)
+
+
+def test_a_layer_that_dies_later_is_said_and_regrows():
+    model, optimizer, masking = start(update_frequency=1)
+    state = masking.state_dict()
+    state["masks"]["0.weight"][:] = False
+    with pytest.warns(UserWarning, match=r"a mask update lets each grow one: 0\.weight$"):
+        masking.load_state_dict(state)
+    total = sum(masking.live_counts().values())
+    train(model, optimizer, masking, 1)
+    assert masking.live_counts() == {"0.weight": 1, "5.weight": total - 1}
+
+
+def test_a_dead_layer_regrows_under_the_verdicts_too():
+    model, optimizer, masking = dead_start("random", adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.5)
+    for gap, loss in ((1.0, 1.0), (2.0, 2.0)):
+        masking.observe(train_ra=gap, val_ra=0, val_loss=loss)
+    train(model, optimizer, masking, 1)
+    assert masking.live_counts() == {"0.weight": 1, "5.weight": 60 - 30 - 12 + int(30 * 1.05) - 1}
+
+
+def test_a_regrown_layer_learns_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 10), nn.Sigmoid(), nn.Linear(10, 3))
+    masks = {"0.weight": torch.zeros(10, 10, dtype=torch.bool), "2.weight": torch.rand(3, 10) < 0.5}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"without a live weight"):
+        masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"), masks=masks)
+    x, y = torch.rand(12, 10), torch.arange(12) % 3
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        masking.step()
+    assert int(model[0].weight.count_nonzero()) == 1
+
+
+def test_fixed_masks_say_that_a_dead_layer_stays():
+    model, optimizer, masking = dead_start("random", fixed=True)
+    train(model, optimizer, masking, 3)
+    assert masking.live_counts()["0.weight"] == 0
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(10, 8), nn.LayerNorm([8, 8]), nn.Linear(8, 4)
+        self.positions = nn.Parameter(torch.rand(5, 8))
+
+    def forward(self, x):
+        return self.head(self.embedding(x).mean(dim=1))
+
+
+@pytest.mark.parametrize("by", ["mapping", "predicate"])
+@pytest.mark.parametrize("method", ["erk", "magnitude", "snip"])
+def test_prunable_chooses_otherwise(by, method):
+    model = Chosen()
+    named = dict(model.named_parameters())
+    chosen = {
+        "mapping": {"positions": model.positions, "embedding.weight": model.embedding.weight},
+        "predicate": lambda name, layer, parameter: isinstance(layer, nn.Embedding) or name == "positions",
+    }[by]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(torch.randint(0, 10, (6, 3)), torch.randint(0, 4, (6,)))]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masking = Masking(model, optimizer, MaskingConfig(0.25, 9, sparse_init=method, update_frequency=2), batches=batches, prunable=chosen)
+    assert list(masking.masks) == ["positions", "embedding.weight"]
+    assert sum(masking.live_counts().values()) == round(0.25 * 120)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name not in masking.masks)
+    assert all(int(named[name].count_nonzero()) == live for name, live in masking.live_counts().items())
+    assert set(initial_masks(model, 0.25, "erk", prunable=chosen)) == set(masking.masks)
+
+
+def test_the_choice_of_the_documentation(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prunable=" in part]
+    exec(compile(snippet, "extending.md", "exec"), {})
+    assert eval(capsys.readouterr().out).keys() == {"0.weight", "2.weight"}
+
+
+def test_a_predicate_sees_the_layer_that_computes():
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Bilinear(2, 2, 2)
+    )
+    seen = {}
+    masking = Masking(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        MaskingConfig(0.5, 900),
+        prunable=lambda name, layer, parameter: seen.setdefault(name, type(layer)) is not nn.Bilinear,
+    )
+    assert [kind.__name__.removeprefix("Parametrized") for kind in seen.values()] == ["Linear", "Linear", "Bilinear"]
+    assert list(masking.masks) == ["0.parametrizations.weight.original", "1.weight_orig"]
+    assert issubclass(seen["0.parametrizations.weight.original"], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["head.weight_"], "prunable names head.weight_, which is no parameter"),
+        (["head.bias"], r"head\.bias has the shape \(4,\)"),
+        (["normed.parametrizations.weight.original1"], "normed has a weight computed by WeightNorm"),
+        (["older.weight_v"], "older has a weight_norm"),
+        (["pruned.weight_orig"], "pruned is masked by torch.nn.utils.prune"),
+        ([], "none is chosen"),
+    ],
+)
+def test_choices_that_cannot_be_masked_are_refused(names, message):
+    model = Chosen()
+    model.normed, model.pruned = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    model.older = nn.utils.weight_norm(nn.Linear(4, 4))
+    prune.random_unstructured(model.pruned, "weight", 0.5)
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=message):
+        Masking(model, optimizer, MaskingConfig(0.5, 900), prunable={name: named.get(name, model.positions) for name in names})
+    if names and names != ["head.bias"] and names[0] in named:
+        with pytest.raises(ValueError, match=message):
+            Masking(model, optimizer, MaskingConfig(0.5, 900), prunable=lambda name, layer, parameter: name in names)
+
+
+def test_a_parameter_of_another_model_is_refused_as_prunable():
+    model, other = Chosen(), Chosen()
+    with pytest.raises(ValueError, match=r"prunable names head\.weight, which is no parameter of this model"):
+        initial_masks(model, 0.5, prunable={"head.weight": other.head.weight})
+
+
+def test_chosen_frozen_weights_are_left_alone_and_named():
+    model = Chosen()
+    model.positions.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"frozen .*: positions$"):
+        masking = Masking(model, torch.optim.SGD(model.parameters(), 0.1), MaskingConfig(0.5, 900), prunable=lambda *given: True)
+    assert list(masking.masks) == ["embedding.weight", "norm.weight", "norm.bias", "head.weight"]
+
+
+@pytest.mark.parametrize("leaf", ["in_proj_weight", "out_proj"])
+def test_a_spectral_norm_on_an_attention_is_right_or_refused(leaf):
+    def attention(norm):
+        made = nn.MultiheadAttention(8, 2)
+        norm(*((made.out_proj,) if leaf == "out_proj" else (made, leaf)))
+        return made
+
+    model = attention(nn.utils.parametrizations.spectral_norm)
+    masking = masking_of(model)
+    assert sum(int(weight.count_nonzero()) for weight in (model.in_proj_weight, model.out_proj.weight)) == round(0.2 * 256)
+    assert sum(masking.live_counts().values()) == round(0.2 * 256)
+    older = nn.Sequential(attention(nn.utils.spectral_norm))
+    if leaf == "out_proj":  # whose forward, which computes the older norm, an attention does not call
+        with pytest.raises(ValueError, match=r"^0\.out_proj has the older spectral_norm"):
+            masking_of(older)
+        return
+    masking_of(older)
+    older[0](*[torch.rand(3, 8)] * 3)
+    assert int(older[0].in_proj_weight.count_nonzero()) + int(older[0].out_proj.weight.count_nonzero()) == round(0.2 * 256)
+
+
+def test_a_start_is_scored_after_a_forward_pass_with_the_older_spectral_norm():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 3))
+    x, y = torch.rand(4, 6), torch.randint(0, 3, (4,))
+    model(x)
+    masks = initial_masks(model, 0.5, "snip", batches=[(x, y)])
+    assert sum(int(mask.sum()) for mask in masks.values()) == 27
+
+
+def test_a_lazy_layer_is_refused_before_its_first_batch():
+    model = nn.Sequential(nn.LazyLinear(8))
+    with pytest.raises(ValueError, match=r"^0 has no weight before its first batch"):
+        prunable(model)
+    with pytest.raises(ValueError, match=r"^0 has no weight before its first batch"):
+        initial_masks(model, 0.5, prunable=lambda name, layer, parameter: True)

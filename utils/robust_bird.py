@@ -216,7 +216,9 @@ class RobustBirdRun(Run):
             weights = slim(model, kept).state_dict()
             model = build_network(self.spec, self.device)  # as a resumed run builds it, so that not even strides differ
             model.load_state_dict(weights)
-        masks = initial_masks(model, settings.density, "magnitude") if settings.pruning == "unstructured" and settings.density < 1 else None
+        masks = None
+        if settings.pruning == "unstructured" and settings.density < 1:
+            masks = initial_masks(model, settings.density, "magnitude", seed=settings.seed)
         self.stage = self._second_stage(model, masks)
         self.folder.write_config(self.config())
         self.require_same_state()

@@ -169,7 +169,7 @@ class Stage:
             "density": density,
             "explored": self.masking.explored_fraction() if self.masking else density,
             "layer_densities": {name: live[name] / dense[name] for name in live} if density < 1 else {},
-            "inference_flops": flops.real_inference(self.costs, live),
+            "inference_flops": flops.real_inference(self.costs, {**live, **masks}),
         }
 
     def state_dict(self) -> dict[str, Any]:
