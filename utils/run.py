@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -32,6 +31,7 @@ from utils.errors import InputError, RunError, Stopped, one_line
 from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
 from utils.forward import PLAIN, Execution, Forward, best_precision
+from utils.json_files import read_object
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, read_summary, refuse_locked
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
@@ -578,11 +578,13 @@ class Run(ABC):
         for path in self.paths.root.parent.glob("*/" + self.paths.config.name):
             if path.parent == self.paths.root:
                 continue
-            with contextlib.suppress(InputError, OSError, ValueError, AttributeError):  # whatever else lies there
-                theirs = settings_from(type(self.settings), json.loads(path.read_text())["settings"]).resolved()
-                differs = [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
-                if len(differs) <= 2 and theirs["seed"] == mine["seed"]:
-                    found.append((len(differs), f"; {path.parent} has {', '.join(differs)}"))
+            try:
+                theirs = settings_from(type(self.settings), settings_in(read_object(path), path)).resolved()
+            except InputError:  # whatever else lies there
+                continue
+            differs = [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
+            if len(differs) <= 2 and theirs["seed"] == mine["seed"]:
+                found.append((len(differs), one_line(f"; {path.parent} has {', '.join(differs)}")))
         return min(found)[1] if found else ""
 
     def where_and_what(self) -> str:
