@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data import Data, TrainLoader, load_data
 from sparse_core import Masking
 from utils import flops
-from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, snapshot
+from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, refuse_unfit_training_state, snapshot
 from utils.compact import compact
 from utils.config import CommonSettings, require, settings_from
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
@@ -531,6 +531,7 @@ class Run(ABC):
                 self.execution = dataclasses.replace(self.execution, precision=content.get("precision", "float32"))
             self.stage = self.stage_of(content)
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
+            refuse_unfit_training_state(self.stage.model, content)
             self.stage.load_state_dict(content)
             self.partial = content.get("partial")
             self.processes = int(content.get("processes", 1))
