@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.json_files import parsed
 
 _CACHE_FORMAT = 2
 _CHUNK = 512  # images decoded between writes
@@ -130,8 +131,9 @@ def _fingerprint(files: Files, image_size: int | None) -> str:
 
 def _is_whole(folder: Path, fingerprint: str) -> bool:
     try:
-        meta = json.loads((folder / _META).read_text())
-        return meta["fingerprint"] == fingerprint and meta["checksum"] == _checksum(folder / _IMAGES)
+        meta = parsed((folder / _META).read_bytes())
+        whole = meta["fingerprint"] == fingerprint and isinstance(meta["pixels"], str)
+        return whole and meta["checksum"] == _checksum(folder / _IMAGES)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -3,16 +3,28 @@ import resource
 import signal
 import stat
 import struct
+import sys
 import warnings
 import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from models import build_model
-from utils.checkpoint import load_checkpoint, load_newest, load_weights, network_weights, save_checkpoint, unwrapped, write_atomically
+from utils.checkpoint import (
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    network_weights,
+    refuse_unfit_training_state,
+    save_checkpoint,
+    unwrapped,
+    write_atomically,
+)
 from utils.errors import BrokenCheckpointError, InputError
+from utils.safe_tensors import load_safetensors
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -273,3 +285,84 @@ def test_weights_of_another_network_are_refused_by_the_first_difference(other, m
     with pytest.raises(InputError, match=message):
         load_weights(model, state, "f", "resnet18")
     assert torch.equal(model.conv1.weight, before)
+
+
+def itself():
+    content = {}
+    content["state_dict"] = content
+    return content
+
+
+def deep():
+    content = []
+    for _ in range(5000):
+        content = [content]
+    return {"history": content}
+
+
+def doubled():
+    content = []
+    for _ in range(60):
+        content = [content, content]
+    return {"history": content}
+
+
+@pytest.mark.parametrize("checksum", [{}, {"checksum": "0"}])
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda: {"state_dict": {"w": torch.zeros(1).as_strided((10**11,), (0,))}}, "far larger than the file"),
+        (lambda: {"history": [torch.zeros(1 << 20)] * 10_000}, "far larger than the file"),
+        (lambda: {"state_dict": {"w": torch.eye(2).to_sparse()}}, "odd tensor"),
+        (itself, "more than 100 deep"),
+        (deep, "more than 100 deep"),
+        (doubled, "more values than the file has bytes"),
+        (lambda: {"format": torch.zeros(3)}, "has format"),
+    ],
+)
+def test_content_that_cannot_be_walked_through_is_refused_at_once(tmp_path, content, why, checksum):
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)  # to write such a file, not to read it
+    try:
+        torch.save({**content(), **checksum}, tmp_path / "c.pth.tar")
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(InputError, match=why):
+        load_checkpoint(tmp_path / "c.pth.tar")
+
+
+def test_masks_with_another_number_of_bits_are_refused(tmp_path):
+    masking = {kind: {"w": torch.zeros(2, dtype=torch.uint8)} for kind in ("masks", "explored")}
+    for shape in ([10**11], [3], [-1, -16], ["a"]):
+        packed = {"shapes": {"w": shape}, "parameters": ["w"]}
+        save_checkpoint(tmp_path / "c", {"state_dict": {}, "optimizer": {"state": {}}, "masking": masking, "packed": packed})
+        with pytest.raises(BrokenCheckpointError, match="do not fit"):
+            load_checkpoint(tmp_path / "c")
+
+
+def test_deep_metadata_of_safetensors_is_one_line(tmp_path):
+    for text in ("[" * 100_000, "{", "NaN]"):
+        safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "m.safetensors", {"arch": text})
+        with pytest.raises(BrokenCheckpointError, match=r"m\.safetensors is not a safetensors file of ours"):
+            load_safetensors(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c["optimizer"]["state"][1].update(momentum_buffer=torch.zeros(3)), "momentum_buffer of bias"),
+        (lambda c: c["optimizer"]["state"].update({7: {}, 8: {"x": 1}}), "x of 8"),
+        (lambda c: c["masking"]["masks"].update(weight=torch.ones(2, 3)), "masks of weight"),
+        (lambda c: c["masking"]["explored"].update(weight=torch.ones(3, 2, dtype=torch.bool)), "explored of weight"),
+        (lambda c: c["masking"]["masks"].update(other=torch.ones(2, dtype=torch.bool)), "masks of other"),
+    ],
+)
+def test_training_state_that_does_not_fit_its_weights_is_named(change, named):
+    model = torch.nn.Linear(3, 2)
+    state = {0: {"momentum_buffer": torch.zeros(2, 3), "step": torch.tensor(1.0)}, 1: {"momentum_buffer": torch.zeros(2)}}
+    masks = {kind: {"weight": torch.ones(2, 3, dtype=torch.bool)} for kind in ("masks", "explored")}
+    content = {"optimizer": {"state": state}, "masking": masks}
+    refuse_unfit_training_state(model, content)
+    change(content)
+    with pytest.raises(ValueError, match=named):
+        refuse_unfit_training_state(model, content)

@@ -1,5 +1,7 @@
+import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -36,3 +38,53 @@ def test_a_closed_pipe_is_quiet():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    handler, form = signal.getsignal(signal.SIGINT), warnings.formatwarning
+    yield
+    signal.signal(signal.SIGINT, handler)
+    warnings.formatwarning = form
+
+
+HASTY = """
+import os, signal, sys, time
+from utils.errors import run_command, Stopped
+from utils.preemption import Interruption
+def press(): os.kill(os.getpid(), signal.SIGINT)
+class Err:
+    def __init__(self, err): self.err = err
+    def write(self, text): press(); return self.err.write(text)
+    def flush(self): self.err.flush()
+def command():
+    sys.stderr = Err(sys.stderr)
+    try:
+        if sys.argv[1] == "plain":
+            press()
+        with Interruption() as interruption:
+            press()
+            if sys.argv[1] == "twice":
+                press()
+            raise interruption.asked()
+    finally:
+        if sys.argv[1] != "once":
+            press()
+code = run_command(command)
+press()
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("when", ["plain", "once", "twice"])
+def test_ctrl_c_again_and_again_ends_quietly(when):
+    """Pressed in the command, in what it ends with, while its end is printed, and after that."""
+    done = subprocess.run([sys.executable, "-c", HASTY, when], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert set(done.stderr.split()) == {"interrupted"}
+
+
+def test_a_warning_is_one_line():
+    script = "import warnings; from utils.errors import run_command; run_command(lambda: warnings.warn('stripped\\n module.'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "warning: stripped module.\n"

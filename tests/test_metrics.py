@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import threading
 import time
 
@@ -13,6 +14,10 @@ from utils.errors import InputError, RunError
 from utils.metrics import EpochDisplay, RunFolder, environment, read_epochs, read_summary, source_revision
 from utils.paths import RunPaths
 
+FIGURES = {"epoch": 1, "test_ra": 40.0, "test_sa": 80, "train_ra": 50.0}
+FLOPS = {"training": 10**15, "inference": 1e9}
+SUMMARY = {"method": "fb", "run": "fb_1", "best": FIGURES, "final": FIGURES, "diff": 1.5, "robust_gap": 2.0, "density": 0.2}
+SUMMARY |= {"flops": {"real": FLOPS, "paper": FLOPS}}
 TYPES = (torch.float32, torch.bfloat16, torch.bool, torch.int64)
 
 
@@ -25,12 +30,12 @@ def test_a_folder_keeps_what_it_is_given(folder, capsys):
     folder.say("hello")
     folder.append_epoch({"epoch": 1})
     folder.append_epoch({"epoch": 2})
-    folder.write_summary({"diff": 1.5})
+    folder.write_summary(SUMMARY)
     folder.settle()
     paths = folder.paths
     assert json.loads(paths.config.read_text()) == {"a": 1}
     assert read_epochs(paths) == [{"epoch": 1}, {"epoch": 2}]
-    assert read_summary(paths) == {"diff": 1.5}
+    assert read_summary(paths) == SUMMARY
     assert paths.log.read_text() == "hello\n" == capsys.readouterr().out
     folder.rewrite_epochs([{"epoch": 1}])
     assert read_epochs(paths) == [{"epoch": 1}]
@@ -151,3 +156,24 @@ def test_display_is_a_bar_on_a_terminal(folder, monkeypatch):
         display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
     assert (shown.n, shown.postfix) == (100, "loss 1.500  acc 40.00")
     assert folder.paths.log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("3", "does not hold names and values"),
+        ("[" * 100_000, "cannot be read (nested too deeply)"),
+        ("\udcff", "cannot be read"),
+        ("{}", "it has no epoch"),
+        ('{"epoch": true}', "epoch is True"),
+        ('{"epoch": 2, "layer_densities": 3}', "layer_densities is 3"),
+        ('{"epoch": 2, "layer_densities": {"conv1": "much"}}', "layer_densities.conv1 is 'much'"),
+        ('{"epoch": 2, "updates": [{"prune": true}]}', "it has no updates.grow"),
+        ('{"epoch": 2, "test_ra": [1]}', "test_ra is a list"),
+    ],
+)
+def test_a_line_that_is_of_no_epoch_is_named(tmp_path, line, wrong):
+    paths = RunPaths(tmp_path)
+    paths.metrics.write_bytes(b'{"epoch": 1, "test_ra": NaN, "density": 1}\n' + line.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=rf"^line 2 of .*metrics\.jsonl .*{re.escape(wrong)}"):
+        read_epochs(paths)

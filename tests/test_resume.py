@@ -1,6 +1,7 @@
 """A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
 
 import fcntl
+import json
 import os
 import random
 import re
@@ -474,3 +475,44 @@ def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, tm
     assert grown.code == 0, grown.err
     assert (theirs.exists(), ours.exists(), (paths.root / ".Trash-1000").is_dir()) == (True, False, True)
     assert oct(paths.config.stat().st_mode & 0o777) == oct(0o660)
+
+
+ODD_JSON = [
+    b"{}", b"[]", b"3", b"null", b'"text"', b"{", b"", b"\xff\xfe\x00", b"[" * 100_000, b'{"settings": ' * 100_000,
+    b'{"settings": {"seed": "one"}}', b'{"settings": {"arch": []}}', b'{"settings": {"epochs": null}}', b'{"settings": {"norm": "l7"}}',
+    b'{"settings": {"density": 1' + b"0" * 400 + b"}}", b'{"settings": {"decreasing_lr": 3}}', b'{"settings": {"lr": NaN}}',
+]  # fmt: skip
+
+
+def test_odd_neighbours_are_skipped(run, tmp_path):
+    """Their ``config.json`` may be anything: the one run that is like this one is still found."""
+    assert run("fb", "--save_dir", tmp_path).code == 0
+    (like_it,) = tmp_path.iterdir()
+    for number, content in enumerate(ODD_JSON):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "config.json").write_bytes(content)
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.json")
+    outcome = run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert f"this run starts anew; {like_it} has --density 0.3\n" in outcome.out
+
+
+def test_a_finished_run_with_an_odd_summary_is_one_line(run, run_adv, monkeypatch, capsys, tmp_path):
+    assert run("dense", "--save_dir", tmp_path).code == 0
+    paths = only_run(tmp_path)
+    whole = paths.summary.read_bytes()
+    report = toy.Command("report", monkeypatch, capsys)
+    lacking = json.loads(whole)
+    del lacking["best"]["test_ra"]
+    odd = {**json.loads(whole), "flops": {"real": [], "paper": 3}}
+    for content in [*ODD_JSON, json.dumps(lacking).encode(), json.dumps(odd).encode()]:
+        paths.summary.write_bytes(content)
+        for outcome in (run("dense", "--save_dir", tmp_path, "--resume"), run_adv("--resume_dir", paths.root), report(paths.root)):
+            assert (outcome.code, outcome.err.count("\n"), "summary.json" in outcome.err) == (2, 1, True), outcome.err
+    assert "flops.real is a list; without that file, --resume writes it anew" in outcome.err
+    paths.summary.unlink()
+    assert run("dense", "--save_dir", tmp_path, "--resume").code == 0
+    rewritten = json.loads(paths.summary.read_text())
+    assert {**rewritten, "seconds": 0} == {**json.loads(whole), "seconds": 0, "settings": rewritten["settings"]}

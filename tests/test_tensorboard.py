@@ -2,6 +2,7 @@
 
 import csv
 import io
+import subprocess
 import sys
 
 import pytest
@@ -101,6 +102,35 @@ def test_a_failing_disk_is_a_failed_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard.Events, "append", full)
     with pytest.raises(RunError, match="No space left"), folder.settled():
         folder.append_epoch(ROW)
+
+
+def test_a_full_disk_in_the_library_s_own_thread_is_only_our_line(tmp_path):
+    """Its traceback stood beside the error; other threads' are still printed."""
+    script = """
+import errno, sys, threading
+from pathlib import Path
+from tensorboard.summary.writer import record_writer
+from utils.errors import run_command
+from utils.metrics import RunFolder
+from utils.paths import RunPaths
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+def command():
+    folder = RunFolder.create(RunPaths(Path(sys.argv[1])), {}, tensorboard=True)
+    folder.rewrite_epochs([])
+    record_writer.RecordWriter.write = record_writer.RecordWriter.flush = full
+    with folder.settled():
+        folder.append_epoch({"epoch": 1, "test_ra": 1.0})
+        folder.append_epoch({"epoch": 2, "test_ra": 1.0})
+code = run_command(command)
+other = threading.Thread(target=full)
+other.start(); other.join()
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("error: cannot write") == 1
+    assert done.stderr.count("Traceback") == 1
 
 
 # ---------------------------------------------------------------- CSV

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +92,11 @@ class Command:
 
     def __call__(self, *flags: object) -> Outcome:
         self.monkeypatch.setattr(sys, "argv", [f"{self.module}.py", *map(str, flags)])
-        code = run_command(importlib.import_module(self.module).main)
+        handler, form = signal.getsignal(signal.SIGINT), warnings.formatwarning
+        try:
+            code = run_command(importlib.import_module(self.module).main)
+        finally:  # a command ends its process; this one goes on
+            signal.signal(signal.SIGINT, handler)
+            warnings.formatwarning = form
         captured = self.capsys.readouterr()
         return Outcome(code, captured.out, captured.err)

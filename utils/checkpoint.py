@@ -24,6 +24,8 @@ from utils.compact import expand
 from utils.errors import BrokenCheckpointError, InputError
 
 FORMAT = 1
+# Lists in lists, as no checkpoint has them; how often a file may hold its tensors (tied weights, averages), and what is small anyway.
+_DEEPEST, _MOST_REPEATED, _SMALL = 100, 4, 1 << 24
 # Plain numbers as numpy writes them, which older code kept beside its weights.
 _NUMPY_SCALARS: list[Any] = [numpy_scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
 # What other code keeps a network's state dict in, and puts before its names.
@@ -163,14 +165,39 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
-    if content.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{path} has format {content['format']} and this version reads {FORMAT}")
+    if odd := _oddity(content, path.stat().st_size):
+        raise InputError(f"{path} is no checkpoint: {odd}")
+    version = content.get("format", FORMAT)
+    if type(version) is not int or version != FORMAT:
+        raise InputError(f"{path} has format {repr(version)[:40]} and this version reads {FORMAT}")
     if "checksum" in content and content.pop("checksum") != checksum(content):
         raise BrokenCheckpointError(f"{path} is broken: it does not hold what was written into it")
     try:
         return expand(content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path} is broken: its packed weights do not fit its masks") from error
+
+
+def _oddity(content: Any, size: int) -> str | None:
+    """What in the content of a file of ``size`` bytes could not be walked through, or would take far more memory than the file."""
+    waiting: list[tuple[Any, int]] = [(content, 0)]
+    values, memory = 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+                return "it holds a sparse, quantized or otherwise odd tensor"
+            memory += value.numel() * value.element_size()
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            waiting += [(part, depth + 1) for part in (value.values() if isinstance(value, Mapping) else value)]
+        if depth > _DEEPEST:
+            return f"its lists lie in each other more than {_DEEPEST} deep"
+        if memory > _MOST_REPEATED * size + _SMALL:  # one stored number can be a tensor of any size
+            return "its tensors are far larger than the file"
+        if values + len(waiting) > size + 100_000:  # a list can hold another many times
+            return "it holds more values than the file has bytes"
+    return None
 
 
 def _refuse_odd_records(path: Path) -> None:
@@ -319,6 +346,21 @@ def _with_own_prefix(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
         if own and all(name.startswith(prefix) for name in own) and not any(name.startswith(prefix) for name in state):
             return {prefix + name: value for name, value in state.items()}
     return dict(state)
+
+
+def refuse_unfit_training_state(model: nn.Module, content: Mapping[str, Any]) -> None:
+    """Raise ``ValueError``, naming the first, for tensors of the optimizer or masks that are not shaped like their weights."""
+    parameters = list(model.named_parameters())
+    for number, state in content["optimizer"]["state"].items():
+        name, parameter = parameters[number] if type(number) is int and 0 <= number < len(parameters) else (number, None)
+        for kind, value in state.items():
+            if parameter is None or (isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape):
+                raise ValueError(f"the optimizer's {kind} of {name} is not shaped like its weight")
+    shapes = {name: parameter.shape for name, parameter in parameters}
+    for kind in ("masks", "explored") if content.get("masking") else ():
+        for name, mask in content["masking"][kind].items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shapes.get(name):
+                raise ValueError(f"{kind} of {name} are not bool and shaped like its weight")
 
 
 def _first_difference(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> str:

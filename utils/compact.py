@@ -5,6 +5,7 @@ At density .2 that is less than a quarter of the plain size, and ``expand`` give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,5 +75,8 @@ def _to_bits(mask: Tensor) -> Tensor:
 
 
 def _from_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    count = math.prod(shape)
+    if not 8 * (bits.numel() - 1) < count <= 8 * bits.numel():  # numpy would add as many zeros as it is told
+        raise ValueError("a mask has another number of bits than its weight")
+    flat = np.unpackbits(bits.numpy(), count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(tuple(shape))

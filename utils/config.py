@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, Self, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -414,6 +414,7 @@ _RESUME = "--resume takes no folder, it goes on with the one that the flags name
 
 def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     """Settings with some fields given by name, each checked; raises ``InputError``."""
+    _refuse_odd_values(kind, values)
     known = {f.name for f in dataclasses.fields(kind)}
     settings = kind(**{name: value for name, value in values.items() if name in known})
     try:
@@ -422,6 +423,19 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
         raise InputError(str(error)) from error
     settings.check_values()
     return settings
+
+
+def _refuse_odd_values(kind: type[CommonSettings], values: Mapping[str, Any]) -> None:
+    """``InputError`` for values that no command line would have given: what comes from a file may be anything."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if f.name in values:
+            value, types, choices = values[f.name], get_args(hints[f.name]) or (hints[f.name],), f.metadata["choices"]
+            fits = type(value) in types or (float in types and type(value) is int)
+            fits = fits and (type(value) is not int or abs(value) < 2**63)
+            # A registry may have had more where the run was made.
+            fits = fits and (not isinstance(choices, tuple) or not choices or value in choices)
+            require(fits, f"--{f.name} cannot be {repr(value)[:40] if isinstance(value, (str, float)) else f'this {type(value).__name__}'}")
 
 
 def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> None:

@@ -7,8 +7,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable
+from types import FrameType
 
 
 class InputError(Exception):
@@ -36,8 +40,36 @@ class Stopped(Exception):
         self.code = code
 
 
+class _CtrlC:
+    """Handler of SIGINT: the first is a ``KeyboardInterrupt``, those after it do not disturb what it ends."""
+
+    was_raised = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.was_raised:
+            self.was_raised = True
+            raise KeyboardInterrupt
+
+
 def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130 (Ctrl-C), 141 (closed pipe), 143."""
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130 (Ctrl-C), 141 (closed pipe), 143.
+
+    The process ends after it: Ctrl-C does nothing from here on, and warnings are one line.
+    """
+    warnings.formatwarning = _warning_line
+    ctrl_c = _CtrlC()
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        code = _code_of(command)
+        ctrl_c.was_raised = True
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def _code_of(command: Callable[[], None]) -> int:
     try:
         command()
     except InputError as error:
@@ -56,12 +88,13 @@ def run_command(command: Callable[[], None]) -> int:
     except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
+
+
+def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return f"warning: {one_line(message)}\n"
 
 
 def one_line(error: object) -> str:
     """The text of an exception on a single line."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).encode(errors="backslashreplace").decode().split())

@@ -16,6 +16,7 @@ from utils.config import CommonSettings, settings_from
 from utils.config_adv import DENSE, AdversarialSettings
 from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError
+from utils.json_files import misfit, read_object
 from utils.metrics import made_by, read_epochs, read_summary
 from utils.paths import RunPaths
 
@@ -69,6 +70,7 @@ _WORDS = {
     "dynamic_epoch": "density adapts from epoch {}",
     "eval_every": "validated every {} epochs",
 }
+_CONFIG = {"settings?": dict, "network?": dict, "images?": dict, "versions?": dict}  # what is read of it, as ``misfit`` takes it
 _UNSET = {"train_subset": "all", "test_subset": "all", "image_size": "as many", "stage1_pretrained": "stage 1"}
 _MOST_TOLD = 3  # settings in a label; of more, only those are told that are needed
 # Beside what these say, a method is told by its own settings.
@@ -168,7 +170,10 @@ class FinishedRun:
     @cached_property
     def config(self) -> Row:
         """``config.json``; raises ``InputError`` if there is none."""
-        return _read_json(self.paths.config)
+        config = read_object(self.paths.config)
+        if wrong := misfit(config, _CONFIG):
+            raise InputError(f"{self.paths.config} does not say how a run was made: {wrong}")
+        return config
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
@@ -184,7 +189,7 @@ class FinishedRun:
     def evaluations(self) -> list[Row]:
         """What ``main_adv.py --eval`` left in ``evaluations/``, the oldest first; raises ``InputError`` for what cannot be read."""
         files = (self.paths.root / "evaluations").glob("*.json")
-        return [_read_json(path) for path in sorted(files, key=lambda path: (path.stat().st_mtime, path.name))]
+        return [read_object(path) for path in sorted(files, key=lambda path: (path.stat().st_mtime, path.name))]
 
 
 @dataclass(frozen=True)
@@ -347,13 +352,3 @@ def _differs(name: str, runs: Sequence[FinishedRun]) -> bool:
 
 def _same_scale(one: Group, other: Group) -> bool:
     return all(one.first.identity.get(name) == other.first.identity.get(name) for name in (*_SCALE, *_ATTACK))
-
-
-def _read_json(path: Path) -> Row:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold names and values")
-    return content

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from utils.checkpoint import save_checkpoint, snapshot, write_atomically
 from utils.engine import Progress
 from utils.errors import InputError, RunError
+from utils.json_files import misfit, read_object, read_objects
 from utils.paths import RunPaths
 from utils.tensorboard import Events, require_tensorboard
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 FIGURE_KINDS = (".png", ".pdf", ".svg")
 _ENVIRONMENT = ("versions", "revision", "device", "hardware")
+# What is read of a run's files (``misfit``).
+_FINAL = {"epoch": int, "test_ra": float, "test_sa": float, "train_ra": float}
+_FLOPS = {"training": float, "inference": float}
+_SUMMARY = {"method": str, "run": str, "best": _FINAL, "final": _FINAL, "diff": float, "robust_gap": float}
+_SUMMARY |= {"density": float, "flops": {"real": _FLOPS, "paper": _FLOPS}, "seconds?": float}
+_DRAWN_HERE = {"pretrained": None, "emerged": bool, "epochs": int, "kind": str, "val_sa": float}
+_EPOCH = {"epoch": int, "stage?": int, "density?": float, "layer_densities?": {"*": float}, "ticket?": bool, "mask_distances?": [float]}
+_EPOCH |= {"updates?": [{"prune": bool, "grow": bool}]}
+_EPOCH |= {f"{part}_{kind}?": float for part in ("train", "val", "test") for kind in ("ra", "sa")}
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "advertorch", "pyautoattack", "tensorboard")
 
 
@@ -244,31 +254,36 @@ def drawn(figure: Figure, kind: str) -> bytes:
 
 
 def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; ``InputError`` if the folder holds no run."""
-    try:
-        return [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{paths.metrics} cannot be read ({error})") from error
+    """The lines of ``metrics.jsonl``; ``InputError`` if the folder holds no run, or a line that is of no epoch."""
+    rows = read_objects(paths.metrics)
+    for number, row in enumerate(rows, 1):
+        if wrong := misfit(row, _EPOCH):
+            raise InputError(f"line {number} of {paths.metrics} is of no epoch: {wrong}")
+    return rows
 
 
 def read_summary(paths: RunPaths) -> dict[str, Any]:
-    """``summary.json``; ``InputError`` if the run is not finished."""
-    try:
-        return json.loads(paths.summary.read_text())
-    except OSError as error:
-        raise InputError(f"{paths.root} is not the folder of a finished run: it has no {paths.summary.name}") from error
-    except ValueError as error:
-        raise InputError(f"{paths.summary} cannot be read ({error})") from error
+    """``summary.json``; ``InputError`` if the run is not finished, or if it lacks what is told of a finished run."""
+    if not paths.summary.exists():
+        raise InputError(f"{paths.root} is not the folder of a finished run: it has no {paths.summary.name}")
+    summary = read_object(paths.summary)
+    shape: dict[str, Any] = {**_SUMMARY, "stage1?": (_DRAWN_HERE, {"pretrained": str}, None)}
+    if summary.get("method") == "static":
+        shape["settings"] = {"sparse_init": str}
+    if wrong := misfit(summary, shape):
+        raise InputError(f"{paths.summary} is no summary of a run: {wrong}; without that file, --resume writes it anew")
+    return summary
 
 
 def made_by(paths: RunPaths) -> list[dict[str, Any]]:
     """The processes that made a run, by its ``config.json``: one entry a start or resume, of older runs the last one alone."""
     try:
-        config = json.loads(paths.config.read_text())
-        entries = config.get("made_by") or [{name: config[name] for name in ("processes", *_ENVIRONMENT) if name in config}]
-    except (OSError, ValueError, AttributeError):  # none yet, or a damaged one, which is written anew
+        config = read_object(paths.config)
+    except InputError:  # none yet, or a damaged one, which is written anew
         return []
-    return [entry for entry in entries if entry] if isinstance(entries, list) else []
+    older = {name: config[name] for name in ("processes", *_ENVIRONMENT) if name in config}
+    entries = config.get("made_by", [older] if older else [])
+    return [] if misfit(entries, [{"processes?": int, "versions?": {"*": str}}]) else entries
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            before = self._before.get(number)  # which ignores it in a shell's background
+            signal.signal(number, before if callable(before) else signal.default_int_handler)
 
     def asked(self) -> Stopped | None:
         """What to leave with, if somebody asked."""

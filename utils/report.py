@@ -13,6 +13,7 @@ from models import canonical_arch
 from utils import paper
 from utils.errors import InputError
 from utils.groups import METHOD_NAMES, FinishedRun, Group, Measured, density
+from utils.json_files import misfit
 
 Row = Mapping[str, Any]
 
@@ -259,6 +260,8 @@ def _comparison_record(c: Comparison) -> list[object]:
 # ---------------------------------------------------------------- strong evaluations
 
 _Kind = tuple[str, str, str, float, float, int]  # checkpoint, title, norm, eps, step size, test images
+_EVALUATION = {"checkpoint": str, "title": str, "norm": str, "eps": float, "step_size?": (float, None), "images": {"test": int}}
+_EVALUATION |= {"test_sa": float, "test_ra": float, "robust_gap?": (float, None)}
 _CHECKPOINTS = {"model_RA_best.pth.tar": "best", "checkpoint.pth.tar": "final", "model_SA_best.pth.tar": "best SA"}
 
 
@@ -319,13 +322,10 @@ def stale_evaluations(groups: Sequence[Group]) -> list[str]:
 
 def _kind(evaluation: Row, folder: Path) -> _Kind:
     """What must be equal for a mean over seeds to make sense; all that is read of an evaluation is looked at here."""
-    try:
-        for accuracy in (evaluation["test_sa"], evaluation["test_ra"], evaluation.get("robust_gap")):
-            float(accuracy or 0.0)
-        numbers = float(evaluation["eps"]), float(evaluation.get("step_size") or 0.0), int(evaluation["images"]["test"])
-        return str(evaluation["checkpoint"]), str(evaluation["title"]), str(evaluation["norm"]), *numbers
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder} holds a file that is no evaluation ({type(error).__name__}: {error})") from error
+    if wrong := misfit(evaluation, _EVALUATION):
+        raise InputError(f"{folder} holds a file that is no evaluation: {wrong}")
+    numbers = float(evaluation["eps"]), float(evaluation.get("step_size") or 0.0), evaluation["images"]["test"]
+    return evaluation["checkpoint"], evaluation["title"], evaluation["norm"], *numbers
 
 
 def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> Strong:

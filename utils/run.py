@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from data import Data, TrainLoader, load_data
 from sparse_core import Masking
 from utils import flops
-from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, snapshot
+from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, refuse_unfit_training_state, snapshot
 from utils.compact import compact
 from utils.config import CommonSettings, require, settings_from
 from utils.distributed import ALONE, World, lost_another, synchronize_batch_norm
@@ -34,6 +33,7 @@ from utils.errors import InputError, RunError, Stopped, one_line
 from utils.estimate import Forecast, duration, images_of, seconds_left
 from utils.evaluate import EVAL_BATCH, epoch_scores, final_scores
 from utils.forward import PLAIN, Execution, Forward
+from utils.json_files import read_object
 from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment, made_by, read_summary, refuse_locked
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
@@ -564,6 +564,7 @@ class Run(ABC):
             self.history = list(content["history"])
             self.stage = self.stage_of(content)
             load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
+            refuse_unfit_training_state(self.stage.model, content)
             self.stage.load_state_dict(content)
             self.partial = content.get("partial")
             self.processes = int(content.get("processes", 1))
@@ -613,7 +614,7 @@ class Run(ABC):
         """The run beside this one that differs from it in one or two settings, which may be the one that was meant."""
         found = [(len(differs), root, ", ".join(differs) or "these settings and other data") for root, _, differs in self._beside()]
         found = [near for near in found if near[0] <= 2 and "--seed" not in near[2]]
-        return f"; {min(found)[1]} has {min(found)[2]}" if found else ""
+        return one_line(f"; {min(found)[1]} has {min(found)[2]}") if found else ""
 
     def _beside(self) -> Iterator[tuple[Path, Row, list[str]]]:
         """Other runs beside this one: folder, ``config.json`` and the flags in which they differ from it."""
@@ -621,10 +622,12 @@ class Run(ABC):
         for path in self.paths.root.parent.glob("*/" + self.paths.config.name):
             if path.parent == self.paths.root:
                 continue
-            with contextlib.suppress(InputError, OSError, ValueError, AttributeError):  # whatever else lies there
-                config = json.loads(path.read_text())
+            try:
+                config = read_object(path)
                 theirs = settings_from(type(self.settings), settings_in(config, path)).resolved()
-                yield path.parent, config, [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
+            except InputError:  # whatever else lies there
+                continue
+            yield path.parent, config, [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]]
 
     def where_and_what(self) -> str:
         """Network, data and tests, for the headline."""

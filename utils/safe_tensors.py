@@ -15,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from utils.errors import BrokenCheckpointError, InputError
+from utils.json_files import parsed
 
 SUFFIX = ".safetensors"
 # What describes the network; the rest of the metadata says where it comes from.
@@ -45,7 +46,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            told = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "format"}
+            told = {name: parsed(text) for name, text in (file.metadata() or {}).items() if name != "format"}
     except (safetensors.SafetensorError, ValueError) as error:
         raise BrokenCheckpointError(f"{path} is not a safetensors file of ours, or a broken one") from error
     network = {name: value for name, value in told.items() if name in _NETWORK}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,7 @@ class Events:
     def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _quiet_writers()
         for earlier in folder.glob("events.out.tfevents.*"):
             earlier.unlink()
         # purge_step tells a TensorBoard that has read the earlier file to forget it.
@@ -84,6 +87,19 @@ class Events:
         for name, value in flattened(row).items():
             if not isinstance(value, str):
                 self._writer.add_scalar(_tag(name), value, self._epochs)
+
+
+@functools.cache
+def _quiet_writers() -> None:
+    """An ``OSError`` in the library's own thread comes again in ours, where it ends the run: no traceback beside that line."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        theirs = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (theirs and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def _tag(name: str) -> str:
