@@ -18,6 +18,7 @@ from data.folders import DIGEST_BYTES, pixels_digest
 from data.loader import Batch, Split, TrainLoader, plain_batches
 from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, Source, stratified
 from utils.errors import InputError, one_line
+from utils.seeding import permutation, stream
 
 __all__ = [
     "DECODED_HERE",
@@ -120,10 +121,13 @@ def load_data(
     )
 
 
-def calibration_batches(data: Data, per_class: int = 10) -> list[tuple[Tensor, Tensor]]:
-    """Un-augmented training images and labels, about ``per_class`` of each class: what SNIP and GraSP look at."""
-    n = min(len(data.train), per_class * len(data.classes))
-    return [(batch.x, batch.y) for batch in plain_batches(_thinned(data.train, n, "calibration images"), 128)]
+def calibration_batches(data: Data, per_class: int = 10, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Un-augmented training images and labels, about ``per_class`` of each class, drawn and mixed by ``seed``: what SNIP and GraSP look at."""
+    train = data.train
+    # Image folders are sorted by class, and a batch of a few classes scores the weights of these alone.
+    mixed = train.subset(train.indices[permutation(len(train), stream(seed, "calibration"), train.device)])
+    n = min(len(mixed), per_class * len(data.classes))
+    return [(batch.x, batch.y) for batch in plain_batches(_thinned(mixed, n, "calibration images"), 128)]
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:

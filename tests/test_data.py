@@ -502,8 +502,24 @@ def test_statistics_equal_numpys():
     assert std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist())
 
 
+def test_calibration_batches_hold_all_classes_in_an_order_of_the_seeds():
+    """Of a set sorted by class, as image folders are; the same number of each class as before."""
+    sorted_set = toy.data(400)
+    labels = torch.arange(400) // 20
+    sorted_set = dataclasses.replace(
+        sorted_set, train=dataclasses.replace(sorted_set.train, labels=labels), classes=[str(c) for c in range(20)]
+    )
+    one, again, other = (calibration_batches(sorted_set, seed=seed) for seed in (1, 1, 2))
+    assert [len(y) for _, y in one] == [128, 72]
+    assert all(len(y.unique()) >= 18 for _, y in one)
+    for batches in (one, other):
+        assert torch.bincount(torch.cat([y for _, y in batches])).tolist() == [10] * 20
+    assert all(torch.equal(a, b) for mine, yours in zip(one, again, strict=True) for a, b in zip(mine, yours, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+
+
 def test_calibration_images_cover_the_classes():
-    batches = calibration_batches(load_data("digits"), per_class=5)
+    batches = calibration_batches(load_data("digits"), per_class=5, seed=1)
     labels = torch.cat([y for _, y in batches])
     assert (torch.bincount(labels) - 5).abs().max() <= 1
 
