@@ -23,12 +23,14 @@ _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every 
 class ImageSet:
     """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``.
 
-    ``digest`` is ``pixels_digest`` of the images where it is known without reading them.
+    ``data.arrays.in_form`` makes these of other types where it is clear how. ``digest`` is ``pixels_digest`` of the images
+    where it is known without reading them, ``notes`` what a user should know of how they were read.
     """
 
     images: np.ndarray | Path
     labels: np.ndarray
     digest: str | None = None
+    notes: tuple[str, ...] = ()
 
     def opened(self, *, mapped: bool = True) -> np.ndarray:
         """The images; of a file a map, or what it holds."""

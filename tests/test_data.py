@@ -481,6 +481,167 @@ def test_arrays_have_the_digest_of_the_same_images_in_a_file(tmp_path):
     assert toy.data().digest == ""
 
 
+# ---------------------------------------------------------------- data of one's own
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Load arrays of one's own: every row but the last six to train on, those for validation."""
+
+    def load(images, labels, test=None, test_labels=None, classes=None, **options):
+        count = len(labels)
+        training = data.sources.ImageSet(images, labels)
+        test_set = data.sources.ImageSet(images if test is None else test, labels if test_labels is None else test_labels)
+        names = [str(label) for label in np.unique(labels)] if classes is None else classes
+        rows = {"train": np.arange(count - 6), "val": np.arange(count - 6, count)}
+        source = data.sources.Source(training, test_set, classes=names, augmentation=Augmentation(), **{**rows, **options})
+        monkeypatch.setitem(data.SOURCES, "own", lambda place: source)
+        return load_data("own")
+
+    return load
+
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (24, 4, 5, 3)).astype(np.uint8)
+LABELS = np.arange(24) % 3
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        PIXELS / 255,
+        (PIXELS / 255).astype(np.float32),
+        (PIXELS / 255).astype(np.float16),
+        PIXELS.astype(np.float32),
+        PIXELS.astype(np.uint16),
+        PIXELS.astype(np.int32),
+        PIXELS.astype(">i8"),
+        PIXELS[::-1][::-1],
+        PIXELS.tolist(),
+        torch.from_numpy(PIXELS / 255),
+    ],
+    ids=lambda images: str(getattr(images, "dtype", "list")),
+)
+def test_pixels_of_every_clear_type_are_the_same_data_set(own, images):
+    ours, expected = own(images, LABELS), own(PIXELS, LABELS)
+    assert torch.equal(ours.train.images, torch.from_numpy(PIXELS))
+    assert torch.equal(next(iter(plain_batches(ours.test, 24))).x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255)
+    assert (ours.digest, ours.mean, ours.notes) == (expected.digest, expected.mean, ())
+
+
+def test_floats_in_a_file_of_ones_own_are_not_divided_twice(own, tmp_path):
+    np.save(tmp_path / "images.npy", PIXELS / 255)
+    assert torch.equal(own(tmp_path / "images.npy", LABELS).test.images, torch.from_numpy(PIXELS))
+
+
+def test_grey_images_without_channels_have_one(own):
+    grey = own(PIXELS[..., 0], LABELS)
+    assert grey.image_shape == (1, 4, 5)
+    assert torch.equal(grey.train.images[..., 0], torch.from_numpy(PIXELS[..., 0]))
+    assert own(PIXELS[..., 0] > 100, LABELS).train.images.unique().tolist() == [0, 255]
+
+
+def test_what_pixels_lose_and_how_dark_they_are_is_said(own):
+    (note,) = own(PIXELS / 256 + 0.001, LABELS).notes
+    assert re.fullmatch(r"pixels are rounded to 256 levels, some by 0\.[345]\d of one", note)
+    (note,) = own(PIXELS // 16, LABELS).notes
+    assert note == "the brightest of all pixels is 15, where white is 255: attacks are measured on that scale"
+
+
+@pytest.mark.parametrize(
+    ("images", "test", "message"),
+    [
+        (PIXELS / 127.5 - 1, None, r"unknown scale \(training images: float64 from -1 to 1, not all whole; test"),
+        (PIXELS / 255, PIXELS, r"test images: uint8 from 0 to 255"),
+        (PIXELS / 255, PIXELS / 1.0, r"test images: float64 from 0 to 255"),
+        (PIXELS.astype(np.uint16) * 257, None, r"uint16 from 0 to 65535"),
+        (PIXELS > 9, PIXELS, r"bool from 0 to 1"),
+        (np.where(PIXELS == 7, np.nan, PIXELS / 255), None, r"from nan to nan"),
+        (PIXELS.astype(complex), None, r"complex128 are no pixels"),
+        (PIXELS.astype(object), None, r"object are no pixels"),
+        (PIXELS[0, 0], None, r"shape \[5, 3\]"),
+        (PIXELS[:0], None, r"shape \[0, 4, 5, 3\]"),
+        (np.zeros((24, 3, 8, 8)), None, r"channels first"),
+        (PIXELS, PIXELS[:, :2], r"training images are 4x5x3 and test images 2x5x3"),
+        (PIXELS[:20], PIXELS, r"20 training images have 24 labels"),
+        ([[1, 2], [3]], None, r"training images are no array"),
+    ],
+)
+def test_pixels_that_may_mean_several_things_are_refused(own, images, test, message):
+    with pytest.raises(InputError, match=message):
+        own(images, LABELS, test)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (LABELS.astype(np.int32), None),
+        (LABELS.astype(np.uint8), ["ant", "bee", "cow"]),
+        (LABELS.astype(np.float32), None),
+        (LABELS[:, None], None),
+        (LABELS.tolist(), None),
+        (LABELS + 1, None),
+        (LABELS + 1.0, None),
+        (LABELS * 5 - 3, None),
+        (LABELS * 5 - 3, []),
+        (np.array(["ant", "bee", "cow"])[LABELS], ["ant", "bee", "cow"]),
+    ],
+)
+def test_labels_of_every_clear_kind_are_numbers_of_the_classes(own, labels, classes):
+    loaded = own(PIXELS, labels, classes=classes)
+    for split in (loaded.train, loaded.test):
+        assert split.labels.dtype == torch.int64
+        assert split.labels.tolist() == LABELS.tolist()
+    assert len(loaded.classes) == 3
+
+
+def test_ten_classes_from_one_on_keep_their_names(own):
+    """As text "10" comes before "2"."""
+    labels = np.arange(24) % 10 + 1
+    loaded = own(PIXELS, labels, classes=sorted({str(label) for label in labels}))
+    assert [loaded.classes[label] for label in loaded.train.labels] == [str(label) for label in labels]
+
+
+def test_numbers_below_the_number_of_classes_stay(own):
+    assert own(PIXELS, LABELS * 2, classes=["a", "b", "c", "d", "e"]).train.labels.tolist() == (LABELS * 2).tolist()
+
+
+def test_folders_named_by_numbers_keep_their_order(own, tmp_path):
+    """Eleven of them are sorted as text, and their labels are places in this order."""
+    np.save(tmp_path / "images.npy", PIXELS)
+    names = sorted(str(number) for number in range(11))
+    assert own(tmp_path / "images.npy", np.arange(24) % 11, classes=names).train.labels.tolist() == (np.arange(24) % 11).tolist()
+    with pytest.raises(InputError, match="may be numbers or names"):
+        own(PIXELS, np.arange(24) % 11, classes=names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"labels": LABELS + 1, "classes": ["a", "b", "c"]},
+            r"labels 1, 2, 3 are neither numbers from 0 to 2 nor names of the classes a, b, c",
+        ),
+        ({"labels": LABELS % 2 + 1, "classes": ["1", "2", "3"]}, r"may be numbers or names"),
+        ({"test_labels": LABELS + 1}, r"test labels 3 do not appear"),
+        ({"test_labels": LABELS.astype(str)}, r"both numbers or both names"),
+        ({"labels": LABELS + 0.5}, r"not whole: 0.5"),
+        ({"labels": np.where(LABELS == 1, np.nan, LABELS)}, r"not whole: nan"),
+        ({"labels": np.eye(3)[LABELS]}, r"shape \[24, 3\]"),
+        ({"labels": LABELS.astype(object)}, r"training labels are object"),
+        ({"classes": ["a", "b", "a"]}, r"the same name"),
+        ({"train": np.arange(24) < 18}, r"rows for training must be whole numbers from 0 to 23"),
+        ({"val": [22, 24]}, r"rows for validation must"),
+        ({"val": [17, 18]}, r"1 images are for training and for validation"),
+        ({"mean": (0.5,)}, r"mean \(0.5,\) does not fit: one for each of 3 channels"),
+        ({"mean": (125.0, 123.0, 114.0)}, r"of pixels in \[0, 1\]"),
+        ({"std": (0.2, 0.2, 0.0)}, r"std .* does not fit"),
+    ],
+)
+def test_labels_and_rows_that_do_not_fit_are_refused(own, options, message):
+    with pytest.raises(InputError, match=f"^own in data: .*{message}"):
+        own(PIXELS, **{"labels": LABELS, **options})
+
+
 # ---------------------------------------------------------------- subsets and statistics
 
 
