@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.augment import Augmentation
-from data.folders import Files, cached_images, class_folders, scan_classes, stored_digest
+from data.folders import Files, cached_images, class_folders, scan_classes
 from utils.compat import import_torchvision
 from utils.errors import InputError
 
@@ -203,8 +203,14 @@ def tinyimagenet(place: Place) -> Source:
 
 
 def _decoded(files: Files, place: Place, name: str) -> ImageSet:
-    images = cached_images(files, place.image_size, place.cache_dir, name)
-    return ImageSet(images, files.labels, stored_digest(images))
+    cached = cached_images(files, place.image_size, place.cache_dir, name)
+    notes = []
+    if files.left_out:
+        others = f" and {len(files.left_out) - 1} more" if len(files.left_out) > 1 else ""
+        notes.append(f"left out, as no images of a class: {files.left_out[0]}{others}")
+    if cached.transparent:
+        notes.append(f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent parts, which are black here")
+    return ImageSet(cached.images, files.labels, cached.digest, tuple(notes))
 
 
 def _annotated(annotations: Path, classes: list[str]) -> Files:

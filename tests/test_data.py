@@ -2,19 +2,21 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import json
 import os
 import pickle
 import re
 import shutil
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import data.folders
 import data.sources
@@ -220,6 +222,100 @@ def test_pixels_without_a_known_range_are_refused(image_tree):
         load_data("imagefolder", image_tree)
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "xmp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_upright_as_their_header_says(tmp_path, kind, orientation):
+    """Equal to Pillow's own function, for those that no camera writes too."""
+    path = tmp_path / f"image.{'png' if kind == 'xmp' else kind}"
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 8, 3)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    if kind == "xmp":
+        told = PngImagePlugin.PngInfo()
+        told.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+        image.save(path, pnginfo=told)
+    else:
+        image.save(path, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    expected = ImageOps.exif_transpose(Image.open(path))
+    assert expected.size == ((12, 8) if 5 <= orientation <= 8 else (8, 12))
+    assert np.array_equal(data.folders.decode_image(path, None).pixels, np.asarray(expected))
+    resized = np.asarray(expected.resize((4, 4), Image.Resampling.BOX))
+    assert np.array_equal(data.folders.decode_image(path, 4).pixels, resized)
+
+
+@pytest.mark.parametrize(
+    "header", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x02"]
+)
+def test_a_broken_header_does_not_cost_the_image(image_tree, header):
+    path = image_tree / "train" / "ant" / "000.png"
+    image = Image.open(path)
+    image.save(path.with_name("000.jpg"))
+    plain = np.array(Image.open(path.with_name("000.jpg")))
+    image.save(path.with_name("000.jpg"), exif=header)
+    path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_data("imagefolder", image_tree).train.images[0], torch.from_numpy(plain))
+
+
+def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
+    """An image, options to save it with, and how it looks on black."""
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
+    pixels[0, :, 3], pixels[1, :, 3] = 0, 255
+    grey, alpha = pixels[..., 0], pixels[..., 3]
+    if mode == "I;16":
+        key = int(grey[3, 3]) * 257
+        return Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": key}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+    if mode == "P":
+        palette = Image.fromarray(grey).convert("P")
+        return palette, {"transparency": int(grey[3, 3])}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+    if mode == "RGB":
+        key = tuple(pixels[3, 3, :3].tolist())
+        seen = np.where((pixels[..., :3] == key).all(-1, keepdims=True), 0, pixels[..., :3])
+        return Image.fromarray(pixels[..., :3]), {"transparency": key}, seen
+    shown = pixels[..., :3] if mode == "RGBA" else grey[..., None]
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    return image, {}, shown * (alpha[..., None] / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
+def test_transparent_images_are_laid_on_black_and_counted(image_tree, tmp_path, decoded, mode):
+    image, options, expected = with_alpha(mode)
+    opaque = Image.new("RGBA", (16, 16), (9, 99, 199, 255))
+    for number in (0, 1):
+        image.save(image_tree / "train" / "ant" / f"00{number}.png", **options)
+        opaque.save(image_tree / "test" / "ant" / f"00{number}.png")
+    for _ in range(2):  # decoded, and from the cache
+        loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert np.abs(loaded.train.images[0].numpy() - expected).max() <= 1
+        assert loaded.notes == ("2 of the 60 images of imagefolder-train have transparent parts, which are black here",)
+        assert loaded.test.images[0, 0, 0].tolist() == [9, 99, 199]
+    assert len(decoded) == 84
+    (image_tree / "train" / "ant" / "002.png").write_bytes((image_tree / "train" / "ant" / "000.png").read_bytes())
+    small = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache", image_size=4).train.images[0]
+    area = np.broadcast_to(expected, (16, 16, 3)).reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
+    assert np.abs(small.numpy() - area).max() <= 1.5
+
+
+def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
+    assert load_data("imagefolder", image_tree).notes == ()
+    ant = image_tree / "train" / "ant"
+    (ant / ".hidden").touch()
+    (ant / "notes.txt").touch()
+    assert load_data("imagefolder", image_tree).notes == (f"left out, as no images of a class: {ant / 'notes.txt'}",)
+    (ant / "deeper").mkdir()
+    shutil.copy(ant / "000.png", ant / "deeper" / "000.png")
+    shutil.copy(ant / "000.png", image_tree / "train" / "000.png")
+    (image_tree / "test" / "labels.csv").touch()
+    notes = [f"left out, as no images of a class: {image_tree / 'train' / '000.png'} and 2 more"]
+    notes.append(f"left out, as no images of a class: {image_tree / 'test' / 'labels.csv'}")
+    assert load_data("imagefolder", image_tree).notes == tuple(notes)
+    small = "--width 0.0625 --epochs 1 --batch_size 60 --train_step 1 --test_step 1".split()
+    outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small)
+    assert outcome.code == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if "left out" in line] == [f"note: {note}" for note in notes]
+
+
 def damage(kind, root):
     train = root / "train"
     if kind == "corrupt":
@@ -317,25 +413,109 @@ def test_folders_are_decoded_once(image_tree, tmp_path, decoded):
     assert torch.equal(first.train.images, again.train.images)
 
 
-@pytest.mark.parametrize("change", ["content", "time", "added", "removed"])
-def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, change):
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("change", ["content", "same size and time", "swapped", "added", "removed"])
+def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, change, large):
+    """Of a small set by its content; of a large one too, as soon as a stamp differs or may not be trusted."""
+    path, other = image_tree / "train" / "ant" / "005.png", image_tree / "train" / "ant" / "006.png"
+    Image.new("RGB", (16, 16), "white").save(path, "BMP")  # of one size whatever it shows
+    Image.new("RGB", (16, 16), "green").save(other, "BMP")
+    if large:
+        monkeypatch.setattr(data.folders, "_SMALL", 0)
+        monkeypatch.setattr(data.folders, "_SETTLED", 0)
     load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
-    path = image_tree / "train" / "ant" / "005.png"
+    before = path.stat()
     if change == "content":
         Image.new("RGB", (16, 16)).save(path)
-    elif change == "time":
-        os.utime(path, ns=(1, 1))
+    elif change == "same size and time":
+        Image.new("RGB", (16, 16)).save(path, "BMP")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    elif change == "swapped":
+        path.rename(tmp_path / "aside")
+        other.rename(path)
+        (tmp_path / "aside").rename(other)
     elif change == "added":
         path.with_name("new.png").write_bytes(path.read_bytes())
     else:
         path.unlink()
     loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
     assert len(decoded) > 84 + 50
-    if change == "content":
+    if change in ("content", "same size and time"):
         assert not loaded.train.images[5].any()
+    if change == "swapped":
+        assert loaded.train.images[5, 0, 0].tolist() == [0, 128, 0]
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "no meta", "broken meta", "gone"])
+def test_files_that_were_only_touched_or_moved_are_not_decoded_again(image_tree, tmp_path, decoded, monkeypatch):
+    for limit in (2**28, 0):
+        monkeypatch.setattr(data.folders, "_SMALL", limit)
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        os.utime(image_tree / "train" / "ant" / "005.png", ns=(limit, 1))
+        (image_tree / "train" / "bee" / "005.png").rename(image_tree / "train" / "bee" / "005b.png")
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        (image_tree / "train" / "bee" / "005b.png").rename(image_tree / "train" / "bee" / "005.png")
+        assert len(decoded) == 84
+
+
+def test_a_large_set_is_not_read_whole_at_every_start(image_tree, tmp_path, decoded, monkeypatch, capsys):
+    """Neither its files nor what was decoded; after a touch it is read once."""
+    read = []
+    for name in ("_file_digest", "pixels_digest"):
+        original = getattr(data.folders, name)
+        monkeypatch.setattr(data.folders, name, lambda what, original=original: read.append(what) or original(what))
+    monkeypatch.setattr(data.folders, "_SMALL", 0)
+    monkeypatch.setattr(data.folders, "_SETTLED", 0)
+    monkeypatch.setattr(data.folders, "_CHUNK", 10)
+    load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert (len(read), len(decoded)) == (84, 84)
+    expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").digest
+    assert len(read) == 84
+    os.utime(image_tree / "train" / "ant" / "005.png")
+    monkeypatch.setattr(data.folders, "_PATIENCE", 0)
+    capsys.readouterr()
+    for _ in range(2):
+        assert load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").digest == expected
+        assert (len(read), len(decoded)) == (84 + 60, 84)
+    assert re.fullmatch(r"checking 60 images for changes: \d+ s to go\n", capsys.readouterr().err)
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    os.utime(folder / "images.npy")
+    for _ in range(2):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert (len(read), len(decoded)) == (84 + 60 + 1, 84)
+    assert re.fullmatch(r"checking 0\.0 GB of decoded images in \S+, once\n", capsys.readouterr().err)
+
+
+def test_files_of_a_moment_ago_are_not_known_by_their_stamp(image_tree, tmp_path, monkeypatch):
+    """Another change could fall into the same tick of the clock."""
+    path = image_tree / "train" / "ant" / "005.png"
+    changed = path.stat().st_ctime
+    for passed, known in ((1.9, False), (2.1, True), (-60.0, False)):
+        monkeypatch.setattr(time, "time", lambda passed=passed: changed + passed)
+        assert (data.folders._stamp([path], data.folders._SETTLED)[0] is not None) == known
+    read = []
+    original = data.folders._file_digest
+    monkeypatch.setattr(data.folders, "_file_digest", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(data.folders, "_SMALL", 0)
+    for known, count in ((False, 84), (False, 168), (True, 252), (True, 252)):
+        monkeypatch.setattr(time, "time", lambda known=known: changed + 60 * known)
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert len(read) == count
+
+
+def test_a_cache_may_be_read_by_those_whom_the_umask_lets(image_tree, tmp_path):
+    before = os.umask(0o027)
+    try:
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    finally:
+        os.umask(before)
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "images.npy", folder / "meta.json")] == [0o750, 0o640, 0o640]
+
+
+@pytest.mark.parametrize(
+    "fault", ["flipped", "truncated", "empty", "other type", "other shape", "no meta", "broken meta", "deep meta", "old meta", "gone"]
+)
 def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
     expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images
     (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
@@ -346,6 +526,16 @@ def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
         images.write_bytes(content)
     elif fault == "truncated":
         images.write_bytes(content[:-5])
+    elif fault == "empty":
+        images.write_bytes(b"")
+    elif fault == "other type":
+        np.save(images, np.load(images).view(np.int8))
+    elif fault == "other shape":
+        np.save(images, np.load(images).reshape(60, -1))
+    elif fault == "deep meta":
+        meta.write_text("[" * 100_000)
+    elif fault == "old meta":
+        meta.write_text(json.dumps({"fingerprint": "0", "checksum": 0, "images": 60, "pixels": "0"}))
     elif fault == "no meta":
         meta.unlink()
     elif fault == "broken meta":
