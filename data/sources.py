@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +240,9 @@ def imagefolder(place: Place) -> Source:
         raise InputError(f"{place.root} has neither a folder test nor val beside train")
     test = scan_classes(test_root, classes)
     decoded, decoded_test = _decoded(training, place, "imagefolder-train"), _decoded(test, place, "imagefolder-test")
+    if test_root.name == "test" and (place.root / "val").is_dir():
+        unused = f"{place.root / 'val'} is left out: validation is on a tenth of the training images"
+        decoded_test = replace(decoded_test, notes=(*decoded_test.notes, unused))
     side, test_side = (part.opened().shape[1:] for part in (decoded, decoded_test))
     if side != test_side:
         raise InputError(

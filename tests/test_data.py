@@ -310,6 +310,8 @@ def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
     notes = [f"left out, as no images of a class: {image_tree / 'train' / '000.png'} and 2 more"]
     notes.append(f"left out, as no images of a class: {image_tree / 'test' / 'labels.csv'}")
     assert load_data("imagefolder", image_tree).notes == tuple(notes)
+    (image_tree / "val").mkdir()
+    notes.append(f"{image_tree / 'val'} is left out: validation is on a tenth of the training images")
     small = "--width 0.0625 --epochs 1 --batch_size 60 --train_step 1 --test_step 1".split()
     outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small)
     assert outcome.code == 0, outcome.err
