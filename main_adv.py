@@ -44,7 +44,7 @@ class AdversarialRun(Run):
         refuse_idle_masks(settings, stage.steps)
         if settings.method != DENSE:
             scored = settings.sparse_init in ("snip", "grasp", "synflow")
-            batches = calibration_batches(self.data) if scored else []
+            batches = calibration_batches(self.data, seed=settings.seed) if scored else []
             try:
                 stage.masking = Masking(stage.model, stage.optimizer, settings.masking(stage.steps), batches=batches)
             except ValueError as error:

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.arrays import in_form
 from data.augment import Augmentation
 from data.folders import DIGEST_BYTES, pixels_digest
 from data.loader import Batch, Split, TrainLoader, plain_batches
 from data.sources import DECODED_HERE, SOURCES, ImageSet, Place, Source, stratified
 from utils.errors import InputError, one_line
+from utils.seeding import permutation, stream
 
 __all__ = [
     "DECODED_HERE",
@@ -38,7 +40,7 @@ class Data:
     """A data set ready for training: splits on one device and what a network needs to know of the images.
 
     ``digests`` says which data set it is, whole, before any subset and wherever it lies: hex digests of its "classes",
-    "training labels", "training pixels", "test labels" and "test pixels".
+    "training labels", "training pixels", "test labels" and "test pixels". ``notes`` say how it was read, where a user should know.
     """
 
     train: Split
@@ -49,6 +51,7 @@ class Data:
     std: tuple[float, ...]
     augmentation: Augmentation
     digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -92,7 +95,7 @@ def load_data(
             streamed. Default: half of the memory now free there.
 
     Raises:
-        InputError: unknown name, missing or corrupt files, impossible subset.
+        InputError: unknown name, missing or corrupt files, arrays that may mean several things (``data.arrays``), impossible subset.
     """
     if name not in SOURCES:
         raise InputError(f"unknown data set {name!r}; known: {', '.join(SOURCES)}")
@@ -101,9 +104,13 @@ def load_data(
     if cache_dir is not None:
         place = Place(place.root, Path(cache_dir), image_size)
     try:
-        source = SOURCES[name](place)
+        found = SOURCES[name](place)
     except OSError as error:
         raise InputError(f"cannot read {name} in {root} ({one_line(error)})") from error
+    try:
+        source, changes = in_form(found)
+    except InputError as error:
+        raise InputError(f"{name} in {root}: {error}") from error
     if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
         raise InputError(f"{root}: too few images to train, validate and test on")
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
@@ -123,13 +130,17 @@ def load_data(
         std=std,
         augmentation=source.augmentation,
         digests=_digests(source),
+        notes=(*source.training.notes, *source.test.notes, *changes),
     )
 
 
-def calibration_batches(data: Data, per_class: int = 10) -> list[tuple[Tensor, Tensor]]:
-    """Un-augmented training images and labels, about ``per_class`` of each class: what SNIP and GraSP look at."""
-    n = min(len(data.train), per_class * len(data.classes))
-    return [(batch.x, batch.y) for batch in plain_batches(_thinned(data.train, n, "calibration images"), 128)]
+def calibration_batches(data: Data, per_class: int = 10, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Un-augmented training images and labels, about ``per_class`` of each class, mixed by ``seed``: what SNIP and GraSP look at."""
+    train = data.train
+    # Image folders are sorted by class, and a batch of a few classes scores the weights of these alone.
+    mixed = train.subset(train.indices[permutation(len(train), stream(seed, "calibration"), train.device)])
+    n = min(len(mixed), per_class * len(data.classes))
+    return [(batch.x, batch.y) for batch in plain_batches(_thinned(mixed, n, "calibration images"), 128)]
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,44 +1,54 @@
-"""Image folders: find the files, decode them once into a cache that is checked before it is trusted."""
+"""Image folders: find the files, decode them once into a cache that is checked before it is trusted.
+
+A cache belongs to the content of its files. Of a small set they are read at each start; of a large one they are read again only
+if a name, size, time or inode has changed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.json_files import parsed
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 _CHUNK = 512  # images decoded between writes
+_SMALL = 2**28  # bytes of files or pixels that are read at each start, in well under a second
+_SETTLED = 2.0  # seconds after which another change shows in a file's times, on every file system
 DIGEST_BYTES = 16
 _MOST_PIXELS = 2**26
-_PATIENCE = 3.0  # seconds of decoding before a word about it
+_PATIENCE = 3.0  # seconds of decoding or reading before a word about it
 _IMAGES, _META = "images.npy", "meta.json"
+_KNOWN = {"key", "pixels", "transparent", "files_stamp", "images_stamp"}  # of a cache, in its meta.json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files in a fixed order, each with its class number."""
+    """Image files in a fixed order, each with its class number; ``left_out`` are the visible entries beside them that are none."""
 
     paths: list[Path]
     labels: np.ndarray  # int64 [files]
+    left_out: tuple[Path, ...] = ()
 
 
 def class_folders(root: Path) -> list[str]:
@@ -53,10 +63,21 @@ def class_folders(root: Path) -> list[str]:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in ``folder`` sorted by name; files of other types and hidden files do not count."""
+    return _sorted_out(folder)[0]
+
+
+def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in ``folder`` and what else is visible there, sorted by name."""
     extensions = Image.registered_extensions()
-    # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening it would wait for ever.
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() or (entry.is_symlink() and not Path(entry).exists()))
-    return [folder / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in extensions]
+    images: list[Path] = []
+    others: list[Path] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening it would wait for ever.
+        is_file = entry.is_file() or (entry.is_symlink() and not Path(entry).exists())
+        if not entry.name.startswith("."):
+            is_image = is_file and os.path.splitext(entry.name)[1].lower() in extensions
+            (images if is_image else others).append(folder / entry.name)
+    return images, others
 
 
 def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> Files:
@@ -65,25 +86,42 @@ def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> 
     number = {name: i for i, name in enumerate(classes)}
     paths: list[Path] = []
     labels: list[int] = []
-    for name in class_folders(root):
+    names = class_folders(root)
+    left_out = [path for path in itertools.chain(*_sorted_out(root)) if not path.is_dir()]
+    for name in names:
         if name not in number:
             raise InputError(f"{root / name}: this class does not appear among the training classes")
         folder = root / name
         if subfolder and (folder / subfolder).is_dir():
             folder = folder / subfolder
-        found = image_files(folder)
+        found, others = _sorted_out(folder)
         if not found:
             raise InputError(f"{folder}: no images of this class")
         paths += found
+        left_out += others
         labels += [number[name]] * len(found)
     missing = sorted(set(classes) - {classes[label] for label in set(labels)})
     if missing:
         raise InputError(f"{root}: no folder for the class {missing[0]}")
-    return Files(paths, np.asarray(labels, dtype=np.int64))
+    return Files(paths, np.asarray(labels, dtype=np.int64), tuple(left_out))
 
 
-def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: str) -> Path:
-    """Path of an ``.npy`` with all images, uint8 ``[files, H, W, 3]``; decoded now unless the cache is whole and current.
+class Cached(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        images: path of an ``.npy``, uint8 ``[files, H, W, 3]``.
+        digest: ``pixels_digest`` of it.
+        transparent: how many of the images had transparent parts, which are black now.
+    """
+
+    images: Path
+    digest: str
+    transparent: int
+
+
+def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: str) -> Cached:
+    """All images in one file; decoded now unless the cache is whole and of what the files hold.
 
     Args:
         files: what to decode.
@@ -94,17 +132,20 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
     Raises:
         InputError: a missing, corrupt or odd-sized image (named), or a cache that cannot be written.
     """
-    fingerprint = _fingerprint(files, image_size)
     place = hashlib.sha256(str(files.paths[0].parent.parent.resolve()).encode()).hexdigest()[:12]
     folder = cache_dir / f"{name}-{image_size or 'asis'}-{place}"
-    if not _is_whole(folder, fingerprint):
+    now = _Content(files.paths, image_size, name)
+    if (meta := _current(folder, now)) is None:
         try:
             with _one_at_a_time(folder):
-                if not _is_whole(folder, fingerprint):  # another process has not been faster
-                    _build(files, image_size, folder, fingerprint, name)
+                meta = _current(folder, now)  # another process may have been faster
+                if meta is None:
+                    meta = _build(folder, now)
         except OSError as error:
             raise InputError(f"cannot write the image cache {folder} ({error}); choose another place with --cache_dir") from error
-    return folder / _IMAGES
+    else:
+        _remember(folder, meta)
+    return Cached(folder / _IMAGES, meta["pixels"], meta["transparent"])
 
 
 @contextlib.contextmanager
@@ -117,38 +158,85 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(files: Files, image_size: int | None) -> str:
-    """Names, sizes and times of all files and how they are decoded."""
-    digest = hashlib.sha256(f"{_CACHE_FORMAT} {image_size}".encode())
-    for path in files.paths:
+# ---------------------------------------------------------------- is the cache of these files, and whole?
+
+
+class _Content:
+    """What the files hold now; read when it is asked for, once."""
+
+    def __init__(self, paths: Sequence[Path], image_size: int | None, name: str) -> None:
+        self.paths, self.image_size, self.name = paths, image_size, name
+        self.stamp, self.nbytes = _stamp(paths, _SETTLED)  # before anything is read: a change since then shows in the next one
+
+    @functools.cached_property
+    def key(self) -> str:
+        chunks = _by_chunks(_file_digest, self.paths, f"checking {self.name}", f"checking {len(self.paths)} images for changes")
+        return self.key_of(itertools.chain.from_iterable(chunks))
+
+    def key_of(self, digests: Iterable[bytes]) -> str:
+        """Of the files' digests, in order, and of how they are decoded."""
+        how = f"{_CACHE_FORMAT} {self.image_size} ".encode()
+        return hashlib.blake2b(how + b"".join(digests), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str | None, int]:
+    """One digest of names, sizes, times and inodes, and the bytes in all. None if a file has changed within ``settled``
+    seconds: it could change again and keep its times."""
+    digest, nbytes, youngest = hashlib.blake2b(digest_size=DIGEST_BYTES), 0, float("-inf")
+    for path in paths:
         try:
             stat = path.stat()
         except OSError as error:
             raise InputError(f"{path}: missing image ({error.strerror})") from error
-        digest.update(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode())
+        nbytes += stat.st_size
+        youngest = max(youngest, stat.st_ctime)
+    return digest.hexdigest() if time.time() - youngest >= settled else None, nbytes
 
 
-def _is_whole(folder: Path, fingerprint: str) -> bool:
+def _file_digest(path: Path) -> bytes:
     try:
-        meta = parsed((folder / _META).read_bytes())
-        whole = meta["fingerprint"] == fingerprint and isinstance(meta["pixels"], str)
-        return whole and meta["checksum"] == _checksum(folder / _IMAGES)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).digest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+def _current(folder: Path, now: _Content) -> dict[str, Any] | None:
+    """What is known of the cache in ``folder``, with the stamps of now, if it is whole and of what the files hold now."""
+    try:
+        meta = json.loads((folder / _META).read_text())
+        images = np.load(folder / _IMAGES, mmap_mode="r")
+    except (OSError, ValueError, EOFError, RecursionError):
+        return None
+    if not isinstance(meta, dict) or set(meta) != _KNOWN or images.dtype != np.uint8 or images.shape[:1] != (len(now.paths),):
+        return None
+    is_unchanged = now.stamp is not None and now.nbytes > _SMALL and meta["files_stamp"] == now.stamp
+    if not is_unchanged and meta["key"] != now.key:
+        return None
+    images_stamp, _ = _stamp([folder / _IMAGES])
+    if images.nbytes <= _SMALL or meta["images_stamp"] != images_stamp:
+        if images.nbytes > _SMALL:
+            print(f"checking {images.nbytes / 2**30:.1f} GB of decoded images in {folder}, once", file=sys.stderr)
+        if meta["pixels"] != pixels_digest(images):
+            return None
+    return {**meta, "files_stamp": now.stamp, "images_stamp": images_stamp}
 
 
-def stored_digest(images: Path) -> str:
-    """What ``pixels_digest`` gives for a file that ``cached_images`` returned; taken when it was decoded."""
-    return json.loads((images.parent / _META).read_text())["pixels"]
+def _remember(folder: Path, meta: Mapping[str, Any]) -> None:
+    """A cache that was found current by reading is trusted by its stamps from now on."""
+    with contextlib.suppress(OSError, ValueError):  # a cache that may only be read is checked each time
+        if json.loads((folder / _META).read_text()) == meta:
+            return
+        with _one_at_a_time(folder):
+            if json.loads((folder / _META).read_text())["key"] == meta["key"]:  # another process has not replaced it
+                _write_meta(folder, meta)
+
+
+def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    written = folder / f".{_META}"
+    written.write_text(json.dumps(meta))
+    os.replace(written, folder / _META)
 
 
 def pixels_digest(images: np.ndarray) -> str:
@@ -163,75 +251,111 @@ def _begun_digest(shape: Sequence[int]) -> hashlib.blake2b:
     return hashlib.blake2b(json.dumps(list(shape)).encode(), digest_size=DIGEST_BYTES)
 
 
-def _build(files: Files, image_size: int | None, folder: Path, fingerprint: str, name: str) -> None:
-    """Write the cache beside its place and move it there whole."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+# ---------------------------------------------------------------- decoding
+
+
+def _build(folder: Path, now: _Content) -> dict[str, Any]:
+    """Write the cache beside its place and move it there whole; what is known of it."""
+    temporary = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}")
+    temporary.mkdir()  # not tempfile's, which no one else of a group may read
     try:
-        pixels = _write_images(files, image_size, temporary / _IMAGES, name)
-        meta = {"fingerprint": fingerprint, "checksum": _checksum(temporary / _IMAGES), "images": len(files.paths), "pixels": pixels}
-        (temporary / _META).write_text(json.dumps(meta))
+        meta = _write_images(now, temporary / _IMAGES)
+        meta |= {"files_stamp": now.stamp, "images_stamp": _stamp([temporary / _IMAGES])[0]}
+        _write_meta(temporary, meta)
         if folder.exists():  # stale or broken
             shutil.rmtree(folder)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return meta
 
 
-def _write_images(files: Files, image_size: int | None, target: Path, name: str) -> str:
-    """Write the ``.npy`` and return the digest of its pixels."""
-    chunks = _decoded_chunks(files.paths, image_size, name)
-    first = next(chunks)
-    shape = (len(files.paths), *first.shape[1:])
-    digest = _begun_digest(shape)
+def _write_images(now: _Content, target: Path) -> dict[str, Any]:
+    """Write the ``.npy``; the key of the files, the digest of the pixels and how many images are transparent."""
+    digests: list[bytes] = []
+    transparent = 0
+    pixels = None
     with target.open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        # Plain writes, not a memory map: on a full disk a write is an error and a map is a crash.
-        for chunk in itertools.chain([first], chunks):
-            content = chunk.tobytes()
-            file.write(content)
-            digest.update(content)
+        for chunk in _decoded_chunks(now):
+            digests += chunk.digests
+            transparent += chunk.transparent
+            if pixels is None:
+                shape = (len(now.paths), *chunk.images.shape[1:])
+                pixels = _begun_digest(shape)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            content = chunk.images.tobytes()
+            file.write(content)  # not a memory map: on a full disk a write is an error and a map is a crash
+            pixels.update(content)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    assert pixels is not None
+    return {"key": now.key_of(digests), "pixels": pixels.hexdigest(), "transparent": transparent}
 
 
-def _decoded_chunks(paths: Sequence[Path], image_size: int | None, name: str) -> Iterator[np.ndarray]:
+class _Chunk(NamedTuple):
+    images: np.ndarray  # uint8 [images, H, W, 3]
+    digests: list[bytes]  # of their files
+    transparent: int
+
+
+def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
+    # The digest first: of a file that changes in between, the key is the older one and does not fit the next time.
+    def work(path: Path) -> tuple[Path, bytes, Decoded]:
+        return path, _file_digest(path), decode_image(path, now.image_size)
+
     size: tuple[int, ...] | None = None
+    for done in _by_chunks(work, now.paths, f"decoding {now.name}", f"decoding {len(now.paths)} images, once"):
+        paths, digests, decoded = zip(*done, strict=True)
+        images, were_transparent = zip(*decoded, strict=True)
+        for path, image in zip(paths, images, strict=True):
+            size = size or image.shape
+            if image.shape != size:
+                raise InputError(
+                    f"{path}: {image.shape[1]}x{image.shape[0]} pixels where others have {size[1]}x{size[0]}; "
+                    "--image_size N brings all to one size"
+                )
+        yield _Chunk(np.stack(images), list(digests), sum(were_transparent))
+
+
+def _by_chunks(work: Callable[[Path], T], paths: Sequence[Path], title: str, told_as: str) -> Iterator[list[T]]:
+    """What ``work`` makes of each file, in order, by threads; a bar or, where there is no terminal, a line tells how long it takes."""
     begun, told = time.perf_counter(), False
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        tqdm(total=len(paths), desc=f"decoding {name}", unit="img", disable=None) as bar,
+        tqdm(total=len(paths), desc=title, unit="img", disable=None, delay=0.5) as bar,
     ):
         for start in range(0, len(paths), _CHUNK):
-            part = paths[start : start + _CHUNK]
-            images = list(pool.map(lambda path: decode_image(path, image_size), part))
-            for path, image in zip(part, images, strict=True):
-                size = size or image.shape
-                if image.shape != size:
-                    raise InputError(
-                        f"{path}: {image.shape[1]}x{image.shape[0]} pixels where others have {size[1]}x{size[0]}; "
-                        "--image_size N brings all to one size"
-                    )
-            bar.update(len(part))
-            passed, done = time.perf_counter() - begun, start + len(part)
-            if bar.disable and not told and passed > _PATIENCE and done < len(paths):  # the bar, where there is no terminal
+            with warnings.catch_warnings():  # Pillow's, of odd headers: what cannot be read is an error
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                results = list(pool.map(work, paths[start : start + _CHUNK]))
+            bar.update(len(results))
+            passed, done = time.perf_counter() - begun, start + len(results)
+            if bar.disable and not told and passed > _PATIENCE and done < len(paths):
                 told = True
-                print(f"decoding {len(paths)} images, once: {passed / done * (len(paths) - done):.0f} s to go", file=sys.stderr)
-            yield np.stack(images)
+                print(f"{told_as}: {passed / done * (len(paths) - done):.0f} s to go", file=sys.stderr)
+            yield results
 
 
-def decode_image(path: Path, image_size: int | None) -> np.ndarray:
-    """uint8 ``[H, W, 3]`` of one file, resized by area to a square if ``image_size`` is given; ``InputError`` names a bad file."""
+class Decoded(NamedTuple):
+    """One image, uint8 ``[H, W, 3]``, and whether it had transparent parts, which are black now."""
+
+    pixels: np.ndarray
+    is_transparent: bool
+
+
+def decode_image(path: Path, image_size: int | None) -> Decoded:
+    """An image upright, as its file says, and resized by area to a square if ``image_size`` is given; ``InputError`` names a bad file."""
     try:
         with Image.open(path) as image:
             # The header says it before any memory is taken; Pillow itself only warns up to twice that size.
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(f"{path}: {image.width}x{image.height} pixels are more than an image of a data set has ({_MOST_PIXELS})")
-            rgb = _eight_bits(image, path).convert("RGB")
+            image.load()
+            rgb, is_transparent = _on_black(_eight_bits(image, path))
+            rgb = _upright(rgb, image)
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)
-            return np.asarray(rgb)
+            return Decoded(np.asarray(rgb), is_transparent)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -244,7 +368,38 @@ def decode_image(path: Path, image_size: int | None) -> np.ndarray:
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     """Pillow would clip deeper pixels to 255 instead of scaling them."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        deep = np.asarray(image)
+        grey = Image.fromarray((deep // 257).astype(np.uint8))
+        if (key := image.info.get("transparency")) is not None:  # the grey that is transparent
+            grey.putalpha(Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8)))
+        return grey
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: pixels of type {image.mode} have no known range; save it with 8 or 16 bits a channel")
     return image
+
+
+def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image in RGB, and whether it was laid on black: what lies under transparent pixels is anything."""
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
+        if np.asarray(with_alpha.getchannel("A")).min() < 255:
+            return Image.alpha_composite(Image.new("RGBA", image.size, "black"), with_alpha).convert("RGB"), True
+    return image.convert("RGB"), False
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """``pixels`` turned as the EXIF orientation of ``image`` says, if it can be read."""
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken header is no reason to do without the image
+        return pixels
+    return pixels if turn is None else pixels.transpose(turn)

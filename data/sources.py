@@ -6,13 +6,13 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.augment import Augmentation
-from data.folders import Files, cached_images, class_folders, scan_classes, stored_digest
+from data.folders import Files, cached_images, class_folders, scan_classes
 from utils.compat import import_torchvision
 from utils.errors import InputError
 
@@ -23,12 +23,14 @@ _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every 
 class ImageSet:
     """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``.
 
-    ``digest`` is ``pixels_digest`` of the images where it is known without reading them.
+    ``data.arrays.in_form`` makes these of other types where it is clear how. ``digest`` is ``pixels_digest`` of the images
+    where it is known without reading them, ``notes`` what a user should know of how they were read.
     """
 
     images: np.ndarray | Path
     labels: np.ndarray
     digest: str | None = None
+    notes: tuple[str, ...] = ()
 
     def opened(self, *, mapped: bool = True) -> np.ndarray:
         """The images; of a file a map, or what it holds."""
@@ -201,8 +203,14 @@ def tinyimagenet(place: Place) -> Source:
 
 
 def _decoded(files: Files, place: Place, name: str) -> ImageSet:
-    images = cached_images(files, place.image_size, place.cache_dir, name)
-    return ImageSet(images, files.labels, stored_digest(images))
+    cached = cached_images(files, place.image_size, place.cache_dir, name)
+    notes = []
+    if files.left_out:
+        others = f" and {len(files.left_out) - 1} more" if len(files.left_out) > 1 else ""
+        notes.append(f"left out, as no images of a class: {files.left_out[0]}{others}")
+    if cached.transparent:
+        notes.append(f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent parts, which are black here")
+    return ImageSet(cached.images, files.labels, cached.digest, tuple(notes))
 
 
 def _annotated(annotations: Path, classes: list[str]) -> Files:
@@ -232,6 +240,9 @@ def imagefolder(place: Place) -> Source:
         raise InputError(f"{place.root} has neither a folder test nor val beside train")
     test = scan_classes(test_root, classes)
     decoded, decoded_test = _decoded(training, place, "imagefolder-train"), _decoded(test, place, "imagefolder-test")
+    if test_root.name == "test" and (place.root / "val").is_dir():
+        unused = f"{place.root / 'val'} is left out: validation is on a tenth of the training images"
+        decoded_test = replace(decoded_test, notes=(*decoded_test.notes, unused))
     side, test_side = (part.opened().shape[1:] for part in (decoded, decoded_test))
     if side != test_side:
         raise InputError(

@@ -2,19 +2,21 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import json
 import os
 import pickle
 import re
 import shutil
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import data.folders
 import data.sources
@@ -220,6 +222,102 @@ def test_pixels_without_a_known_range_are_refused(image_tree):
         load_data("imagefolder", image_tree)
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "xmp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_upright_as_their_header_says(tmp_path, kind, orientation):
+    """Equal to Pillow's own function, for those that no camera writes too."""
+    path = tmp_path / f"image.{'png' if kind == 'xmp' else kind}"
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 8, 3)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    if kind == "xmp":
+        told = PngImagePlugin.PngInfo()
+        told.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+        image.save(path, pnginfo=told)
+    else:
+        image.save(path, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    expected = ImageOps.exif_transpose(Image.open(path))
+    assert expected.size == ((12, 8) if 5 <= orientation <= 8 else (8, 12))
+    assert np.array_equal(data.folders.decode_image(path, None).pixels, np.asarray(expected))
+    resized = np.asarray(expected.resize((4, 4), Image.Resampling.BOX))
+    assert np.array_equal(data.folders.decode_image(path, 4).pixels, resized)
+
+
+@pytest.mark.parametrize(
+    "header", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x02"]
+)
+def test_a_broken_header_does_not_cost_the_image(image_tree, header):
+    path = image_tree / "train" / "ant" / "000.png"
+    image = Image.open(path)
+    image.save(path.with_name("000.jpg"))
+    plain = np.array(Image.open(path.with_name("000.jpg")))
+    image.save(path.with_name("000.jpg"), exif=header)
+    path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_data("imagefolder", image_tree).train.images[0], torch.from_numpy(plain))
+
+
+def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
+    """An image, options to save it with, and how it looks on black."""
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
+    pixels[0, :, 3], pixels[1, :, 3] = 0, 255
+    grey, alpha = pixels[..., 0], pixels[..., 3]
+    if mode == "I;16":
+        key = int(grey[3, 3]) * 257
+        return Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": key}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+    if mode == "P":
+        palette = Image.fromarray(grey).convert("P")
+        return palette, {"transparency": int(grey[3, 3])}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+    if mode == "RGB":
+        key = tuple(pixels[3, 3, :3].tolist())
+        seen = np.where((pixels[..., :3] == key).all(-1, keepdims=True), 0, pixels[..., :3])
+        return Image.fromarray(pixels[..., :3]), {"transparency": key}, seen
+    shown = pixels[..., :3] if mode == "RGBA" else grey[..., None]
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    return image, {}, shown * (alpha[..., None] / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
+def test_transparent_images_are_laid_on_black_and_counted(image_tree, tmp_path, decoded, mode):
+    image, options, expected = with_alpha(mode)
+    opaque = Image.new("RGBA", (16, 16), (9, 99, 199, 255))
+    for number in (0, 1):
+        image.save(image_tree / "train" / "ant" / f"00{number}.png", **options)
+        opaque.save(image_tree / "test" / "ant" / f"00{number}.png")
+    for _ in range(2):  # decoded, and from the cache
+        loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert np.abs(loaded.train.images[0].numpy() - expected).max() <= 1
+        assert loaded.notes == ("2 of the 60 images of imagefolder-train have transparent parts, which are black here",)
+        assert loaded.test.images[0, 0, 0].tolist() == [9, 99, 199]
+    assert len(decoded) == 84
+    (image_tree / "train" / "ant" / "002.png").write_bytes((image_tree / "train" / "ant" / "000.png").read_bytes())
+    small = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache", image_size=4).train.images[0]
+    area = np.broadcast_to(expected, (16, 16, 3)).reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
+    assert np.abs(small.numpy() - area).max() <= 1.5
+
+
+def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
+    assert load_data("imagefolder", image_tree).notes == ()
+    ant = image_tree / "train" / "ant"
+    (ant / ".hidden").touch()
+    (ant / "notes.txt").touch()
+    assert load_data("imagefolder", image_tree).notes == (f"left out, as no images of a class: {ant / 'notes.txt'}",)
+    (ant / "deeper").mkdir()
+    shutil.copy(ant / "000.png", ant / "deeper" / "000.png")
+    shutil.copy(ant / "000.png", image_tree / "train" / "000.png")
+    (image_tree / "test" / "labels.csv").touch()
+    notes = [f"left out, as no images of a class: {image_tree / 'train' / '000.png'} and 2 more"]
+    notes.append(f"left out, as no images of a class: {image_tree / 'test' / 'labels.csv'}")
+    assert load_data("imagefolder", image_tree).notes == tuple(notes)
+    (image_tree / "val").mkdir()
+    notes.append(f"{image_tree / 'val'} is left out: validation is on a tenth of the training images")
+    small = "--width 0.0625 --epochs 1 --batch_size 60 --train_step 1 --test_step 1".split()
+    outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small)
+    assert outcome.code == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if "left out" in line] == [f"note: {note}" for note in notes]
+
+
 def damage(kind, root):
     train = root / "train"
     if kind == "corrupt":
@@ -317,25 +415,109 @@ def test_folders_are_decoded_once(image_tree, tmp_path, decoded):
     assert torch.equal(first.train.images, again.train.images)
 
 
-@pytest.mark.parametrize("change", ["content", "time", "added", "removed"])
-def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, change):
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("change", ["content", "same size and time", "swapped", "added", "removed"])
+def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, change, large):
+    """Of a small set by its content; of a large one too, as soon as a stamp differs or may not be trusted."""
+    path, other = image_tree / "train" / "ant" / "005.png", image_tree / "train" / "ant" / "006.png"
+    Image.new("RGB", (16, 16), "white").save(path, "BMP")  # of one size whatever it shows
+    Image.new("RGB", (16, 16), "green").save(other, "BMP")
+    if large:
+        monkeypatch.setattr(data.folders, "_SMALL", 0)
+        monkeypatch.setattr(data.folders, "_SETTLED", 0)
     load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
-    path = image_tree / "train" / "ant" / "005.png"
+    before = path.stat()
     if change == "content":
         Image.new("RGB", (16, 16)).save(path)
-    elif change == "time":
-        os.utime(path, ns=(1, 1))
+    elif change == "same size and time":
+        Image.new("RGB", (16, 16)).save(path, "BMP")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    elif change == "swapped":
+        path.rename(tmp_path / "aside")
+        other.rename(path)
+        (tmp_path / "aside").rename(other)
     elif change == "added":
         path.with_name("new.png").write_bytes(path.read_bytes())
     else:
         path.unlink()
     loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
     assert len(decoded) > 84 + 50
-    if change == "content":
+    if change in ("content", "same size and time"):
         assert not loaded.train.images[5].any()
+    if change == "swapped":
+        assert loaded.train.images[5, 0, 0].tolist() == [0, 128, 0]
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "no meta", "broken meta", "gone"])
+def test_files_that_were_only_touched_or_moved_are_not_decoded_again(image_tree, tmp_path, decoded, monkeypatch):
+    for limit in (2**28, 0):
+        monkeypatch.setattr(data.folders, "_SMALL", limit)
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        os.utime(image_tree / "train" / "ant" / "005.png", ns=(limit, 1))
+        (image_tree / "train" / "bee" / "005.png").rename(image_tree / "train" / "bee" / "005b.png")
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        (image_tree / "train" / "bee" / "005b.png").rename(image_tree / "train" / "bee" / "005.png")
+        assert len(decoded) == 84
+
+
+def test_a_large_set_is_not_read_whole_at_every_start(image_tree, tmp_path, decoded, monkeypatch, capsys):
+    """Neither its files nor what was decoded; after a touch it is read once."""
+    read = []
+    for name in ("_file_digest", "pixels_digest"):
+        original = getattr(data.folders, name)
+        monkeypatch.setattr(data.folders, name, lambda what, original=original: read.append(what) or original(what))
+    monkeypatch.setattr(data.folders, "_SMALL", 0)
+    monkeypatch.setattr(data.folders, "_SETTLED", 0)
+    monkeypatch.setattr(data.folders, "_CHUNK", 10)
+    load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    assert (len(read), len(decoded)) == (84, 84)
+    expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").digest
+    assert len(read) == 84
+    os.utime(image_tree / "train" / "ant" / "005.png")
+    monkeypatch.setattr(data.folders, "_PATIENCE", 0)
+    capsys.readouterr()
+    for _ in range(2):
+        assert load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").digest == expected
+        assert (len(read), len(decoded)) == (84 + 60, 84)
+    assert re.fullmatch(r"checking 60 images for changes: \d+ s to go\n", capsys.readouterr().err)
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    os.utime(folder / "images.npy")
+    for _ in range(2):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert (len(read), len(decoded)) == (84 + 60 + 1, 84)
+    assert re.fullmatch(r"checking 0\.0 GB of decoded images in \S+, once\n", capsys.readouterr().err)
+
+
+def test_files_of_a_moment_ago_are_not_known_by_their_stamp(image_tree, tmp_path, monkeypatch):
+    """Another change could fall into the same tick of the clock."""
+    path = image_tree / "train" / "ant" / "005.png"
+    changed = path.stat().st_ctime
+    for passed, known in ((1.9, False), (2.1, True), (-60.0, False)):
+        monkeypatch.setattr(time, "time", lambda passed=passed: changed + passed)
+        assert (data.folders._stamp([path], data.folders._SETTLED)[0] is not None) == known
+    read = []
+    original = data.folders._file_digest
+    monkeypatch.setattr(data.folders, "_file_digest", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(data.folders, "_SMALL", 0)
+    for known, count in ((False, 84), (False, 168), (True, 252), (True, 252)):
+        monkeypatch.setattr(time, "time", lambda known=known: changed + 60 * known)
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+        assert len(read) == count
+
+
+def test_a_cache_may_be_read_by_those_whom_the_umask_lets(image_tree, tmp_path):
+    before = os.umask(0o027)
+    try:
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+    finally:
+        os.umask(before)
+    (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "images.npy", folder / "meta.json")] == [0o750, 0o640, 0o640]
+
+
+@pytest.mark.parametrize(
+    "fault", ["flipped", "truncated", "empty", "other type", "other shape", "no meta", "broken meta", "deep meta", "old meta", "gone"]
+)
 def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
     expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images
     (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
@@ -346,6 +528,16 @@ def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
         images.write_bytes(content)
     elif fault == "truncated":
         images.write_bytes(content[:-5])
+    elif fault == "empty":
+        images.write_bytes(b"")
+    elif fault == "other type":
+        np.save(images, np.load(images).view(np.int8))
+    elif fault == "other shape":
+        np.save(images, np.load(images).reshape(60, -1))
+    elif fault == "deep meta":
+        meta.write_text("[" * 100_000)
+    elif fault == "old meta":
+        meta.write_text(json.dumps({"fingerprint": "0", "checksum": 0, "images": 60, "pixels": "0"}))
     elif fault == "no meta":
         meta.unlink()
     elif fault == "broken meta":
@@ -481,6 +673,167 @@ def test_arrays_have_the_digest_of_the_same_images_in_a_file(tmp_path):
     assert toy.data().digest == ""
 
 
+# ---------------------------------------------------------------- data of one's own
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Load arrays of one's own: every row but the last six to train on, those for validation."""
+
+    def load(images, labels, test=None, test_labels=None, classes=None, **options):
+        count = len(labels)
+        training = data.sources.ImageSet(images, labels)
+        test_set = data.sources.ImageSet(images if test is None else test, labels if test_labels is None else test_labels)
+        names = [str(label) for label in np.unique(labels)] if classes is None else classes
+        rows = {"train": np.arange(count - 6), "val": np.arange(count - 6, count)}
+        source = data.sources.Source(training, test_set, classes=names, augmentation=Augmentation(), **{**rows, **options})
+        monkeypatch.setitem(data.SOURCES, "own", lambda place: source)
+        return load_data("own")
+
+    return load
+
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (24, 4, 5, 3)).astype(np.uint8)
+LABELS = np.arange(24) % 3
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        PIXELS / 255,
+        (PIXELS / 255).astype(np.float32),
+        (PIXELS / 255).astype(np.float16),
+        PIXELS.astype(np.float32),
+        PIXELS.astype(np.uint16),
+        PIXELS.astype(np.int32),
+        PIXELS.astype(">i8"),
+        PIXELS[::-1][::-1],
+        PIXELS.tolist(),
+        torch.from_numpy(PIXELS / 255),
+    ],
+    ids=lambda images: str(getattr(images, "dtype", "list")),
+)
+def test_pixels_of_every_clear_type_are_the_same_data_set(own, images):
+    ours, expected = own(images, LABELS), own(PIXELS, LABELS)
+    assert torch.equal(ours.train.images, torch.from_numpy(PIXELS))
+    assert torch.equal(next(iter(plain_batches(ours.test, 24))).x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255)
+    assert (ours.digest, ours.mean, ours.notes) == (expected.digest, expected.mean, ())
+
+
+def test_floats_in_a_file_of_ones_own_are_not_divided_twice(own, tmp_path):
+    np.save(tmp_path / "images.npy", PIXELS / 255)
+    assert torch.equal(own(tmp_path / "images.npy", LABELS).test.images, torch.from_numpy(PIXELS))
+
+
+def test_grey_images_without_channels_have_one(own):
+    grey = own(PIXELS[..., 0], LABELS)
+    assert grey.image_shape == (1, 4, 5)
+    assert torch.equal(grey.train.images[..., 0], torch.from_numpy(PIXELS[..., 0]))
+    assert own(PIXELS[..., 0] > 100, LABELS).train.images.unique().tolist() == [0, 255]
+
+
+def test_what_pixels_lose_and_how_dark_they_are_is_said(own):
+    (note,) = own(PIXELS / 256 + 0.001, LABELS).notes
+    assert re.fullmatch(r"pixels are rounded to 256 levels, some by 0\.[345]\d of one", note)
+    (note,) = own(PIXELS // 16, LABELS).notes
+    assert note == "the brightest of all pixels is 15, where white is 255: attacks are measured on that scale"
+
+
+@pytest.mark.parametrize(
+    ("images", "test", "message"),
+    [
+        (PIXELS / 127.5 - 1, None, r"unknown scale \(training images: float64 from -1 to 1, not all whole; test"),
+        (PIXELS / 255, PIXELS, r"test images: uint8 from 0 to 255"),
+        (PIXELS / 255, PIXELS / 1.0, r"test images: float64 from 0 to 255"),
+        (PIXELS.astype(np.uint16) * 257, None, r"uint16 from 0 to 65535"),
+        (PIXELS > 9, PIXELS, r"bool from 0 to 1"),
+        (np.where(PIXELS == 7, np.nan, PIXELS / 255), None, r"from nan to nan"),
+        (PIXELS.astype(complex), None, r"complex128 are no pixels"),
+        (PIXELS.astype(object), None, r"object are no pixels"),
+        (PIXELS[0, 0], None, r"shape \[5, 3\]"),
+        (PIXELS[:0], None, r"shape \[0, 4, 5, 3\]"),
+        (np.zeros((24, 3, 8, 8)), None, r"channels first"),
+        (PIXELS, PIXELS[:, :2], r"training images are 4x5x3 and test images 2x5x3"),
+        (PIXELS[:20], PIXELS, r"20 training images have 24 labels"),
+        ([[1, 2], [3]], None, r"training images are no array"),
+    ],
+)
+def test_pixels_that_may_mean_several_things_are_refused(own, images, test, message):
+    with pytest.raises(InputError, match=message):
+        own(images, LABELS, test)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (LABELS.astype(np.int32), None),
+        (LABELS.astype(np.uint8), ["ant", "bee", "cow"]),
+        (LABELS.astype(np.float32), None),
+        (LABELS[:, None], None),
+        (LABELS.tolist(), None),
+        (LABELS + 1, None),
+        (LABELS + 1.0, None),
+        (LABELS * 5 - 3, None),
+        (LABELS * 5 - 3, []),
+        (np.array(["ant", "bee", "cow"])[LABELS], ["ant", "bee", "cow"]),
+    ],
+)
+def test_labels_of_every_clear_kind_are_numbers_of_the_classes(own, labels, classes):
+    loaded = own(PIXELS, labels, classes=classes)
+    for split in (loaded.train, loaded.test):
+        assert split.labels.dtype == torch.int64
+        assert split.labels.tolist() == LABELS.tolist()
+    assert len(loaded.classes) == 3
+
+
+def test_ten_classes_from_one_on_keep_their_names(own):
+    """As text "10" comes before "2"."""
+    labels = np.arange(24) % 10 + 1
+    loaded = own(PIXELS, labels, classes=sorted({str(label) for label in labels}))
+    assert [loaded.classes[label] for label in loaded.train.labels] == [str(label) for label in labels]
+
+
+def test_numbers_below_the_number_of_classes_stay(own):
+    assert own(PIXELS, LABELS * 2, classes=["a", "b", "c", "d", "e"]).train.labels.tolist() == (LABELS * 2).tolist()
+
+
+def test_folders_named_by_numbers_keep_their_order(own, tmp_path):
+    """Eleven of them are sorted as text, and their labels are places in this order."""
+    np.save(tmp_path / "images.npy", PIXELS)
+    names = sorted(str(number) for number in range(11))
+    assert own(tmp_path / "images.npy", np.arange(24) % 11, classes=names).train.labels.tolist() == (np.arange(24) % 11).tolist()
+    with pytest.raises(InputError, match="may be numbers or names"):
+        own(PIXELS, np.arange(24) % 11, classes=names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"labels": LABELS + 1, "classes": ["a", "b", "c"]},
+            r"labels 1, 2, 3 are neither numbers from 0 to 2 nor names of the classes a, b, c",
+        ),
+        ({"labels": LABELS % 2 + 1, "classes": ["1", "2", "3"]}, r"may be numbers or names"),
+        ({"test_labels": LABELS + 1}, r"test labels 3 do not appear"),
+        ({"test_labels": LABELS.astype(str)}, r"both numbers or both names"),
+        ({"labels": LABELS + 0.5}, r"not whole: 0.5"),
+        ({"labels": np.where(LABELS == 1, np.nan, LABELS)}, r"not whole: nan"),
+        ({"labels": np.eye(3)[LABELS]}, r"shape \[24, 3\]"),
+        ({"labels": LABELS.astype(object)}, r"training labels are object"),
+        ({"classes": ["a", "b", "a"]}, r"the same name"),
+        ({"train": np.arange(24) < 18}, r"rows for training must be whole numbers from 0 to 23"),
+        ({"val": [22, 24]}, r"rows for validation must"),
+        ({"val": [17, 18]}, r"1 images are for training and for validation"),
+        ({"mean": (0.5,)}, r"mean \(0.5,\) does not fit: one for each of 3 channels"),
+        ({"mean": (125.0, 123.0, 114.0)}, r"of pixels in \[0, 1\]"),
+        ({"std": (0.2, 0.2, 0.0)}, r"std .* does not fit"),
+    ],
+)
+def test_labels_and_rows_that_do_not_fit_are_refused(own, options, message):
+    with pytest.raises(InputError, match=f"^own in data: .*{message}"):
+        own(PIXELS, **{"labels": LABELS, **options})
+
+
 # ---------------------------------------------------------------- subsets and statistics
 
 
@@ -502,8 +855,24 @@ def test_statistics_equal_numpys():
     assert std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist())
 
 
+def test_calibration_batches_hold_all_classes_in_an_order_of_the_seeds():
+    """Of a set sorted by class, as image folders are; the same number of each class as before."""
+    sorted_set = toy.data(400)
+    labels = torch.arange(400) // 20
+    sorted_set = dataclasses.replace(
+        sorted_set, train=dataclasses.replace(sorted_set.train, labels=labels), classes=[str(c) for c in range(20)]
+    )
+    one, again, other = (calibration_batches(sorted_set, seed=seed) for seed in (1, 1, 2))
+    assert [len(y) for _, y in one] == [128, 72]
+    assert all(len(y.unique()) >= 18 for _, y in one)
+    for batches in (one, other):
+        assert torch.bincount(torch.cat([y for _, y in batches])).tolist() == [10] * 20
+    assert all(torch.equal(a, b) for mine, yours in zip(one, again, strict=True) for a, b in zip(mine, yours, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+
+
 def test_calibration_images_cover_the_classes():
-    batches = calibration_batches(load_data("digits"), per_class=5)
+    batches = calibration_batches(load_data("digits"), per_class=5, seed=1)
     labels = torch.cat([y for _, y in batches])
     assert (torch.bincount(labels) - 5).abs().max() <= 1
 

@@ -223,7 +223,9 @@ class Evaluation:
         """All trials; asked to stop, by a signal or ``--time_limit``, it saves and leaves."""
         if self.world.is_first:
             own_steps = self.settings.eval_attack == "autoattack"
-            notes = [f"note: {line}" for line in (*self.settings.notes, *self.settings.attack_cautions("test", own_steps))]
+            notes = [
+                f"note: {line}" for line in (*self.data.notes, *self.settings.notes, *self.settings.attack_cautions("test", own_steps))
+            ]
             for line in [*notes, *(f"warning: {line}" for line in self.warnings), self.began_at]:
                 if line:
                     print(line, flush=True)

@@ -607,7 +607,7 @@ class Run(ABC):
         if self.processes != self.world.size and not self.settings.sync_bn:
             changed = f"the checkpoint was written by {self.processes} process(es) and {self.world.size} go(es) on"
             self.folder.say(f"note: {changed}: from here on batch norm sees other parts of a batch")
-        for caution in self.cautions():
+        for caution in (*self.data.notes, *self.cautions()):
             self.folder.say(f"note: {caution}")
 
     def _most_like_it(self) -> str:
