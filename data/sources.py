@@ -57,10 +57,10 @@ class Source:
 
 def default_cache() -> Path:
     """Where decoded images are kept: in the user's cache, or with the temporary files of a user who has no home."""
-    try:
-        return Path.home() / ".cache" / "sparse-adversarial"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
+    with contextlib.suppress(RuntimeError):
+        if os.environ.get("HOME") != "":  # of an empty one the cache would lie in the root folder
+            return Path.home() / ".cache" / "sparse-adversarial"
+    return Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
 
 
 @dataclass(frozen=True)

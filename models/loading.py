@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
@@ -25,7 +26,7 @@ def load_model(
     Args:
         path_or_url: a checkpoint of ours (masked, packed or slim), a safetensors file that ``scripts/export.py`` wrote, or a
             state dict, such as the paper's code and ``--format state_dict`` write. What a URL names is downloaded once, into
-            ``torch.hub``'s folder. Nothing in a file is run.
+            ``torch.hub``'s folder, or our cache of a user who has no home. Nothing in a file is run.
         device: where the network goes.
         arch, num_classes: of a state dict, which does not say them (``build_model``).
         width, depth_factor, width_factor: of a state dict whose network has not the usual ones.
@@ -44,12 +45,12 @@ def load_model(
 
 
 def _downloaded(url: str | Path) -> Path:
-    """Where ``torch.hub`` keeps what is at ``url``; fetched if it is not there yet."""
+    """Where what is at ``url`` is kept; fetched if it is not there yet."""
     from utils.errors import InputError, one_line
 
     name = PurePosixPath(unquote(urlparse(str(url)).path)).name
     # The best model of every run has one file name, so the address goes into the name here.
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(str(url).encode()).hexdigest()[:8]}_{name}"
+    path = _hub_folder() / "checkpoints" / f"{hashlib.sha256(str(url).encode()).hexdigest()[:8]}_{name}"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,3 +58,13 @@ def _downloaded(url: str | Path) -> Path:
         except (OSError, ValueError) as error:  # urllib's errors are OSErrors; a URL it cannot read is a ValueError
             raise InputError(f"cannot download {url} ({one_line(error)})") from error
     return path
+
+
+def _hub_folder() -> Path:
+    from data.sources import default_cache
+
+    folder = Path(torch.hub.get_dir())
+    # Of a user without a home, torch takes "~" for the name of a folder, or the root folder for the home.
+    if folder.parts[0] == "~" or (os.environ.get("HOME") == "" and folder.parts[:2] == ("/", ".cache")):
+        return default_cache()
+    return folder

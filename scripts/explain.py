@@ -22,7 +22,7 @@ from utils.config import only, parse_settings, pick_device, require
 from utils.config_adv import AdversarialSettings
 from utils.errors import run_command
 from utils.evaluation import network_and_data, stored_settings
-from utils.explain import explain
+from utils.explain import captum_methods, explain
 from utils.metrics import environment, json_bytes, write_figure
 from utils.trials import full_precision
 
@@ -33,6 +33,7 @@ _IDLE = "eval_attack restarts source eval_dir time_limit train_subset".split()
 
 def main() -> None:
     checkpoint, arguments, settings = _read(sys.argv[1:])
+    captum_methods()  # refused before anything is computed or written
     device = pick_device(settings)
     judged, data = network_and_data(settings, device)
     images = len(data.test)

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +190,59 @@ def test_inference_mode_is_refused_with_what_helps():
     x, y = toy.images()
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         pgd_attack(toy.network(), x, y, LINF)
+
+
+MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: (x - MEAN) / STD,
+            r"in \[0, 1\], and these are from -2 to 2\.\d+; divide 0\.\.255 by 255, and let the model itself",
+        ),
+        (lambda x: 255 * x, r"from 0\.\d+ to 25\d"),
+        (lambda x: (255 * x).to(torch.uint8), r"floating images in \[0, 1\], not torch.uint8; divide"),
+        (lambda x: x - 0.5, r"from -0\.\d+ to 0\.\d+"),
+        (lambda x: x / 0, r"inf"),
+        (lambda x: x * float("nan"), r"nan"),
+    ],
+)
+@pytest.mark.parametrize("attack", [LINF, L2])
+def test_images_outside_the_pixel_range_are_refused_in_one_line(change, message, attack):
+    model, (x, y) = toy.network(), toy.images()
+    for _ in range(2):  # what was refused is looked at again
+        with pytest.raises(ValueError, match=message) as refusal:
+            pgd_attack(model, change(x), y, attack)
+        assert "\n" not in str(refusal.value)
+    assert pgd_attack(model, x, y, attack).shape == x.shape
+
+
+@pytest.mark.parametrize("change", [lambda x: x - x.min() - 1e-6, lambda x: x / x.max() + 1e-6, lambda x: x.round(), lambda x: x[:0]])
+def test_images_a_hair_outside_the_pixel_range_are_fine(change):
+    x, y = toy.images()
+    x = change(x)
+    adversarial = pgd_attack(toy.network(), x, y[: len(x)], LINF)
+    assert ((adversarial >= 0) & (adversarial <= 1)).all()
+
+
+def test_the_range_is_looked_at_once_for_each_network_and_keeps_none_alive(monkeypatch):
+    looks = []
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, look=torch.Tensor.aminmax: looks.append(1) or look(x))
+    (one, other), (x, y) = (toy.network(), toy.network()), toy.images()
+    for model in (one, one, other, one, other):
+        pgd_attack(model, x, y, LINF)
+    assert len(looks) == 2
+    assert list(vars(one)) == list(vars(toy.network()))
+    gone = weakref.ref(one)
+    del one, model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_compiled_attack_does_not_look_at_the_range(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "aminmax", None)
+    model, (x, y) = toy.network(), toy.images()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert pgd_attack(model, x, y, LINF).shape == x.shape

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,3 +126,62 @@ def test_more_starts_never_find_less():
         evaluate(model, split, restarts=2)
     with pytest.raises(ValueError, match="no effect on AutoAttack"):
         evaluate(model, split, AutoAttack(0.1), restarts=2)
+
+
+class Sure(nn.Module):
+    """So sure of the first ``images`` of each batch that float32 leaves no gradient of the cross-entropy."""
+
+    def __init__(self, images=10**6, change=lambda logits: logits):
+        super().__init__()
+        self.inner, self.images, self.change = toy.network(), images, change
+
+    def forward(self, x):
+        logits = self.change(self.inner(x))
+        return torch.where(torch.arange(len(x))[:, None] < self.images, 1e6 * logits, logits)
+
+
+@pytest.mark.parametrize(("images", "told"), [(10**6, "at 20 of 20"), (5, "at 5 of 20"), (2, None), (0, None)])
+def test_an_attack_without_gradients_is_said_and_left_as_found(recwarn, images, told):
+    model, split = Sure(images), toy.split(20)
+    split = dataclasses.replace(split, labels=model.eval()(to_float(split.images)).argmax(dim=1))  # it is right everywhere
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, split, ATTACK)
+    lines = [str(warning.message) for warning in recwarn.list]
+    assert len(lines) == (told is not None)
+    assert all(f"the attack's loss (ce) has no gradient {told} images looked at: PGD is weak" in line for line in lines)
+    assert all(warning.filename == __file__ for warning in recwarn.list)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_an_attack_by_that_loss_looks_at_its_gradients(recwarn):
+    model, split = Sure(), toy.split(20)
+    evaluate(model, split)
+    evaluate(model, split, PGD(8 / 255, 2 / 255, 0))
+    evaluate(model, split, PGD(8 / 255, 2 / 255, 1, loss="margin"))
+    assert not recwarn.list
+
+
+def test_a_training_does_not_look_at_gradients(monkeypatch, recwarn):
+    monkeypatch.setattr("utils.evaluate.images_without_gradient", None)
+    model, data = Sure(), toy.data(20)
+    epoch_scores(model, data, ATTACK, seed=1)
+    final_scores(model, data, ATTACK, seed=1)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("change", "message"), [(torch.detach, "no gradient to its images"), (lambda y: y * float("nan"), "not finite")])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_gradients_that_are_none_or_not_finite_are_refused(change, message, restarts):
+    with pytest.raises(InputError, match=message):
+        evaluate(Sure(0, change), toy.split(20), ATTACK, restarts=restarts)
+
+
+def test_inference_mode_is_answered_by_the_attack():
+    model, split = toy.network(), toy.split(20)
+    with torch.inference_mode():
+        assert evaluate(model, split).images == 20
+        with pytest.raises(ValueError, match="inference_mode"):
+            evaluate(model, split, ATTACK)

@@ -12,6 +12,7 @@ from torch import nn
 from models import build_model
 from tests import toy
 from utils.attacks import PGD
+from utils.errors import InputError
 from utils.explain import (
     CamStage,
     cam_stage,
@@ -138,16 +139,64 @@ def test_saliency_is_the_largest_of_the_channels():
     assert torch.allclose(input_saliency(model, x, y), expected, atol=1e-7)
 
 
+def enlarged(evidence, side=32):
+    """A stage's map as ``grad_cam`` returns it; not all of it is none."""
+    evidence = F.interpolate(evidence.relu(), size=(side, side), mode="bilinear").squeeze(1)
+    assert evidence.max() > 1e-4
+    return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+
+
+def last_map(model, x):
+    """What the global average pooling reads; of a VGG, what its last pool reads."""
+    x = model.normalize(x)
+    if hasattr(model, "features"):
+        return model.features[:-1](x)
+    if hasattr(model, "layer1"):
+        return model.bn(model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(x)))))).relu()
+    return model.bn1(model.block3(model.block2(model.block1(model.conv1(x))))).relu()
+
+
 @pytest.mark.parametrize("kept", [None, 0.5])
-def test_grad_cam_of_a_resnet_is_of_the_activation_that_the_classifier_reads(kept):
-    model, (x, y) = network("resnet18"), images()
-    model = (model if kept is None else slim(model, kept_channels(model, kept)[0])).eval()
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_grad_cam_at_the_last_stage_is_cam(arch, kept):
+    """Zhou et al., 2016: the map weighed by the classifier's row of the class."""
+    model, (x, y) = network(arch), images()
+    model = (model if kept is None else slim(model, kept_channels(model, kept, floor=kept)[0])).eval()
+    *_, classifier = (module for module in model.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
-        maps = model.bn(model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(model.normalize(x)))))))
-        weights = model.linear.weight[y] * (maps > 0).float().mean(dim=(2, 3))
-    evidence = (weights[:, :, None, None] * maps.relu()).sum(dim=1, keepdim=True).relu()
-    evidence = F.interpolate(evidence, size=(32, 32), mode="bilinear").squeeze(1)
-    assert torch.allclose(grad_cam(model, x, y), evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(1e-30), atol=1e-5)
+        cam = (classifier.weight[y, :, None, None] * last_map(model, x)).sum(dim=1, keepdim=True)
+    assert torch.allclose(grad_cam(model, x, y), enlarged(cam), atol=1e-5)
+
+
+def test_grad_cam_at_a_stage_before_is_of_the_map_that_both_branches_read():
+    model, (x, y) = network("resnet18").eval(), images(side=8)
+    first, second = model.layer4
+    with torch.no_grad():
+        activation = first.bn1(model.layer3(model.layer2(model.layer1(model.conv1(model.normalize(x)))))).relu()
+    activation.requires_grad_()
+    out = first.conv2(first.bn2(first.conv1(activation)).relu()) + first.shortcut(activation)
+    logits = model.linear(model.bn(second(out)).relu().mean(dim=(2, 3)))
+    (gradient,) = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), activation)
+    evidence = (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1, keepdim=True).detach()
+    assert torch.allclose(grad_cam(model, x, y), enlarged(evidence, side=8), atol=1e-4)
+
+
+def test_a_map_without_activation_is_no_evidence():
+    model, (x, y) = network("resnet18"), images()
+    with torch.no_grad():
+        model.bn.bias.fill_(-100.0)
+        model.linear.weight.fill_(1.0)
+    assert grad_cam(model, x, y).eq(0).all()
+
+
+def test_without_captum_there_is_one_line(monkeypatch, run_explain, tmp_path):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    for method in (grad_cam, input_saliency):
+        with pytest.raises(InputError, match="pip install captum"):
+            method(network("resnet18"), *images())
+    outcome = run_explain(foreign(tmp_path / "good.pth.tar", 10), "--test_subset", 20, "--grid", 3)
+    assert (outcome.code, outcome.out, outcome.err.count("\n"), "pip install captum" in outcome.err) == (2, "", 1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pth.tar"]
 
 
 @pytest.mark.parametrize("arch", NETWORKS)

@@ -1,8 +1,14 @@
+import os
+import pwd
+import tempfile
+
 import pytest
 import torch
 from torch import nn
 
+from data.sources import default_cache
 from models import OWN, build_model, load_model
+from models.loading import _hub_folder
 from tests import toy
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
@@ -96,6 +102,28 @@ def test_a_url_is_downloaded_once_and_two_of_one_name_are_two_files(tmp_path, hu
     assert torch.equal(first.conv1.weight, again.conv1.weight)
     load_model(urls[1], **DESCRIBED)
     assert len(list(hub.iterdir())) == 2
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_a_user_without_a_home_has_downloads_with_the_temporary_files(tmp_path, monkeypatch, home):
+    for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is None:  # and the system does not know the user
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "temporary" / f"sparse-adversarial-{os.getuid()}"
+    assert (_hub_folder(), default_cache()) == (cache, cache)
+    save_plain(tmp_path / "plain.pth")
+    load_model((tmp_path / "plain.pth").as_uri(), **DESCRIBED)
+    assert len(list((cache / "checkpoints").iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pth", "temporary"]
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):  # those who say where are heard
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert tmp_path in _hub_folder().parents
+        assert _hub_folder() != cache
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from utils.seeding import random_bits, stream, uniform
 
 NORMS = ("linf", "l2")
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+_LEAST_STEP = 1e-3  # of a pixel's value that is no rounding; 8-bit images have steps of 1/255
+_looked_at: WeakSet[nn.Module] = WeakSet()  # networks whose images lay in [0, 1] at their first attack
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def pgd_attack(
         Detached images like ``x``, within ``eps`` of it and in [0, 1].
 
     Raises:
-        ValueError: draws that do not fit ``attack.random_start``; a call under ``torch.inference_mode``, which has no gradients.
+        ValueError: draws that do not fit ``attack.random_start``; a call under ``torch.inference_mode``, which has no gradients;
+            images that are not floating, or lie outside of [0, 1] at a network's first attack: later ones are not looked at.
     """
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise ValueError(
@@ -113,6 +118,7 @@ def pgd_attack(
     if attack.random_start != (draws is not None):
         raise ValueError("a random start needs draws, and draws need a random start")
     x = x.detach()
+    _refuse_other_ranges(model, x)
     adversarial = x if draws is None else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
     loss_function, goal, direction = LOSSES[attack.loss], y if targets is None else targets, 1 if targets is None else -1
     forward = model if forward is None else forward
@@ -122,6 +128,21 @@ def pgd_attack(
             (gradient,) = torch.autograd.grad(loss_function(forward(adversarial), goal), adversarial)
             adversarial = _project(adversarial.detach() + direction * _step(gradient, attack), x, attack)
     return adversarial.detach()
+
+
+def _refuse_other_ranges(model: nn.Module, x: Tensor) -> None:
+    """Once for each network, because the look waits for the device; never while a graph is compiled or captured."""
+    advice = "divide 0..255 by 255, and let the model itself normalize"
+    if not x.is_floating_point():
+        raise ValueError(f"pgd_attack takes floating images in [0, 1], not {x.dtype}; {advice}")
+    if torch.compiler.is_compiling() or model in _looked_at or not x.numel():
+        return
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    low, high = torch.stack(x.aminmax()).tolist()
+    if not (low >= -_LEAST_STEP and high <= 1 + _LEAST_STEP):  # also of NaN
+        raise ValueError(f"pgd_attack takes images in [0, 1], and these are from {low:.4g} to {high:.4g}; {advice}")
+    _looked_at.add(model)
 
 
 def attack_draws(attack: PGD, indices: Tensor, image_shape: torch.Size, *key: int | str) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch, Data, Split, plain_batches
-from utils.attacks import PGD, AutoAttack, attack_draws, in_mode
+from data.augment import to_float
+from utils.attacks import LOSSES, PGD, AutoAttack, attack_draws, in_mode
 from utils.distributed import ALONE, World
 from utils.forward import Execution, Forward
+from utils.sanity import LOOKED_AT, SILENT_SHARE, images_without_gradient
 from utils.trials import EVAL_BATCH, autoattack_trials, clean_trial, full_precision, pgd_trials, run_trials
 
 OnBatch = Callable[[int], None]
@@ -59,15 +62,50 @@ def evaluate(
         restarts: random starts of PGD; an image counts as right if it withstands them all. More than one is computed in float32.
         forward: how the network is computed, and by which processes; plainly in float32 and alone by default.
         on_batch: called after each batch, of several processes after each round of batches, with the images in it.
+
+    Warns:
+        UserWarning: PGD's loss has no gradient at many of some images, so that the accuracy says little of the network's robustness.
+
+    Raises:
+        InputError: the network passes no gradient to its images or one that is not finite, and PGD needs it; AutoAttack of fewer
+            than four classes.
+        ValueError: restarts without PGD.
     """
     forward = Forward(model) if forward is None else forward
+    if isinstance(attack, PGD) and attack.steps and not torch.is_inference_mode_enabled():  # in which the attack says what is wrong
+        _look_at_gradients(forward, split, attack)
+    return _score(forward, split, attack, seed=seed, restarts=restarts, on_batch=on_batch)
+
+
+def _look_at_gradients(forward: Forward, split: Split, attack: PGD) -> None:
+    indices = split.spread(LOOKED_AT)
+    with in_mode(forward.model, False), full_precision():
+        images = to_float(split.rows(indices))
+        silent = images_without_gradient(forward.model, images, split.labels[indices], LOSSES[attack.loss])
+    if silent > SILENT_SHARE * len(indices) and forward.world.is_first:
+        counted = f"the attack's loss ({attack.loss}) has no gradient at {silent} of {len(indices)} images looked at"
+        warnings.warn(
+            f"{counted}: PGD is weak there, and the robust accuracy may be too high; see loss='margin' or AutoAttack", stacklevel=3
+        )
+
+
+def _score(
+    forward: Forward,
+    split: Split,
+    attack: PGD | AutoAttack | None = None,
+    *,
+    seed: int = 1,
+    restarts: int = 1,
+    on_batch: OnBatch = lambda images: None,
+) -> Score:
+    """``evaluate`` without its look at the network, for a training, which measures after every epoch."""
     if isinstance(attack, AutoAttack) or restarts > 1:
         return _worst_case(forward, split, attack, seed, restarts, on_batch)
     world = forward.world
     batches = math.ceil(len(split) / EVAL_BATCH)
     right_and_loss = torch.zeros(2, batches, dtype=torch.float64, device=split.device)
     mine = plain_batches(split, EVAL_BATCH, world)
-    with in_mode(model, False), torch.no_grad():
+    with in_mode(forward.model, False), torch.no_grad():
         for first in range(0, batches, world.size):
             batch = next(mine, None)
             if batch is not None:
@@ -123,11 +161,12 @@ def epoch_scores(
     Args:
         parts: ``val``, ``test`` or both.
     """
+    forward = Forward(model) if forward is None else forward
     scores: dict[str, float] = {}
     for part, split in (("val", data.val), ("test", data.test)):
         if part in parts:
-            robust = evaluate(model, split, attack, seed=seed, forward=forward, on_batch=on_batch)
-            scores |= {f"{part}_sa": evaluate(model, split, forward=forward).accuracy, f"{part}_ra": robust.accuracy}
+            robust = _score(forward, split, attack, seed=seed, on_batch=on_batch)
+            scores |= {f"{part}_sa": _score(forward, split).accuracy, f"{part}_ra": robust.accuracy}
             scores |= {"val_loss": robust.loss} if part == "val" else {}
     return scores
 
@@ -138,7 +177,7 @@ def final_scores(
     """The reported figures, in full float32; several processes share the work."""
     forward = Forward(model, Execution(world=world))
     with full_precision():
-        test_sa = evaluate(model, data.test, forward=forward).accuracy
-        test_ra = evaluate(model, data.test, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
-        train_ra = evaluate(model, data.train, attack, seed=seed, forward=forward, on_batch=on_batch).accuracy
+        test_sa = _score(forward, data.test).accuracy
+        test_ra = _score(forward, data.test, attack, seed=seed, on_batch=on_batch).accuracy
+        train_ra = _score(forward, data.train, attack, seed=seed, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)

@@ -33,14 +33,13 @@ from utils.metrics import environment, json_bytes, write_figure
 from utils.network import network_of, network_spec, refuse_other_classes, spec_in
 from utils.preemption import Interruption
 from utils.run import load_data_for, settings_in, settings_of_run
-from utils.sanity import check_network
+from utils.sanity import LOOKED_AT, check_network
 from utils.trials import Outcomes, Trial, autoattack_trials, clean_trial, full_precision, pgd_trials, run_trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SECONDS_BETWEEN_SAVES = 30.0
-_LOOKED_AT = 32  # images, before a strong evaluation begins
 
 
 def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -161,7 +160,7 @@ class Evaluation:
 
     def _look_at_network(self) -> list[str]:
         split = self.data.test
-        indices = split.spread(_LOOKED_AT)
+        indices = split.spread(LOOKED_AT)
         warnings = []
         for model in (self.model, self.source):
             if model is not None:

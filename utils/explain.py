@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from data import Batch, Split, plain_batches
 from utils.attacks import PGD, attack_draws, in_mode, pgd_attack, without_parameter_gradients
+from utils.errors import InputError
 from utils.seeding import permutation, stream, uniform
 
 LANDSCAPE_IMAGES = 256  # over which the losses around a network are averaged; all where there are fewer
+_NO_EVIDENCE = 1e-30  # far below any evidence and above what ``_ACTIVE`` adds up to
+_ACTIVE = torch.finfo(torch.float32).tiny  # counts as zero, and yet a ReLU passes its gradient
 
 Direction = Mapping[str, Tensor]  # of each parameter, by name
 
@@ -128,7 +131,7 @@ def view(model: nn.Module, x: Tensor, y: Tensor) -> View:
 
 
 def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Where the network finds a class (Selvaraju et al., "Grad-CAM", 2017), at ``cam_stage``.
+    """Where the network finds a class (Selvaraju et al., "Grad-CAM", 2017), at ``cam_stage``; by captum.
 
     Args:
         model: a network of this project; seen in eval mode.
@@ -140,25 +143,33 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
 
     Raises:
         ValueError: a network whose stages are not known.
+        InputError: captum is not installed.
     """
-    with _gradients_of_images(model), _recorded(_stages(model)) as maps:
-        scores = _class_logits(model, x.detach().clone().requires_grad_(), classes)
-        activation = maps[_deepest_with_area(maps)]
-        (gradient,) = torch.autograd.grad(scores.sum(), activation)
-    evidence = (gradient.mean(dim=(2, 3), keepdim=True) * activation.detach().relu()).sum(dim=1, keepdim=True).relu()
+    stage = _stages(model)[cam_stage(model, x).name]
+    with _gradients_of_images(model), _activated(stage):
+        evidence = captum_methods().LayerGradCam(model, stage).attribute(x.detach(), target=classes).detach()
+    evidence = F.threshold(evidence, _NO_EVIDENCE, 0.0)
     evidence = F.interpolate(evidence, size=x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
-    return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(evidence.dtype).tiny)
+    return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(_NO_EVIDENCE)
 
 
 def input_saliency(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     """How much each pixel moves the logit of ``classes``: the gradient's size, the largest of the channels, float32 ``[N, H, W]``.
 
-    Arguments as for ``grad_cam`` (Simonyan, Vedaldi and Zisserman, "Deep Inside Convolutional Networks", 2014).
+    Arguments as for ``grad_cam`` (Simonyan, Vedaldi and Zisserman, "Deep Inside Convolutional Networks", 2014); by captum.
     """
-    x = x.detach().clone().requires_grad_()
     with _gradients_of_images(model):
-        (gradient,) = torch.autograd.grad(_class_logits(model, x, classes).sum(), x)
-    return gradient.abs().amax(dim=1)
+        gradient = captum_methods().Saliency(model).attribute(x.detach().clone().requires_grad_(), target=classes)
+    return gradient.detach().amax(dim=1)
+
+
+def captum_methods() -> Any:
+    """The module ``captum.attr``; raises ``InputError`` where captum is not installed."""
+    try:
+        from captum import attr
+    except ImportError as error:
+        raise InputError(f"Grad-CAM and saliency need captum ({error}); pip install captum") from error
+    return attr
 
 
 @dataclass(frozen=True)
@@ -180,10 +191,10 @@ def cam_stage(model: nn.Module, x: Tensor) -> CamStage:
 
 
 def _stages(model: nn.Module) -> dict[str, nn.Module]:
-    """Which module gives a stage's feature map (after a ReLU), by the stage's name and in order.
+    """Which module gives a stage's feature map, by the stage's name and in order.
 
-    A VGG's stages are its last activations before each pool. In the pre-activation ResNets it is the norm that reads the stage's
-    sum: the sum itself knows no zero, so that weighing its channels says little.
+    A VGG's stages are its last ReLUs before each pool. In the pre-activation ResNets it is the norm that reads the stage's sum, whose
+    ReLU is a function and no module: see ``_activated``.
     """
     if isinstance(layers := getattr(model, "features", None), nn.Sequential):
         followed = zip(layers, list(layers)[1:], strict=False)
@@ -218,14 +229,25 @@ def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
+def _activated(stage: nn.Module) -> Iterator[None]:
+    """The module's output is the map after its ReLU, for hooks that come later; the network computes what it did."""
+
+    def activate(module: nn.Module, given: object, output: Tensor) -> Tensor:
+        # Not zero: the ReLU that follows a norm would pass no gradient to what lies there, and Grad-CAM averages over the whole map.
+        return output.clamp_min(_ACTIVE)
+
+    hook = stage.register_forward_hook(activate)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def _gradients_of_images(model: nn.Module) -> Iterator[None]:
     """Eval mode, and gradients of images alone."""
     with in_mode(model, False), without_parameter_gradients(model), torch.enable_grad():
         yield
-
-
-def _class_logits(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    return model(x).gather(1, classes[:, None]).squeeze(1)
 
 
 # ---------------------------------------------------------------- around the weights

@@ -4,14 +4,14 @@ Robustness", 2019; the checks that AutoAttack and RobustBench make)."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.attacks import without_parameter_gradients
+from utils.attacks import Loss, cross_entropy, without_parameter_gradients
 from utils.errors import InputError
 
 _ROUNDING = 1e-3  # relative; kernels for one image and for a batch round differently
-_SILENT_SHARE = 0.1  # of images without a gradient, from which the user is told
+LOOKED_AT = 32  # images, before a strong evaluation begins
+SILENT_SHARE = 0.1  # of images without a gradient, from which the user is told
 
 
 def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
@@ -35,7 +35,12 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
         raise InputError("the network is not deterministic: it answers differently the second time, and an attack needs one answer")
     if not _close(alone, logits[:1]):
         raise InputError("the network's answer for an image depends on the images beside it, as with batch statistics")
-    return _look_at_gradients(model, x, y)
+    silent = images_without_gradient(model, x, y)
+    if silent == len(x):
+        raise InputError(f"the gradient is zero at all {silent} images looked at, so attacks by gradient say nothing")
+    if silent > SILENT_SHARE * len(x):
+        return [f"the cross-entropy has no gradient at {silent} of {len(x)} images: PGD is weak there, see --eval_attack cw or autoattack"]
+    return []
 
 
 def _refuse_probabilities(logits: Tensor) -> None:
@@ -50,18 +55,18 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= _ROUNDING * other.abs().max().clamp_min(1e-6))
 
 
-def _look_at_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+def images_without_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> int:
+    """At how many of some images ``[N, C, H, W]`` with labels ``[N]`` a loss has no gradient, in the network's present mode.
+
+    Raises:
+        InputError: the network passes none on to its images, or one that is not finite.
+    """
     x = x.detach().clone().requires_grad_()
     with without_parameter_gradients(model), torch.enable_grad():
-        loss = F.cross_entropy(model(x), y, reduction="sum")
-        if not loss.requires_grad:
+        value = loss(model(x), y)
+        if not value.requires_grad:
             raise InputError("the network passes no gradient to its images, so attacks by gradient say nothing")
-        (gradient,) = torch.autograd.grad(loss, x)
+        (gradient,) = torch.autograd.grad(value, x)
     if not bool(gradient.isfinite().all()):
         raise InputError("the gradient at some images is not finite, so attacks by gradient say nothing")
-    silent = int((gradient.flatten(1).abs().amax(dim=1) == 0).sum())
-    if silent == len(x):
-        raise InputError(f"the gradient is zero at all {silent} images looked at, so attacks by gradient say nothing")
-    if silent > _SILENT_SHARE * len(x):
-        return [f"the cross-entropy has no gradient at {silent} of {len(x)} images: PGD is weak there, see --eval_attack cw or autoattack"]
-    return []
+    return int((gradient.flatten(1).abs().amax(dim=1) == 0).sum())
