@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Data, TrainLoader, load_data
+from models import OWN
 from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, snapshot
@@ -36,6 +38,7 @@ from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
+from utils.preflight import refusing, rehearse_checkpoint, rehearse_step
 from utils.report import summary_text
 
 _SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
@@ -109,10 +112,11 @@ class Stage:
         rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = sgd(model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
+        idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
         work = flops.real_training([flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps)
         self.execution = dataclasses.replace(execution, compile=False) if together else execution.for_training(work, data.train.device)
-        self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH))
+        self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH), has_idle=bool(idle) or draws)
         self._is_prepared = not self.execution.compile
         self._most_tested = max(len(data.val), len(data.test))
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
@@ -168,6 +172,17 @@ class Stage:
             self.masking.load_state_dict(state["masking"])
 
 
+def _rehearsed(model: nn.Module, data: Data, arch: str, execution: Execution) -> tuple[list[str], bool]:
+    """What ``rehearse_step`` finds of a network of one's own; the others are known."""
+    if arch not in OWN:
+        return [], False
+    with refusing(arch):
+        idle, draws = rehearse_step(model, data, execution)
+    if idle:
+        warnings.warn(f"without a gradient on the first images, so they stay as they are: {', '.join(idle)}", stacklevel=2)
+    return idle, draws
+
+
 class Run(ABC):
     """One run, from its first epoch or from where its folder stands. A script says what its stages are."""
 
@@ -212,7 +227,11 @@ class Run(ABC):
             raise InputError(
                 f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from, another --save_dir starts anew"
             )
-        self.stage = self.first_stage()
+        with refusing(settings.arch):
+            self.stage = self.first_stage()
+            if settings.arch in OWN:
+                self.stage.figures()
+                rehearse_checkpoint(self.stage.model, self.stage.state_dict(), self.spec, self.data, device, settings.seed)
 
     def _refuse_grown(self, stored: Mapping[str, Any]) -> None:
         """A run that was given more epochs keeps the folder that is named by fewer: those flags are of another run by now."""
