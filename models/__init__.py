@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from models.loading import load_model
 from models.normalize import Normalize
@@ -84,8 +85,17 @@ def build_model(
         if width != 1.0:
             raise ValueError(f"width scales ResNets and VGGs, not {arch}; wideresnet has width_factor")
         if arch in OWN:
-            return OWN[arch](num_classes, normalize)
+            return _complete(arch, OWN[arch](num_classes, normalize))
         return WideResNet(depth_factor, width_factor, num_classes, normalize)
+
+
+def _complete(arch: str, model: nn.Module) -> nn.Module:
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"{arch} has layers whose size only a first image gives, which --seed does not draw: {', '.join(lazy)}; give sizes"
+        )
+    return model
 
 
 def canonical_arch(arch: str) -> str:

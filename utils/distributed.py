@@ -125,15 +125,17 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def replica(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The network as one whose gradients are averaged in backward; all start with the weights of the first."""
+    def replica(self, model: nn.Module, device: torch.device, has_idle: bool = False) -> nn.Module:
+        """The network as one whose gradients are averaged in backward; all start with the weights of the first. ``has_idle``: some
+        parameters may have none, for which each step is searched."""
         if self.size == 1:
             return model
         parallel: Any = nn.parallel.DistributedDataParallel
         # Buffers are handed round by ``share_buffers``, after a step: an attack in eval mode needs them before the next.
         names = ("forward_sync_buffers", "broadcast_buffers")  # since torch 2.13, and before
         name = next(name for name in names if name in inspect.signature(parallel).parameters)
-        return parallel(model, device_ids=[device.index] if device.type == "cuda" else None, **{name: False})
+        options = {name: False, "find_unused_parameters": has_idle}
+        return parallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
@@ -224,10 +226,10 @@ def lost_another(error: RuntimeError) -> bool:
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Make every batch norm one of torch's SyncBatchNorm, in place: statistics over the whole batch of all processes.
 
-    Each stays what else it is, a ``BatchNorm2d`` whose channels can be removed, or one that picks its channels.
+    Each stays what else it is, a ``BatchNorm2d``, say, whose channels can be removed, or one that picks its channels.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not isinstance(m, nn.SyncBatchNorm)]
-    # Neither BatchNorm2d nor a norm that picks computes by itself: both go on to the next class, which is torch's.
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+    # Neither torch's own nor a norm that picks computes by itself: both go on to the next class, which is torch's.
     kinds = {kind: type(f"Sync{kind.__name__}", (kind, nn.SyncBatchNorm), {"process_group": None}) for kind in {type(m) for m in norms}}
     for module in norms:
         module.__class__ = kinds[type(module)]

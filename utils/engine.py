@@ -17,6 +17,7 @@ from utils.attacks import PGD, attack_draws
 from utils.distributed import World
 from utils.errors import RunError
 from utils.forward import Forward
+from utils.seeding import lent_generators, stream
 
 _SECONDS_BETWEEN_LOOKS = 1.0  # looking waits for the device, so fast steps are not looked at one by one
 
@@ -159,7 +160,8 @@ def train_epoch(
         batches: the epoch's batches, from the first one that ``tally`` has not seen.
         steps: batches in the whole epoch.
         plan: the attack and the learning rate.
-        epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random starts.
+        epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random starts, with the step and the
+            process that of what the network itself draws by the global generators; those are left as found.
         masking: stepped after each update.
         tally: of the steps that were done before, for an epoch that goes on in its middle.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also checked; they come
@@ -177,25 +179,27 @@ def train_epoch(
     key = (plan.seed, "attack", epoch)
     looked_at = time.perf_counter()
     start = looked_at - tally.seconds
-    for step, batch in enumerate(batches, tally.step):
-        set_learning_rate(optimizer, plan.rate(epoch, step, steps))
-        loss, right = train_step(
-            model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key, forward=forward
-        )
-        if masking is not None:
-            masking.step()
-            if forward.world.size > 1 and masking.update_due():
-                forward.world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
-        now = time.perf_counter()
-        tally.add(loss, right, batch.total)
-        tally.seconds = now - start
-        looks = (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS
-        if forward.world.highest(looks):  # all of them at the same step
-            progress = _progress(tally, epoch, forward.world)
-            looked_at = time.perf_counter()
-            tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
-            on_progress(progress)
-        after_step(tally)
+    with lent_generators(next(model.parameters()).device) as seed:
+        for step, batch in enumerate(batches, tally.step):
+            seed(stream(plan.seed, "network", epoch, step, forward.world.rank))  # dropout draws alike in a resumed run
+            set_learning_rate(optimizer, plan.rate(epoch, step, steps))
+            loss, right = train_step(
+                model, optimizer, batch, attack=plan.attack, attack_training=plan.attack_training, key=key, forward=forward
+            )
+            if masking is not None:
+                masking.step()
+                if forward.world.size > 1 and masking.update_due():
+                    forward.world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
+            now = time.perf_counter()
+            tally.add(loss, right, batch.total)
+            tally.seconds = now - start
+            looks = (step + 1) % print_freq == 0 or step + 1 == steps or now - looked_at > _SECONDS_BETWEEN_LOOKS
+            if forward.world.highest(looks):  # all of them at the same step
+                progress = _progress(tally, epoch, forward.world)
+                looked_at = time.perf_counter()
+                tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
+                on_progress(progress)
+            after_step(tally)
     done = tally.progress(epoch)
     return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
 

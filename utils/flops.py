@@ -7,7 +7,7 @@ the output channels twice and leaves linear layers out; it exists to be laid bes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
-    return costs
+    named, first = dict(model.named_parameters(remove_duplicate=False)), {id(p): name for name, p in model.named_parameters()}
+    return [replace(cost, name=first.get(id(named.get(cost.name)), cost.name)) for cost in costs]  # of a weight that layers share
 
 
 def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, str]) -> str:

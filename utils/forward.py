@@ -20,7 +20,8 @@ from data import Batch
 from utils.attacks import PGD, in_mode, pgd_attack, without_parameter_gradients
 from utils.cuda_graph import AttackOnce, GraphedAttack, GraphMemory
 from utils.distributed import ALONE, World
-from utils.errors import one_line
+from utils.errors import RunError, one_line
+from utils.seeding import host_draws, lent_generators
 
 PRECISIONS = ("float32", "bf16")
 
@@ -82,11 +83,13 @@ class Forward:
         model: used as it is at each call: weights, mode and masks are its own.
         execution: how.
         sizes: images in the batches worth compiling and capturing for; others are computed without.
+        has_idle: whether some trained parameters take no part in an update, which several processes must know.
     """
 
-    def __init__(self, model: nn.Module, execution: Execution = PLAIN, sizes: Collection[int] = ()) -> None:
+    def __init__(self, model: nn.Module, execution: Execution = PLAIN, sizes: Collection[int] = (), *, has_idle: bool = False) -> None:
         self.model = model
         self.world = execution.world
+        self._has_idle = has_idle
         self._autocast = execution.precision == "bf16"
         self._usual = frozenset(sizes)
         self._sizes = self._usual if execution.compile else frozenset()
@@ -104,8 +107,14 @@ class Forward:
     def averaged(self, x: Tensor) -> Tensor:
         """The same, with the parameters' gradients averaged over the processes in backward."""
         if self._replica is None:  # not before: DDP asks the other processes
-            self._replica = self.world.replica(self.model, x.device)
-        return self._logits(self._replica, x)
+            self._replica = self.world.replica(self.model, x.device, self._has_idle)
+        try:
+            return self._logits(self._replica, x)
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            part = f"some layers took part in the last step in some of the {self.world.size} processes alone"
+            raise RunError(f"{part}; one process can train such a network") from error
 
     def attack(self, x: Tensor, y: Tensor, attack: PGD, *, training: bool, draws: Tensor | None) -> Tensor:
         """``pgd_attack`` on this network; on CUDA as one graph for batches of the usual sizes."""
@@ -126,7 +135,12 @@ class Forward:
         if self._shared is None:
             self._shared = GraphMemory(x.device)
         try:
-            self._graphs[key] = GraphedAttack(self.model, once, x, y, draws, self._shared)
+            with lent_generators(x.device):  # the step draws as one that captures nothing
+                before = host_draws()
+                graph = GraphedAttack(self.model, once, x, y, draws, self._shared)
+                if host_draws() != before:
+                    raise RuntimeError("the network draws on the host, and a graph would repeat what it drew")
+            self._graphs[key] = graph
         except RuntimeError as error:  # an operation that cannot be captured, or not enough memory for batches of this size
             self._uncaptured.add(key)
             warnings.warn(f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without", stacklevel=3)
@@ -149,17 +163,8 @@ class Forward:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         torch.compiler.reset()  # of an earlier stage's network, whose graphs count towards the same limit
         try:
-            if attacked:
-                self._there_and_back(batch.x, training)
-            if self.world.size == 1:
-                with in_mode(self.model, True):
-                    self(batch.x).sum().backward()
-            if tested in self._sizes:
-                images = batch.x[torch.arange(tested, device=batch.x.device) % len(batch.x)]
-                with in_mode(self.model, False), torch.no_grad():
-                    self(images)
-                if attacked:
-                    self._there_and_back(images, False)
+            with lent_generators(batch.x.device):
+                self._warm_up(batch, attacked, training, tested)
         except Exception as error:  # a missing compiler, a network that it cannot take: in as many ways as there are layers below
             failure = one_line(error).split(". ")[0][:200]
         for parameter in self.model.parameters():
@@ -170,6 +175,19 @@ class Forward:
             self._sizes = frozenset()
             return f"warning: torch.compile failed ({failure or 'in another process'}); going on without"
         return f"compiled in {time.perf_counter() - start:.0f} s"
+
+    def _warm_up(self, batch: Batch, attacked: bool, training: bool, tested: int) -> None:
+        if attacked:
+            self._there_and_back(batch.x, training)
+        if self.world.size == 1:
+            with in_mode(self.model, True):
+                self(batch.x).sum().backward()
+        if tested in self._sizes:
+            images = batch.x[torch.arange(tested, device=batch.x.device) % len(batch.x)]
+            with in_mode(self.model, False), torch.no_grad():
+                self(images)
+            if attacked:
+                self._there_and_back(images, False)
 
     def _there_and_back(self, x: Tensor, training: bool) -> None:
         """What a step of an attack computes."""

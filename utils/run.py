@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Data, TrainLoader, load_data
+from models import OWN
 from sparse_core import Masking
 from utils import flops
 from utils.checkpoint import checksum, load_checkpoint, load_newest, load_weights, network_weights, refuse_unfit_training_state, snapshot
@@ -38,6 +40,7 @@ from utils.metrics import EpochDisplay, ForeignRunFolder, RunFolder, environment
 from utils.network import network_of, network_spec, spec_in
 from utils.paths import RunPaths
 from utils.preemption import TIME_LIMIT_CODE, Interruption
+from utils.preflight import refusing, rehearse_checkpoint, rehearse_step
 from utils.report import summary_text
 
 _SECONDS_BETWEEN_PICTURES = 15.0  # a picture costs a quarter of a second, which short epochs would feel
@@ -126,10 +129,11 @@ class Stage:
         rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = sgd(model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.masking: Masking | None = None
+        idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
         work = flops.real_training([flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps)
         self.execution = dataclasses.replace(execution, compile=False) if together else execution.for_training(work, data.train.device)
-        self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH))
+        self.forward = Forward(model, self.execution, sizes=(self.loader.most, EVAL_BATCH), has_idle=bool(idle) or draws)
         self._is_prepared = not self.execution.compile
         self._most_tested = max(len(data.val), len(data.test))
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
@@ -185,6 +189,17 @@ class Stage:
             self.masking.load_state_dict(state["masking"])
 
 
+def _rehearsed(model: nn.Module, data: Data, arch: str, execution: Execution) -> tuple[list[str], bool]:
+    """What ``rehearse_step`` finds of a network of one's own; the others are known."""
+    if arch not in OWN:
+        return [], False
+    with refusing(arch):
+        idle, draws = rehearse_step(model, data, execution)
+    if idle:
+        warnings.warn(f"without a gradient on the first images, so they stay as they are: {', '.join(idle)}", stacklevel=2)
+    return idle, draws
+
+
 class Run(ABC):
     """One run, from its first epoch or from where its folder stands. A script says what its stages are."""
 
@@ -231,7 +246,11 @@ class Run(ABC):
             )
         if settings.resume:
             self._refuse_changed_images()
-        self.stage = self.first_stage()
+        with refusing(settings.arch):
+            self.stage = self.first_stage()
+            if settings.arch in OWN:
+                self.stage.figures()
+                rehearse_checkpoint(self.stage.model, self.stage.state_dict(), self.spec, self.data, device, settings.seed)
 
     def _refuse_changed_images(self) -> None:
         """A run beside this one that has all of its settings and read other images at the same place was meant."""

@@ -26,15 +26,24 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     """
     if training := [name or "the network itself" for name, module in model.named_modules() if module.training]:
         raise InputError(f"the network is not in eval mode: {training[0]} is training, so batch norm and dropout would mislead")
+    check_answers(model, x)
+    return _look_at_gradients(model, x, y)
+
+
+def check_answers(model: nn.Module, x: Tensor) -> None:
+    """What ``check_network`` asks of a network's logits, which also holds of one that was never trained."""
     with torch.no_grad():
         logits, again, alone = model(x), model(x), model(x[:1])
     if not bool(logits.isfinite().all()):
         raise InputError("the network's logits are not finite")
     _refuse_probabilities(logits)
-    if not _close(again, logits):
+    if not close(again, logits):
         raise InputError("the network is not deterministic: it answers differently the second time, and an attack needs one answer")
-    if not _close(alone, logits[:1]):
+    if not close(alone, logits[:1]):
         raise InputError("the network's answer for an image depends on the images beside it, as with batch statistics")
+
+
+def _look_at_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     silent = images_without_gradient(model, x, y)
     if silent == len(x):
         raise InputError(f"the gradient is zero at all {silent} images looked at, so attacks by gradient say nothing")
@@ -45,13 +54,14 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 def _refuse_probabilities(logits: Tensor) -> None:
     sums, log_sums = logits.sum(dim=1), logits.logsumexp(dim=1)
-    if bool((logits >= 0).all() and (logits <= 1).all()) and _close(sums, torch.ones_like(sums)):
+    if bool((logits >= 0).all() and (logits <= 1).all()) and close(sums, torch.ones_like(sums)):
         raise InputError("the network gives probabilities and not logits: their softmax hides its gradients from attacks")
     if bool((log_sums.abs() < 1e-4).all()):
         raise InputError("the network gives log-probabilities and not logits; leave its last log_softmax out")
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two answers differ by rounding alone."""
     return bool((one - other).abs().max() <= _ROUNDING * other.abs().max().clamp_min(1e-6))
 
 
