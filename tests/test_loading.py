@@ -171,3 +171,27 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
     for path in (best, exported):
         with pytest.raises(InputError, match=r"unknown architecture 'plain'.*must be the one to load it"):
             load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"image_size": 20000}, "describes a network that cannot be: image_size 20000"),
+        ({"num_classes": 10**12}, "cannot be: num_classes"),
+        ({"num_classes": 10**7}, r"describes a network of \d+ numbers and holds"),
+        ({"width": 64.0}, r"describes a network of \d+ numbers and holds"),
+        ({"width": float("inf")}, "cannot be: width inf"),
+        ({"arch": "wideresnet", "width": 1.0, "depth_factor": 1000, "width_factor": 100}, r"describes a network of \d+ numbers and holds"),
+        ({"mean": ["a", 0.5, 0.5]}, "mean and the standard deviation of its pixels"),
+        ({"kept": {"bn1": [0.5]}}, "which channels its network kept"),
+        ({"num_classes": 10**7, "kept": {"bn1": [0]}}, r"describes a network of \d+ numbers and holds"),
+    ],
+)
+def test_a_description_cannot_ask_for_more_than_its_file_holds(tmp_path, changed, reason):
+    """Without trying: the memory is there for none of them, or the time."""
+    spec = {"arch": "resnet18", "num_classes": 10, "mean": [0.5] * 3, "std": [0.2] * 3, "width": 0.0625, "depth_factor": 34}
+    spec |= {"width_factor": 10, "image_size": 32}
+    state = build_model(**spec).state_dict()
+    torch.save({"network": {**spec, **changed}, "state_dict": state}, tmp_path / "odd.pth.tar")
+    with pytest.raises(InputError, match=reason):
+        load_model(tmp_path / "odd.pth.tar")

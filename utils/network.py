@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from data import Data
-from models import build_model
+from models import OWN, build_model
 from utils.checkpoint import load_weights, network_weights
 from utils.config import CommonSettings
 from utils.errors import InputError, one_line
@@ -18,6 +19,10 @@ from utils.inputs import read_checkpoint
 from utils.safe_tensors import SUFFIX, load_safetensors
 from utils.slimming import slim
 
+# What a description may say at all, and from where on it is looked at more closely before it is given memory.
+_RANGES = {"num_classes": (1, 2**24), "image_size": (1, 4096), "width": (0.0, 64.0), "depth_factor": (1, 1000), "width_factor": (1, 100)}
+_USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor": 16}
+_LEAST_KEPT = 1e-3  # share of a network's numbers, without channels, from which nobody goes below
 _NOT_BUILT = frozenset({"kept", "classes"})  # of a description: what a full, nameless network does not have
 
 
@@ -46,8 +51,13 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
     if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
         raise InputError(f"{path} does not say which network it holds")
+    if wrong := [name for name, (least, most) in _RANGES.items() if not least <= spec[name] <= most]:
+        raise InputError(f"{path} describes a network that cannot be: {wrong[0]} {spec[wrong[0]]}")
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (*spec["mean"], *spec["std"])):
+        raise InputError(f"{path} does not hold the mean and the standard deviation of its pixels")
     kept = spec.get("kept", {})
-    if not isinstance(kept, Mapping) or not all(isinstance(channels, list) for channels in kept.values()):
+    channels = [*kept.values()] if isinstance(kept, Mapping) else [None]
+    if not all(isinstance(one, list) and all(type(channel) is int for channel in one) for one in channels):
         raise InputError(f"{path} does not say which channels its network kept")
     classes = spec.get("classes")
     named = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
@@ -91,15 +101,31 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
         model = build_model(**{name: value for name, value in spec.items() if name not in _NOT_BUILT}, seed=seed)
         model = model if kept is None else slim(model, kept)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    except (ValueError, RuntimeError) as error:  # a size it cannot have, or more memory than there is
+    except (ValueError, RuntimeError, OverflowError) as error:  # a size it cannot have, or more memory than there is
         raise InputError(f"this network cannot be built ({one_line(error)})") from error
 
 
 def network_of(content: Mapping[str, Any], path: object, spec: Mapping[str, Any], device: torch.device) -> nn.Module:
     """The network that a checkpoint's ``content`` (from ``path``) holds, built by ``spec``; ``InputError`` if it is another one."""
+    _refuse_larger_than_its_file(content, path, spec)
     model = build_network(spec, device)
     load_weights(model, network_weights(content, str(path)), str(path), spec["arch"])
     return model
+
+
+def _refuse_larger_than_its_file(content: Mapping[str, Any], path: object, spec: Mapping[str, Any]) -> None:
+    """A description can ask for any memory; an unusual one is first built without."""
+    if spec["arch"] in OWN or all(spec[name] <= most for name, most in _USUAL.items()):
+        return
+    try:
+        with torch.device("meta"):
+            model = build_model(**{name: value for name, value in spec.items() if name not in _NOT_BUILT})
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{path}: this network cannot be built ({one_line(error)})") from error
+    asked = sum(value.numel() for value in model.state_dict().values())
+    held = sum(value.numel() for value in network_weights(content, str(path)).values())
+    if asked * (_LEAST_KEPT if "kept" in spec else 1) > held:
+        raise InputError(f"{path} describes a network of {asked} numbers and holds {held}")
 
 
 def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
