@@ -6,6 +6,7 @@ its number, ``finished``, ``begun`` or ``new``, and its folder, with tabs betwee
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def planned(command: str) -> Planned:
         raise InputError(f"{script} trains nothing; known: {', '.join(SETTINGS_OF)}")
     asked = parse_settings(kind, flags, "", lambda given: {})
     settings, paths = placed(asked, data_of(asked), pick_device(asked))
-    rows = read_epochs(paths) if paths.metrics.exists() else []
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(InputError):  # none yet, or damaged, of which the run itself says more
+        rows = read_epochs(paths)
     return Planned(settings, paths, len(rows), settings.epochs_done(rows))
 
 

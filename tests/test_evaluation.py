@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import utils.run
+from data import Split
 from tests import toy
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.evaluate import evaluate
@@ -34,8 +35,9 @@ def results(checkpoint):
     return {path.name: json.loads(path.read_text()) for path in sorted((checkpoint.parent / "evaluations").glob("*.json"))}
 
 
-def answers(checkpoint, number=0):
-    return load_checkpoint(sorted((checkpoint.parent / "evaluations").glob("*.pth.tar"))[number])
+def answers(checkpoint):
+    (path,) = (checkpoint.parent / "evaluations").glob("*.pth.tar")
+    return load_checkpoint(path)
 
 
 def evaluation(run_adv, checkpoint, *flags):
@@ -247,24 +249,24 @@ def test_images_that_changed_are_another_evaluation(run_adv, image_tree, tmp_pat
 @pytest.fixture
 def reversed_digits(monkeypatch):
     """The digits with their classes in the opposite order: what another way of numbering them gives."""
-    original = data.SOURCES["digits"]
+    original = utils.run.load_data
 
-    def source(place):
-        found = original(place)
-        sets = {name: replace(part, labels=9 - part.labels) for name, part in (("training", found.training), ("test", found.test))}
-        return replace(found, classes=found.classes[::-1], **sets)
+    def load(*arguments, **options):
+        found = original(*arguments, **options)
+        splits = {part: replace(split, labels=9 - split.labels) for part, split in vars(found).items() if isinstance(split, Split)}
+        return replace(found, classes=found.classes[::-1], **splits)
 
-    return lambda: monkeypatch.setitem(data.SOURCES, "digits", source)
+    return lambda: monkeypatch.setattr(utils.run, "load_data", load)
 
 
 def test_classes_are_matched_by_name(run_adv, trained, reversed_digits, tmp_path):
     evaluation(run_adv, trained)
     reversed_digits()
     with pytest.warns(UserWarning, match="in another order than the data: they are matched by name"):
-        evaluation(run_adv, trained)
-    before, after = results(trained).values()
+        evaluation(run_adv, trained, "--eval_dir", tmp_path / "again")
+    ((before,), (after,)) = results(trained).values(), [json.loads(path.read_text()) for path in (tmp_path / "again").glob("*.json")]
     assert all(before[name] == after[name] for name in ("test_sa", "test_ra", "train_ra", "network"))
-    predicted, labels = answers(trained, -1)["outcomes"]["predicted"]["clean"], answers(trained, -1)["labels"]["test"]
+    predicted, labels = answers(trained)["outcomes"]["predicted"]["clean"], answers(trained)["labels"]["test"]
     assert (predicted == labels).sum() != (predicted == 9 - labels).sum(), "the other order would be seen"
 
 
