@@ -90,7 +90,7 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
 
 
 def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
-    logits = forward(x)
+    logits: Any = forward(x)
     if logits.shape != (len(x), classes):
         raise InputError(f"the network answers {list(x.shape)} images with {list(logits.shape)} and not with logits [{len(x)}, {classes}]")
     return logits
