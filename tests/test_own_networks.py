@@ -149,7 +149,6 @@ METHODS = {
 
 @pytest.fixture
 def run(run_adv, monkeypatch):
-    monkeypatch.setattr(models, "OWN", {})
     for name, build in NETWORKS.items():
         monkeypatch.setitem(models.OWN, name, build)
     return lambda name, method, *flags: run_adv(*RUN, "--arch", name, *METHODS[method], *flags)
@@ -239,7 +238,10 @@ REFUSED = {
     "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
     "still": (still, "none of the network's parameters is trained"),
     "outside": (Outside, "outside of its state_dict"),
-    "lazy": (lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)), "layers without a size"),
+    "lazy": (
+        lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)),
+        "only a first image gives",
+    ),
     "no network": (lambda classes: None, "cannot be trained so: TypeError"),
 }
 
