@@ -2,13 +2,28 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import main_adv
 import models
+from data import Augmentation, TrainLoader, load_data
+from models import Normalize
+from sparse_core import Masking, MaskingConfig
+from tests import toy
+from tests.processes import in_processes
 from tests.test_resume import assert_equal, only_run, stop_at
-
-CLASSES, SIDE = 10, 8
+from utils.checkpoint import load_checkpoint
+from utils.config import parse_settings
+from utils.config_adv import AdversarialSettings
+from utils.distributed import ALONE
+from utils.engine import Plan, train_epoch
+from utils.errors import RunError
+from utils.flops import layer_costs, real_inference
+from utils.forward import PLAIN, Execution, Forward
+from utils.preflight import rehearse_step
+from utils.seeding import host_draws
 
 
 class Tokens(nn.Module):
@@ -134,7 +149,6 @@ METHODS = {
 
 @pytest.fixture
 def run(run_adv, monkeypatch):
-    monkeypatch.setattr(models, "OWN", {})
     for name, build in NETWORKS.items():
         monkeypatch.setitem(models.OWN, name, build)
     return lambda name, method, *flags: run_adv(*RUN, "--arch", name, *METHODS[method], *flags)
@@ -156,3 +170,182 @@ def test_trains_resumes_to_the_bit_and_evaluates(run, run_adv, tmp_path, monkeyp
     best = only_run(tmp_path / "whole").best_ra
     outcome = run_adv("--eval", "--pretrained", best, "--test_step", 1, "--test_subset", 60, "--device", "cpu")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", WEIGHT_NORMS)
+def test_a_weight_norm_trains_dense_and_is_refused_for_masks(run, tmp_path, monkeypatch, name):
+    for method in ("fb", "fbp"):
+        outcome = run(name, method, "--save_dir", tmp_path / "out")
+        assert outcome.code == 2
+        assert len(outcome.err.strip().splitlines()) == 1
+        assert f"--arch {name}: 1 has a" in outcome.err
+    assert not (tmp_path / "out").exists()
+    assert run(name, "dense", "--save_dir", tmp_path / "whole").code == 0
+    stop_at(monkeypatch, 6)
+    assert run(name, "dense", "--save_dir", tmp_path / "cut").code == 75
+    stop_at(monkeypatch, None)
+    assert run(name, "dense", "--save_dir", tmp_path / "cut", "--resume").code == 0
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+# ---------------------------------------------------------------- refused
+
+
+class Wrapped(nn.Module):
+    """The plain network with something before and after it."""
+
+    def __init__(self, classes, normalize, before=lambda x: x, after=lambda logits: logits):
+        super().__init__()
+        self.body, self.before, self.after = plain(classes, normalize), before, after
+
+    def forward(self, x):
+        return self.after(self.body(self.before(x)))
+
+
+class Outside(nn.Module):
+    """A random projection that no buffer holds."""
+
+    def __init__(self, classes, normalize):
+        super().__init__()
+        self.normalize, self.projection, self.head = normalize, torch.randn(64, 12), nn.Linear(12, classes)
+
+    def forward(self, x):
+        return self.head((self.normalize(x).flatten(1) @ self.projection).relu())
+
+
+def still(classes, normalize):
+    return plain(classes, normalize).requires_grad_(False)
+
+
+def batch_statistics(classes, normalize):
+    return plain(classes, normalize, nn.BatchNorm2d(6, track_running_stats=False))
+
+
+def wrapped(**parts):
+    return lambda classes, normalize: Wrapped(classes, normalize, **parts)
+
+
+REFUSED = {
+    "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained so: RuntimeError in"),
+    "other classes": (wrapped(after=lambda logits: logits[:, 1:]), "with [2, 9] and not with logits [2, 10]"),
+    "squeezes one image": (wrapped(after=lambda logits: logits.squeeze(0)), "with [10] and not with logits [1, 10]"),
+    "gives two": (wrapped(after=lambda logits: (logits, logits)), "with a tuple and not with logits [2, 10]"),
+    "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities and not logits"),
+    "always drops": (wrapped(after=lambda logits: F.dropout(logits, 0.5)), "is not deterministic"),
+    "batch statistics": (batch_statistics, "depends on the images beside it"),
+    "changes its images": (wrapped(before=lambda x: x.mul_(2)), "in-place operation"),
+    "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
+    "still": (still, "none of the network's parameters is trained"),
+    "outside": (Outside, "outside of its state_dict"),
+    "lazy": (lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)), "size only a first image gives"),
+    "no network": (lambda classes: None, "cannot be trained so: TypeError"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_train_is_refused_before_anything_is_written(run_adv, tmp_path, monkeypatch, name):
+    build, reason = REFUSED[name]
+    monkeypatch.setitem(models.OWN, name, build)
+    outcome = run_adv(*RUN, "--arch", name, "--save_dir", tmp_path / "out")
+    assert (outcome.code, reason in outcome.err, len(outcome.err.strip().splitlines())) == (2, True, 1), outcome.err
+    assert name in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_the_generators_of_the_host_are_left_alone(run, tmp_path):
+    before = host_draws()
+    assert run("dropout", "fb", "--save_dir", tmp_path).code == 0
+    assert host_draws() == before
+
+
+def test_a_rehearsal_leaves_the_network_as_it_was():
+    model = dropout(10, Normalize((0.0,), (1.0,))).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    idle, draws = rehearse_step(model, load_data("digits", train_subset=20, test_subset=20), PLAIN)
+    assert (idle, draws) == ([], True)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Noting(nn.Module):
+    """Adds a draw in train mode and notes it; has a layer that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.unused, self.noted = nn.Linear(192, 3), nn.Linear(2, 2), []
+
+    def forward(self, x):
+        if self.training:
+            draw = torch.rand(1)
+            self.noted.append(float(draw))
+            x = x + draw * 0.1
+        return self.head(x.flatten(1))
+
+
+def noted(world):
+    torch.manual_seed(0)
+    model = Noting()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masking = Masking(model, optimizer, MaskingConfig(0.5, 6, growth="gradient", update_frequency=2))
+    loader = TrainLoader(toy.split(12), 4, Augmentation(), seed=1, world=world)
+    forward = Forward(model, Execution(world=world), has_idle=True)
+    plan = Plan(2, None, attack_training=False, seed=1, lr=0.1, milestones=())
+    for epoch in range(2):
+        train_epoch(model, optimizer, loader.epoch(epoch), plan=plan, epoch=epoch, steps=len(loader), masking=masking, forward=forward)
+    return {"noted": model.noted, "state": model.state_dict(), "updates": len(masking.events)}
+
+
+def test_steps_and_processes_draw_for_themselves_and_an_unused_layer_is_no_trouble(tmp_path):
+    first, second = in_processes(2, noted, tmp_path)
+    alone = noted(ALONE)
+    assert len(set(first["noted"] + second["noted"])) == 12
+    assert alone["noted"] == first["noted"]
+    assert first["updates"] == 3
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    assert torch.equal(first["state"]["unused.weight"], alone["state"]["unused.weight"])
+
+
+class Sometimes(Noting):
+    """Uses a layer in the second step alone."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits + self.unused(logits[:, :2]).sum() if len(self.noted) % 2 == 0 else logits
+
+
+def unprepared(world):
+    model = Sometimes()
+    forward = Forward(model, Execution(world=world))
+    try:
+        for _ in range(3):
+            forward.averaged(torch.rand(2, 3, 8, 8)).sum().backward()
+    except RunError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_layer_that_is_used_in_some_steps_is_said_in_a_line(tmp_path):
+    said = in_processes(2, unprepared, tmp_path)
+    assert all("one process can train such a network" in text for text in said), said
+
+
+def own_run(world, save_dir):
+    models.OWN["unused"] = Unused
+    settings = parse_settings(AdversarialSettings, [*RUN, "--arch", "unused", *METHODS["fb"], "--save_dir", save_dir], "", lambda given: {})
+    main_adv.AdversarialRun(settings, torch.device("cpu"), world).train()
+    return {}
+
+
+def test_several_processes_train_a_network_with_an_unused_layer(tmp_path):
+    in_processes(2, own_run, tmp_path, str(tmp_path / "runs"))
+    assert len(load_checkpoint(only_run(tmp_path / "runs").checkpoint)["masking"]["events"]) == 4
+
+
+def test_a_shared_weight_costs_its_live_weights_each_time():
+    model = Tied(10, Normalize((0.0,), (1.0,)))
+    assert real_inference(layer_costs(model, (1, 8, 8)), {"twice.weight": 5}) == 2 * (64 * 12 + 3 * 5 + 12 * 10)
