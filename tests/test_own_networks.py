@@ -239,7 +239,8 @@ REFUSED = {
     "still": (still, "none of the network's parameters is trained"),
     "outside": (Outside, "outside of its state_dict"),
     "lazy": (lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)), "size only a first image gives"),
-    "no network": (lambda classes: None, "cannot be trained so: TypeError"),
+    "no network": (lambda classes, normalize: None, "a NoneType and not a torch.nn.Module"),
+    "no builder": (lambda classes: None, "cannot be trained so: TypeError"),
 }
 
 
