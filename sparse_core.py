@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.seeding import random_bits, stream, uniform
+from utils.seeding import lent_generators, random_bits, stream, uniform
 
 DENSITY_METHODS = ("igq", "erk", "er", "uniform")
 SCORED_STARTS = ("magnitude", "random_global", "snip", "grasp", "synflow")
@@ -432,7 +432,9 @@ def initial_masks(
     if method == "magnitude":
         scores = {name: w.detach().abs() for name, w in weights.items()}
     else:
-        scores = (_snip_scores if method == "snip" else _grasp_scores)(model, list(weights), batches)
+        with lent_generators(batches[0][0].device) as draw:  # dropout drops alike at each start
+            draw(stream(seed, method))
+            scores = (_snip_scores if method == "snip" else _grasp_scores)(model, list(weights), batches)
     _refuse_useless(scores, method)
     return _connected_masks(scores, density, tie_key)
 

@@ -90,6 +90,8 @@ def build_model(
 
 
 def _complete(arch: str, model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"models.OWN[{arch!r}] gives a {type(model).__name__} and not a torch.nn.Module")
     lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
         raise ValueError(

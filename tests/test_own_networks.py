@@ -230,7 +230,7 @@ REFUSED = {
     "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained so: RuntimeError in"),
     "other classes": (wrapped(after=lambda logits: logits[:, 1:]), "with [2, 9] and not with logits [2, 10]"),
     "squeezes one image": (wrapped(after=lambda logits: logits.squeeze(0)), "with [10] and not with logits [1, 10]"),
-    "gives two": (wrapped(after=lambda logits: (logits, logits)), "a tuple"),
+    "gives two": (wrapped(after=lambda logits: (logits, logits)), "with a tuple and not with logits [2, 10]"),
     "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities and not logits"),
     "always drops": (wrapped(after=lambda logits: F.dropout(logits, 0.5)), "is not deterministic"),
     "batch statistics": (batch_statistics, "depends on the images beside it"),
@@ -238,11 +238,9 @@ REFUSED = {
     "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
     "still": (still, "none of the network's parameters is trained"),
     "outside": (Outside, "outside of its state_dict"),
-    "lazy": (
-        lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)),
-        "only a first image gives",
-    ),
-    "no network": (lambda classes: None, "cannot be trained so: TypeError"),
+    "lazy": (lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)), "size only a first image gives"),
+    "no network": (lambda classes, normalize: None, "a NoneType and not a torch.nn.Module"),
+    "no builder": (lambda classes: None, "cannot be trained so: TypeError"),
 }
 
 

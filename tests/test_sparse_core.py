@@ -1180,3 +1180,13 @@ def test_a_lazy_layer_is_refused_before_its_first_batch():
         prunable(model)
     with pytest.raises(ValueError, match=r"^0 has no weight before its first batch"):
         initial_masks(model, 0.5, prunable=lambda name, layer, parameter: True)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_scores_of_a_network_with_dropout_are_of_the_seed(method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.Dropout(0.5), nn.Tanh(), nn.Linear(20, 3))
+    starts = []
+    for _ in range(2):
+        torch.rand(3)  # whatever the host program draws
+        starts.append(initial_masks(model, 0.2, method, seed=1, batches=[toy.images()]))
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])

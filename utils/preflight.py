@@ -96,10 +96,13 @@ def _refuse_no_tensor(answer: object) -> None:
 
 
 def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
-    logits = forward(x)
-    if logits.shape != (len(x), classes):
-        raise InputError(f"the network answers {list(x.shape)} images with {list(logits.shape)} and not with logits [{len(x)}, {classes}]")
-    return logits
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        if shape != [len(x), classes]:
+            raise InputError(f"the network answers {len(x)} images with {shape} and not with logits [{len(x)}, {classes}]")
+
+    with forward.model.register_forward_hook(look):
+        return forward(x)
 
 
 def rehearse_checkpoint(
