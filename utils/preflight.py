@@ -70,7 +70,6 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
         before = host_draws()
         x = batch.x.detach().clone().requires_grad_()
         with in_mode(model, True):
-            _refuse_no_tensor(model(batch.x))
             F.cross_entropy(_logits(forward, x, len(data.classes)), batch.y).backward()
         draws = host_draws() != before
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -88,11 +87,6 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     if len(idle) == len(trained):
         raise InputError("none of the network's parameters is trained")
     return idle, draws
-
-
-def _refuse_no_tensor(answer: object) -> None:
-    if not isinstance(answer, Tensor):
-        raise InputError(f"the network answers with a {type(answer).__name__} and not with logits")
 
 
 def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:

@@ -210,7 +210,8 @@ class Run(ABC):
         if settings.resume_dir is not None:
             refuse_locked(RunPaths(Path(settings.resume_dir)))
         self.data = load_data_for(settings, device)
-        self.settings, self.paths = settings, _ = placed(settings, self.data, device, world.size)
+        settings, self.paths = placed(settings, self.data, device, world.size)
+        self.settings = settings
         self.device = device
         self.world = world
         resuming = settings.resume or settings.resume_dir is not None
