@@ -24,7 +24,9 @@ In someone else's training loop::
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import itertools
 import math
 import warnings
@@ -36,8 +38,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from utils.seeding import lent_generators, random_bits, stream, uniform
 
 DENSITY_METHODS = ("igq", "erk", "er", "uniform")
 SCORED_STARTS = ("magnitude", "random_global", "snip", "grasp", "synflow")
@@ -432,8 +432,7 @@ def initial_masks(
     if method == "magnitude":
         scores = {name: w.detach().abs() for name, w in weights.items()}
     else:
-        with lent_generators(batches[0][0].device) as draw:  # dropout drops alike at each start
-            draw(stream(seed, method))
+        with _global_draws(stream(seed, method), batches[0][0].device):  # dropout drops alike at each start
             scores = (_snip_scores if method == "snip" else _grasp_scores)(model, list(weights), batches)
     _refuse_useless(scores, method)
     return _connected_masks(scores, density, tie_key)
@@ -1067,3 +1066,58 @@ def mask_hash(masks: Mapping[str, Tensor]) -> int:
         positions = mask.reshape(-1).nonzero().squeeze(1)
         total ^= int(random_bits(stream(0, name), positions).sum().item()) if positions.numel() else 0
     return total
+
+
+# ---------------------------------------------------------------- keyed draws
+
+# A counter-based generator, the splitmix64 finalizer of Steele, Lea and Flood ("Fast splittable pseudorandom number generators",
+# OOPSLA 2014), in torch's wrapping int64 arithmetic: the same key and counter give the same bits on every device.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+
+
+def stream(seed: int, *names: int | str) -> int:
+    """A signed 64-bit key for one purpose, e.g. ``stream(seed, "order", epoch)``."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def random_bits(key: int | Tensor, counter: Tensor) -> Tensor:
+    """64 random bits for each ``counter`` (int64); ``key`` is a number or an int64 tensor that broadcasts."""
+    bits = counter * _signed(_GOLDEN) + key
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX1)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX2)
+    return bits ^ _shift_right(bits, 31)
+
+
+def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
+    """Float32 draws strictly between 0 and 1, shaped like ``counter`` broadcast with ``key``."""
+    # 23 bits and a half: with 24 the largest draw would round to 1.
+    return (_shift_right(random_bits(key, counter), 41).to(torch.float32) + 0.5) * 2.0**-23
+
+
+@contextlib.contextmanager
+def _global_draws(key: int, device: torch.device) -> Iterator[None]:
+    """Give code that draws by torch's global generators states by a key; afterwards they are as they were found."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()  # before it there are none
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(key)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _shift_right(bits: Tensor, by: int) -> Tensor:
+    # torch's >> copies the sign bit; a logical shift clears what it brought in.
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,5 +1,6 @@
 """What the pages in docs/ say is so: commands, snippets, links, flags, errors. Commands of the README are run by test_readme.py."""
 
+import os
 import re
 import shlex
 import shutil
@@ -175,21 +176,27 @@ def test_nothing_of_ones_own_is_known_without_it(run_adv):
 
 
 def test_a_project_of_ones_own(tmp_path):
-    """The command of the page, on a copy and into another place than the environment of the tests."""
+    """The command of the page, on a copy, into another place than the environment of the tests; the project has what we call so too."""
     pytest.importorskip("setuptools")
-    (command,) = re.findall(r"`pip (install -e FOLDER [^`]+)`", (ROOT / "docs" / "extending.md").read_text())
-    copy, prefix = tmp_path / "copy", tmp_path / "prefix"
+    (command,) = re.findall(r"`pip (install FOLDER)`", (ROOT / "docs" / "extending.md").read_text())
+    copy, site, project = tmp_path / "copy", tmp_path / "site", tmp_path / "project"
     for name in ("data", "models", "utils"):
         shutil.copytree(ROOT / name, copy / name, ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
+        (project / name).mkdir(parents=True)
+        (project / name / "__init__.py").write_text("MINE = True")
     for name in ("sparse_core.py", "main_adv.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
-    (copy / "results").mkdir()
-    pip = [sys.executable, "-m", "pip", *command.replace("FOLDER", str(copy)).split(), "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--quiet", "--disable-pip-version-check", "--prefix", prefix], cwd=tmp_path, check=True)
-    (site,) = prefix.glob("lib/python*/site-packages")
-    code = f"import site; site.addsitedir({str(site)!r}); import data, models, sparse_core, utils.attacks; print(sparse_core.__file__)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert Path(result.stdout.strip()) == copy / "sparse_core.py"
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", *command.replace("FOLDER", str(copy)).split(), *offline]
+    subprocess.run([*pip, "--target", site], cwd=tmp_path, check=True)
+    assert [path.name for path in site.iterdir() if path.suffix != ".dist-info" and path.name != "__pycache__"] == ["sparse_core.py"]
+    (snippet,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "prunable=" in block]
+    code = (
+        f"{snippet}\nimport data, models, sparse_core, utils\nassert data.MINE and models.MINE and utils.MINE\nprint(sparse_core.__file__)"
+    )
+    given = {**os.environ, "PYTHONPATH": str(site)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=project, env=given, capture_output=True, text=True, check=True)
+    assert Path(result.stdout.splitlines()[-1]) == site / "sparse_core.py"
 
 
 def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):

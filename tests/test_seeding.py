@@ -34,7 +34,7 @@ def test_uniform_lies_strictly_inside_and_is_flat():
 
 
 def test_largest_draw_is_below_one(monkeypatch):
-    monkeypatch.setattr("utils.seeding.random_bits", lambda key, counter: torch.full_like(counter, -1))
+    monkeypatch.setattr("sparse_core.random_bits", lambda key, counter: torch.full_like(counter, -1))
     assert uniform(0, torch.arange(3)).tolist() == [1 - 2.0**-24] * 3
 
 
