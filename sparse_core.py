@@ -162,7 +162,7 @@ def grow_highest(score: Tensor, mask: Tensor, n: int, *, tie_key: int | None = N
     Args:
         score, mask: as in ``drop_lowest``.
         n: how many to add, 0 to the number of dead positions.
-        tie_key: ties are drawn with this key of ``utils.seeding.stream``, alike on every device; without one they go to the lower
+        tie_key: ties are drawn with this key of ``stream``, alike on every device; without one they go to the lower
             index. Gradients in bfloat16 have few values, and the first of them by index would lie side by side.
     """
     return _switch(score, mask, n, lowest=False, tie_key=tie_key)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flags
 import numpy as np
 import pytest
 import torch
@@ -53,6 +52,11 @@ def command_lines():
                     yield pytest.param(line, marked, id=f"{page.stem}: {line[:60]}")
 
 
+def anchor(heading):
+    """The link that a Markdown heading has."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def test_every_page_is_there_and_linked_from_the_readme():
     names = "algorithms reproducing clusters precision deploying extending flags faq".split()
     readme = (ROOT / "README.md").read_text()
@@ -62,7 +66,7 @@ def test_every_page_is_there_and_linked_from_the_readme():
 
 @pytest.mark.parametrize(("line", "job"), command_lines())
 def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
-    """Trainings at full size are parsed: as toys the same methods and flags are trained by the tests that docs/flags.md names."""
+    """Trainings at full size are parsed: as toys the same methods and flags are trained by the tests of main_adv and Robust Bird."""
     command, _, comment = line.partition("  #")
     words = [word for word in shlex.split(command) if word not in ("||", "code=$?")]
     while "=" in words[0] and not words[0].startswith("-"):  # variables before the command
@@ -105,7 +109,7 @@ def test_links_lead_somewhere():
             assert (page.parent / path).exists(), f"{page.name}: {target}"
             if section:
                 headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), flags=re.M)
-                assert section in map(flags.anchor, headings), f"{page.name}: {target}"
+                assert section in map(anchor, headings), f"{page.name}: {target}"
 
 
 # ---------------------------------------------------------------- extending
@@ -224,12 +228,6 @@ def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
 def test_the_page_of_flags_is_up_to_date(monkeypatch, capsys):
     outcome = toy.Command("flags", monkeypatch, capsys)()
     assert outcome.out == (ROOT / "docs" / "flags.md").read_text(), "python scripts/flags.py > docs/flags.md"
-
-
-def test_the_tests_of_the_flags_exist():
-    for _, test in flags.PLACES.values():
-        file, name = test.split("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
 
 
 def test_decoded_images_go_where_the_pages_say():
