@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import load_data
 from sparse_core import MaskingConfig
 from utils.command_line import as_known
 from utils.config import parse_settings, pick_device, settings_from
@@ -13,6 +14,7 @@ from utils.config_adv import AdversarialSettings, cautions, refuse_idle_masks
 from utils.config_rb import EarlyBirdSettings, TicketSettings
 from utils.errors import InputError
 from utils.forward import best_precision
+from utils.run import placed
 
 
 def parse(line, stored=None):
@@ -375,6 +377,7 @@ def test_what_auto_means_is_what_counts():
     fixed = parse(f"--sync_bn --precision {usual}")
     assert [s.sync_bn for s in fixed.on_machine(cpu, 1)] == [False, True]
     assert [s.sync_bn for s in fixed.on_machine(cpu, 2)] == [True]
+    assert placed(fixed.with_values(resume_dir="there"), load_data("digits"), cpu)[0].sync_bn, "one process resumes what several began"
     assert fixed.on_machine(cpu, 1)[0].run_name() == parse(f"--precision {usual}").run_name()
 
 

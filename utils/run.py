@@ -85,8 +85,8 @@ S = TypeVar("S", bound=CommonSettings)
 def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:
     """The settings as they are meant on this machine, and the folder of their run: one that is resumed may have been begun on another."""
     variants = settings.on_machine(device, processes)
-    if settings.resume_dir is not None:
-        return variants[0], RunPaths(Path(settings.resume_dir))
+    if settings.resume_dir is not None:  # what several processes synchronized stays so, should several go on later
+        return settings.with_values(precision=variants[0].precision), RunPaths(Path(settings.resume_dir))
     folders = [(variant, RunPaths(Path(settings.save_dir) / variant.run_name(data.digest))) for variant in variants]
     begun = (folder for folder in folders if folder[1].checkpoint.exists() or folder[1].previous.exists())
     return next(begun, folders[0]) if settings.resume else folders[0]
