@@ -1,4 +1,5 @@
-"""Entry points for ``torch.hub``: fresh networks and trained ones, from a folder (``source="local"``) or a repository.
+"""Entry points for ``torch.hub``: fresh networks and trained ones, from a folder
+(``source="local"``) or a repository.
 
     model = torch.hub.load("path/to/this/folder", "load", "model_RA_best.pth.tar", source="local")
     model = torch.hub.load("path/to/this/folder", "resnet18", num_classes=10, source="local")
@@ -18,7 +19,8 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"]
 
 
 def load(path_or_url: str | _Path, device: str = "cpu", **description: _Any) -> _nn.Module:
-    """A trained network in eval mode, from a checkpoint, safetensors or a state dict; see ``models.load_model``."""
+    """A trained network in eval mode, from a checkpoint, safetensors or a state dict; see
+    ``models.load_model``."""
     return _load_model(path_or_url, device, **description)
 
 

@@ -1,4 +1,5 @@
-"""Adversarial training of dense and sparse networks: dense, Flying Bird, Flying Bird+ and static masks.
+"""Adversarial training of dense and sparse networks: dense, Flying Bird, Flying Bird+ and static
+masks.
 
     python main_adv.py --dataset digits --width 0.25 --epochs 20 --fbp --dynamic_epoch 0.5 ...
 
@@ -10,22 +11,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import utils.installed  # noqa: F401
 from data import calibration_batches
+from models.loading import build_network
 from sparse_core import Masking
-from utils.config import parse_settings, pick_device
-from utils.config_adv import DENSE, AdversarialSettings, cautions, refuse_idle_masks
-from utils.distributed import joined
 from utils.errors import InputError, run_command
-from utils.evaluation import evaluate_checkpoint, stored_settings
-from utils.network import build_network
-from utils.run import Run, Stage
+from utils.evaluation.command import evaluate_checkpoint, stored_settings
+from utils.execution.distributed import joined
+from utils.settings.adversarial import DENSE, AdversarialSettings, cautions, refuse_idle_masks
+from utils.settings.command_line import parse_settings
+from utils.settings.device import pick_device
+from utils.training.run import Run
+from utils.training.stage import Stage
 
 
 def main() -> None:
     description = (__doc__ or "").splitlines()[0]
     with joined() as world:
-        settings = world.agree(lambda: parse_settings(AdversarialSettings, sys.argv[1:], description, stored_settings))
+        settings = world.agree(
+            lambda: parse_settings(AdversarialSettings, sys.argv[1:], description, stored_settings)
+        )
         device = world.agree(lambda: pick_device(settings, world))
         if settings.eval:
             evaluate_checkpoint(settings, device, world)
@@ -40,13 +44,21 @@ class AdversarialRun(Run):
 
     def first_stage(self) -> Stage:
         settings = self.settings
-        stage = Stage(build_network(self.spec, self.device, settings.seed), self.data, settings.training, settings, self.execution)
+        stage = Stage(
+            build_network(self.spec, self.device, settings.seed),
+            self.data,
+            settings.training,
+            settings,
+            self.execution,
+        )
         refuse_idle_masks(settings, stage.steps)
         if settings.method != DENSE:
             scored = settings.sparse_init in ("snip", "grasp", "synflow")
             batches = calibration_batches(self.data, seed=settings.seed) if scored else []
             try:
-                stage.masking = Masking(stage.model, stage.optimizer, settings.masking(stage.steps), batches=batches)
+                stage.masking = Masking(
+                    stage.model, stage.optimizer, settings.masking(stage.steps), batches=batches
+                )
             except ValueError as error:
                 raise InputError(str(error)) from error
         return stage
@@ -63,7 +75,10 @@ class AdversarialRun(Run):
         s = self.settings
         density = f" at density {s.density:g}" if self.stage.masking else ""
         training = f"PGD-{s.train_step} training at {s.train_ball}"
-        return f"{s.method}{density}: {self.where_and_what()}, {training}, {s.epochs} epochs, {self.on_what()}"
+        return (
+            f"{s.method}{density}: {self.where_and_what()}, {training}, {s.epochs} epochs,"
+            f" {self.on_what()}"
+        )
 
     def cautions(self) -> Sequence[str]:
         return cautions(self.settings, self.stage.steps)

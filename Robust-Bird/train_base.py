@@ -1,6 +1,8 @@
-"""Robust Bird's baseline: as train_eb.py, with the ticket drawn after exactly --epochs1 epochs instead of when it emerges.
+"""Robust Bird's baseline: as train_eb.py, with the ticket drawn after exactly --epochs1 epochs
+instead of when it emerges.
 
-python train_base.py --stage1 sgd --epochs1 50 --arch resnet18 --data data/cifar10 --pruning unstructured --density 0.2
+python train_base.py --stage1 sgd --epochs1 50 --arch resnet18 --data data/cifar10 --pruning
+unstructured --density 0.2
 """
 
 import sys
@@ -8,10 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils.installed  # noqa: F401
-from utils.config_rb import TicketSettings
 from utils.errors import run_command
-from utils.robust_bird import main as two_stages
+from utils.settings.robust_bird import TicketSettings
+from utils.training.robust_bird import main as two_stages
 
 
 def main() -> None:

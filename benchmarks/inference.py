@@ -1,12 +1,14 @@
-"""Which sparsity makes inference faster and which only a smaller file: PyTorch and onnxruntime on the CPU, in one run.
+"""Which sparsity makes inference faster and which only a smaller file: PyTorch and onnxruntime on
+the CPU, in one run.
 
     python benchmarks/inference.py --arch resnet18 --batch 64
     python benchmarks/inference.py --quick
 
-Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2 of the channels) take turns,
-first with one engine and then with the other; medians and ratios to dense are printed. Weights are initial ones and the channels are
-chosen by random scales: the time does not depend on training, and size only by what compresses, which are the zeros. Float32,
-channels-last in PyTorch.
+Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2
+of the channels) take turns, first with one engine and then with the other; medians and ratios to
+dense are printed. Weights are initial ones and the channels are
+chosen by random scales: the time does not depend on training, and size only by what compresses,
+which are the zeros. Float32, channels-last in PyTorch.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ from torch import Tensor, nn
 
 from models import ARCHITECTURES
 from sparse_core import Masking, MaskingConfig
-from utils.compact import compact
 from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
+from utils.storage.packing import compact
 
 MASKED, SLIM = (0.2, 0.1), (0.5, 0.2)
 FILES = ("checkpoint", "float32", "gzip", "xz")
-_CALLS = 10  # of one image: a single call is too short to time, and finds the caches as the network before left them
+# of one image: a single call is too short to time, and finds the caches as the network before left
+# them
+_CALLS = 10
 _PAUSE = 0.05  # seconds
 _QUICK = {"width": 0.25, "batch": 16, "side": 8, "channels": 1, "repeats": 15, "calls": 10}
 Row = dict[str, float]
@@ -45,7 +49,16 @@ def main() -> None:
     sizes = {name: file_sizes(candidate) for name, candidate in made.items()}
     speed = speeds({name: candidate.model for name, candidate in made.items()}, options)
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "speed": speed, "bytes": sizes}))
+        print(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "speed": speed,
+                    "bytes": sizes,
+                }
+            )
+        )
         return
     print(f"{setting(options)}\n\n{speed_table(speed, options.batch)}\n\n{size_table(sizes)}")
 
@@ -60,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--repeats", type=int, default=15)
     flags.add_argument("--calls", type=int, default=1, help="batches a measurement")
     flags.add_argument("--json", action="store_true", help="one line of JSON")
-    flags.add_argument("--quick", action="store_true", help="the quickstart's network on 8x8 images, under a minute")
+    flags.add_argument(
+        "--quick",
+        action="store_true",
+        help="the quickstart's network on 8x8 images, under a minute",
+    )
     flags.set_defaults(device="cpu")
     return flags
 
@@ -80,14 +97,24 @@ class Candidate:
     def of(cls, model: nn.Module, density: float | None = None) -> Candidate:
         """Masked to ``density``, or as it is."""
         optimizer = timing.optimizer_of(model)
-        return cls(model.eval(), optimizer, None if density is None else Masking(model, optimizer, MaskingConfig(density, 1000)))
+        return cls(
+            model.eval(),
+            optimizer,
+            None if density is None else Masking(model, optimizer, MaskingConfig(density, 1000)),
+        )
 
 
 def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
     dense = with_random_scales(timing.network(options))
     made = {"dense": Candidate.of(dense)}
-    made |= {f"Flying Bird, density {density:g}": Candidate.of(timing.network(options), density) for density in MASKED}
-    made |= {f"Robust Bird, channels {density:g}": Candidate.of(slimmed(dense, density, options)) for density in SLIM}
+    made |= {
+        f"Flying Bird, density {density:g}": Candidate.of(timing.network(options), density)
+        for density in MASKED
+    }
+    made |= {
+        f"Robust Bird, channels {density:g}": Candidate.of(slimmed(dense, density, options))
+        for density in SLIM
+    }
     return made
 
 
@@ -95,9 +122,17 @@ def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
 
 
 def file_sizes(candidate: Candidate) -> Row:
-    """Bytes of the checkpoint to resume from, of the float32 state dict, zeros included, and of that compressed."""
-    weights = saved({name: value.contiguous() for name, value in candidate.model.state_dict().items()})
-    files = {"checkpoint": saved(checkpoint(candidate)), "float32": weights, "gzip": gzip.compress(weights), "xz": lzma.compress(weights)}
+    """Bytes of the checkpoint to resume from, of the float32 state dict, zeros included, and of
+    that compressed."""
+    weights = saved(
+        {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
+    )
+    files = {
+        "checkpoint": saved(checkpoint(candidate)),
+        "float32": weights,
+        "gzip": gzip.compress(weights),
+        "xz": lzma.compress(weights),
+    }
     return {name: len(file) for name, file in files.items()}
 
 
@@ -112,8 +147,13 @@ def checkpoint(candidate: Candidate) -> dict[str, object]:
     if masking is not None:
         masking.apply()
     optimizer.zero_grad()
-    state = {"optimizer": optimizer.state_dict(), "masking": None if masking is None else masking.state_dict()}
-    return compact({"state_dict": model.state_dict(), **state}, [name for name, _ in model.named_parameters()])
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "masking": None if masking is None else masking.state_dict(),
+    }
+    return compact(
+        {"state_dict": model.state_dict(), **state}, [name for name, _ in model.named_parameters()]
+    )
 
 
 def saved(content: Mapping[str, object]) -> bytes:
@@ -132,11 +172,21 @@ def speeds(networks: Mapping[str, nn.Module], options: argparse.Namespace) -> di
     rows: dict[str, Row] = {name: {} for name in networks}
     for engine, prepared in ENGINES.items():
         runs = {name: prepared(model, many) for name, model in networks.items()}
-        ms = timing.alternate({name: repeated(run, one, _CALLS) for name, run in runs.items()}, options.repeats, options.device, _PAUSE)
+        ms = timing.alternate(
+            {name: repeated(run, one, _CALLS) for name, run in runs.items()},
+            options.repeats,
+            options.device,
+            _PAUSE,
+        )
         for name, time in ms.items():
             rows[name][f"{engine} latency"] = time / _CALLS
         calls = options.calls
-        ms = timing.alternate({name: repeated(run, many, calls) for name, run in runs.items()}, options.repeats, options.device, _PAUSE)
+        ms = timing.alternate(
+            {name: repeated(run, many, calls) for name, run in runs.items()},
+            options.repeats,
+            options.device,
+            _PAUSE,
+        )
         for name, time in ms.items():
             rows[name][f"{engine} throughput"] = 1e3 * options.batch * calls / time
     return rows
@@ -166,13 +216,23 @@ ENGINES = {"PyTorch": with_torch, "onnxruntime": with_onnxruntime}
 
 
 def setting(options: argparse.Namespace) -> str:
-    size = f"{options.arch} x{options.width:g}, {options.side}x{options.side}, cpu, {torch.get_num_threads()} threads"
-    return f"{size}, torch {torch.__version__}; initial weights, masks and channels applied; in brackets the gain over dense"
+    size = (
+        f"{options.arch} x{options.width:g}, {options.side}x{options.side}, cpu,"
+        f" {torch.get_num_threads()} threads"
+    )
+    return (
+        f"{size}, torch {torch.__version__}; initial weights, masks and channels applied; in"
+        " brackets the gain over dense"
+    )
 
 
 def speed_table(rows: Mapping[str, Row], batch: int) -> str:
-    columns = [f"{engine} latency" for engine in ENGINES] + [f"{engine} throughput" for engine in ENGINES]
-    titles = [f"{engine}, 1 image" for engine in ENGINES] + [f"{engine}, batch {batch}" for engine in ENGINES]
+    columns = [f"{engine} latency" for engine in ENGINES] + [
+        f"{engine} throughput" for engine in ENGINES
+    ]
+    titles = [f"{engine}, 1 image" for engine in ENGINES] + [
+        f"{engine}, batch {batch}" for engine in ENGINES
+    ]
     cells = {name: [_speed(rows, name, column) for column in columns] for name in rows}
     return table(["network", *titles], cells)
 
@@ -186,13 +246,20 @@ def _speed(rows: Mapping[str, Row], name: str, column: str) -> str:
 
 def size_table(rows: Mapping[str, Row]) -> str:
     titles = ["checkpoint to resume from", "float32 weights", "the same, gzip", "the same, xz"]
-    cells = {n: [f"{row[f] / 1e6:.2f} MB ({rows['dense'][f] / row[f]:.2f}x smaller)" for f in FILES] for n, row in rows.items()}
+    cells = {
+        n: [f"{row[f] / 1e6:.2f} MB ({rows['dense'][f] / row[f]:.2f}x smaller)" for f in FILES]
+        for n, row in rows.items()
+    }
     return table(["network", *titles], cells)
 
 
 def table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
     """Markdown."""
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([name, *cells] for name, cells in rows.items())]
+    lines = [
+        columns,
+        ["---"] + ["---:"] * (len(columns) - 1),
+        *([name, *cells] for name, cells in rows.items()),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

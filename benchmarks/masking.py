@@ -1,9 +1,11 @@
-"""What masks cost: one pass over the weights and one mask update, against a PGD training step, in one run.
+"""What masks cost: one pass over the weights and one mask update, against a PGD training step, in
+one run.
 
     python benchmarks/masking.py --arch resnet18 --batch_size 128 --train_step 10
     python benchmarks/masking.py --quick
 
-A step and the mask work take turns; medians are printed. Targets: masks on at most 3 % of a step, an update at most two steps.
+A step and the mask work take turns; medians are printed. Targets: masks on at most 3 % of a step,
+an update at most two steps.
 """
 
 from __future__ import annotations
@@ -23,12 +25,22 @@ def main() -> None:
     optimizer = timing.optimizer_of(model)
     step = timing.training_step(model, optimizer, timing.random_batch(options), options)
     step()  # gradients and momentum exist from here on
-    masking = {growth: Masking(model, optimizer, MaskingConfig(0.2, 1000, growth=growth)) for growth in GROWTHS}
-    work: dict[str, Callable[[], object]] = {"training step": step, "masks on": masking["random"].apply}
+    masking = {
+        growth: Masking(model, optimizer, MaskingConfig(0.2, 1000, growth=growth))
+        for growth in GROWTHS
+    }
+    work: dict[str, Callable[[], object]] = {
+        "training step": step,
+        "masks on": masking["random"].apply,
+    }
     work |= {f"update, {growth} growth": masking[growth].update_topology for growth in GROWTHS}
     medians = timing.alternate(work, options.repeats, options.device)
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "ms": medians}))
+        print(
+            json.dumps(
+                {"torch": torch.__version__, "threads": torch.get_num_threads(), "ms": medians}
+            )
+        )
         return
     print(timing.setting(options))
     for name, ms in medians.items():

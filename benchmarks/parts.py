@@ -1,11 +1,12 @@
-"""What an epoch is made of: training steps, batches, masks, tests and checkpoints, timed one beside the other.
+"""What an epoch is made of: training steps, batches, masks, tests and checkpoints, timed one beside
+the other.
 
     python benchmarks/parts.py --arch resnet18 --batch_size 128 --train_step 10
     python benchmarks/parts.py --quick
 
-Each part is timed as in benchmarks/step.py, in the precision of the training, and multiplied by how often an epoch of CIFAR-10
-(45,000 images, 5,000 for validation, 10,000 for the test, PGD-20) has it. Targets: batches at most 2 % of a step, masks at
-most 3 %, checkpoints at most 1 % of the epoch.
+Each part is timed as in benchmarks/step.py, in the precision of the training, and multiplied by how
+often an epoch of CIFAR-10 (45,000 images, 5,000 for validation, 10,000 for the test, PGD-20) has
+it. Targets: batches at most 2 % of a step, masks at most 3 %, checkpoints at most 1 % of the epoch.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from data import Augmentation, Split, TrainLoader
 from sparse_core import Masking, MaskingConfig
 from utils.attacks import PGD
-from utils.compact import compact
-from utils.evaluate import EVAL_BATCH, evaluate
-from utils.forward import Execution, Forward, best_precision
-from utils.metrics import RunFolder
-from utils.paths import RunPaths
+from utils.evaluation.scores import EVAL_BATCH, evaluate
+from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import best_precision
+from utils.storage.packing import compact
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import RunFolder
 
 TRAIN, VAL, TEST = 45_000, 5_000, 10_000
 UPDATE_FREQUENCY = 900
@@ -34,28 +36,56 @@ UPDATE_FREQUENCY = 900
 
 def main() -> None:
     flags = timing.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--compile", action="store_true", help="the network, as --compile on of a run")
+    flags.add_argument(
+        "--compile", action="store_true", help="the network, as --compile on of a run"
+    )
     options = timing.parse(flags)
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder.create(RunPaths(Path(folder) / "run"), {})
         work = parts(options, run_folder)
         medians = timing.alternate(work, options.repeats, options.device)
         run_folder.settle()
-    steps, tests = math.ceil(TRAIN / options.batch_size), math.ceil(VAL / EVAL_BATCH) + math.ceil(TEST / EVAL_BATCH)
-    times = {"training step": steps, "batch": steps, "masks on": steps, "mask update": steps / UPDATE_FREQUENCY}
+    steps, tests = (
+        math.ceil(TRAIN / options.batch_size),
+        math.ceil(VAL / EVAL_BATCH) + math.ceil(TEST / EVAL_BATCH),
+    )
+    times = {
+        "training step": steps,
+        "batch": steps,
+        "masks on": steps,
+        "mask update": steps / UPDATE_FREQUENCY,
+    }
     times |= {"PGD-20 test of a batch": tests, "clean test of a batch": tests, "checkpoint": 1}
     seconds = {name: medians[name] * number / 1e3 for name, number in times.items()}
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "ms": medians, "epoch_seconds": seconds}))
+        print(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "ms": medians,
+                    "epoch_seconds": seconds,
+                }
+            )
+        )
         return
     print(timing.setting(options))
     total, step = sum(seconds.values()), medians["training step"]
-    print(f"{'':26s}{'ms':>10s}{'of a step':>12s}{'an epoch has':>14s}{'seconds':>10s}{'of the epoch':>14s}")
+    print(
+        f"{'':26s}{'ms':>10s}{'of a step':>12s}{'an epoch has':>14s}"
+        f"{'seconds':>10s}{'of the epoch':>14s}"
+    )
     for name, number in times.items():
         share = f"{100 * medians[name] / step:9.2f} %"
-        print(f"{name:26s}{medians[name]:10.2f}{share:>12s}{number:14.4g}{seconds[name]:10.2f}{100 * seconds[name] / total:12.2f} %")
+        print(
+            f"{name:26s}{medians[name]:10.2f}{share:>12s}{number:14.4g}"
+            f"{seconds[name]:10.2f}{100 * seconds[name] / total:12.2f} %"
+        )
     hours, training = 200 * total / 3600, 200 * seconds["training step"] / 3600
-    print(f"{'an epoch':26s}{'':36s}{total:10.2f}      200 epochs: {hours:.2f} h, of which training {training:.2f} h")
+    print(
+        f"{'an epoch':26s}{'':36s}{total:10.2f}      200 epochs: {hours:.2f} h, of which training"
+        f" {training:.2f} h"
+    )
 
 
 def parts(options: timing.Options, run_folder: RunFolder) -> dict[str, Callable[[], object]]:
@@ -67,23 +97,46 @@ def parts(options: timing.Options, run_folder: RunFolder) -> dict[str, Callable[
     step = timing.training_step(model, optimizer, timing.random_batch(options), options, forward)
     step()  # gradients and momentum exist from here on
     masking = Masking(model, optimizer, MaskingConfig(0.2, 1000))
-    images = torch.randint(0, 256, (4096, options.side, options.side, options.channels), dtype=torch.uint8, device=device)
-    split = Split(images, torch.randint(0, 10, (4096,), device=device), torch.arange(4096, device=device), device)
-    loader = TrainLoader(split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1)
+    images = torch.randint(
+        0,
+        256,
+        (4096, options.side, options.side, options.channels),
+        dtype=torch.uint8,
+        device=device,
+    )
+    split = Split(
+        images,
+        torch.randint(0, 10, (4096,), device=device),
+        torch.arange(4096, device=device),
+        device,
+    )
+    loader = TrainLoader(
+        split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1
+    )
     batches = (batch for epoch in range(10**9) for batch in loader.epoch(epoch))
     tested = split.subset(torch.arange(EVAL_BATCH))
     parameters = [name for name, _ in model.named_parameters()]
 
     def save() -> None:
-        content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "masking": masking.state_dict()}
-        run_folder.save(run_folder.paths.checkpoint, compact(content, parameters), keep=run_folder.paths.previous)
+        content = {
+            "state_dict": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "masking": masking.state_dict(),
+        }
+        run_folder.save(
+            run_folder.paths.checkpoint,
+            compact(content, parameters),
+            keep=run_folder.paths.previous,
+        )
 
     return {
         "training step": step,
         "batch": lambda: next(batches),
         "masks on": masking.apply,
         "mask update": masking.update_topology,
-        "PGD-20 test of a batch": lambda: evaluate(model, tested, PGD(8 / 255, 2 / 255, 20), forward=forward),
+        "PGD-20 test of a batch": lambda: evaluate(
+            model, tested, PGD(8 / 255, 2 / 255, 20), forward=forward
+        ),
         "clean test of a batch": lambda: evaluate(model, tested, forward=forward),
         "checkpoint": save,
     }

@@ -4,10 +4,11 @@
     python benchmarks/step.py --quick            a small batch and two attack steps, under a minute
     python benchmarks/step.py --width 0.25 --side 8 --channels 1 --batch_size 64
 
-(a) The paper's loop: advertorch's PGD, float32, NCHW, eager, plain SGD, images from a DataLoader with 2 workers and
-torchvision's transforms. (b) Ours, each optimization on top of those before. (c) The ceiling: a large matrix product in
-bf16 and in float32. They take turns after a warm-up; medians are printed. A step is counted as 2 x attack steps + 3
-inferences, since an attack needs no gradient of weights.
+(a) The paper's loop: advertorch's PGD, float32, NCHW, eager, plain SGD, images from a DataLoader
+with 2 workers and torchvision's transforms. (b) Ours, each optimization on top of those before. (c)
+The ceiling: a large matrix product in bf16 and in float32. They take turns after a warm-up; medians
+are printed. A step is counted as 2 x attack steps + 3 inferences, since an attack needs no gradient
+of weights.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Augmentation, Batch, Split, TrainLoader
+from models.flops import layer_costs, real_inference
 from utils.attacks import PGD
 from utils.compat import import_advertorch, import_torchvision
-from utils.engine import sgd, train_step
-from utils.flops import layer_costs, real_inference
-from utils.forward import Execution, Forward, best_precision
+from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import best_precision
+from utils.training.engine import sgd, train_step
 
 IMAGES = 4096  # of the synthetic data set
 PAPER = "the paper's loop"
@@ -37,9 +39,15 @@ PAPER = "the paper's loop"
 
 def main() -> None:
     flags = timing.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", help="comma-separated parts of the names to run; the paper's loop is always there")
+    flags.add_argument(
+        "--only", help="comma-separated parts of the names to run; the paper's loop is always there"
+    )
     options = timing.parse(flags, {"batch_size": 32, "train_step": 2, "repeats": 3})
-    images = np.random.RandomState(0).randint(0, 256, (IMAGES, options.side, options.side, options.channels)).astype(np.uint8)
+    images = (
+        np.random.RandomState(0)
+        .randint(0, 256, (IMAGES, options.side, options.side, options.channels))
+        .astype(np.uint8)
+    )
     labels = np.random.RandomState(1).randint(0, 10, IMAGES)
     work: dict[str, Callable[[], object]] = {}
     try:
@@ -49,7 +57,10 @@ def main() -> None:
     for name, step in ours(options, images, labels).items():
         if options.only is None or any(part in name for part in options.only.split(",")):
             work[name] = step
-    for name, precision in (("bf16 matrix product", torch.bfloat16), ("float32 matrix product", torch.float32)):
+    for name, precision in (
+        ("bf16 matrix product", torch.bfloat16),
+        ("float32 matrix product", torch.float32),
+    ):
         work[name] = matrix_product(options, precision)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no CUDA graph")  # a row of that name is of a graph
@@ -58,10 +69,24 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
-    inference = real_inference(layer_costs(timing.network(options), torch.Size((options.channels, options.side, options.side))))
+    inference = real_inference(
+        layer_costs(
+            timing.network(options), torch.Size((options.channels, options.side, options.side))
+        )
+    )
     flops = options.batch_size * (2 * options.train_step + 3) * inference
-    ceilings = {name: 2 * _side(options) ** 3 / ms / 1e6 for name, ms in medians.items() if "product" in name}
-    ceiling = ceilings["bf16 matrix product" if best_precision(torch.device(options.device)) == "bf16" else "float32 matrix product"]
+    ceilings = {
+        name: 2 * _side(options) ** 3 / ms / 1e6
+        for name, ms in medians.items()
+        if "product" in name
+    }
+    ceiling = ceilings[
+        (
+            "bf16 matrix product"
+            if best_precision(torch.device(options.device)) == "bf16"
+            else "float32 matrix product"
+        )
+    ]
     paper = medians.get(PAPER)
     rows = [
         {
@@ -77,14 +102,27 @@ def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
     for row in rows:
         row["share"] = row["gflops"] / ceiling
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows, "ceilings": ceilings}))
+        print(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "rows": rows,
+                    "ceilings": ceilings,
+                }
+            )
+        )
         return
     print(timing.setting(options))
-    print(f"{'':34s}{'ms a step':>11s}{'images/s':>10s}{'GFLOP/s':>9s}{'ratio':>7s}{'of the ceiling':>16s}")
+    print(
+        f"{'':34s}{'ms a step':>11s}{'images/s':>10s}{'GFLOP/s':>9s}"
+        f"{'ratio':>7s}{'of the ceiling':>16s}"
+    )
     for row in rows:
         ratio = f"{row['ratio']:.2f}x" if row["ratio"] else "-"
         print(
-            f"{row['name']:34s}{row['ms']:11.1f}{row['images_per_second']:10.1f}{row['gflops']:9.0f}{ratio:>7s}{100 * row['share']:14.0f} %"
+            f"{row['name']:34s}{row['ms']:11.1f}{row['images_per_second']:10.1f}{row['gflops']:9.0f}"
+            f"{ratio:>7s}{100 * row['share']:14.0f} %"
         )
     for name, gflops in ceilings.items():
         print(f"{name:34s}{medians[name]:11.1f}{'':10s}{gflops:9.0f}")
@@ -93,21 +131,39 @@ def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
 # ---------------------------------------------------------------- (a)
 
 
-def papers_loop(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> Callable[[], object]:
+def papers_loop(
+    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
+) -> Callable[[], object]:
     """One step of it: a batch from the DataLoader, advertorch's attack in train mode, an update."""
     attacks, context = import_advertorch("attacks"), import_advertorch("context")
     transforms = import_torchvision("transforms")
     padding = options.side // 8
-    crop = [transforms.ToPILImage(), transforms.RandomCrop(options.side, padding=padding), transforms.RandomHorizontalFlip()]
+    crop = [
+        transforms.ToPILImage(),
+        transforms.RandomCrop(options.side, padding=padding),
+        transforms.RandomHorizontalFlip(),
+    ]
     dataset = _Dataset(images, labels, transforms.Compose([*crop, transforms.ToTensor()]))
     loader = torch.utils.data.DataLoader(
-        dataset, options.batch_size, shuffle=True, num_workers=2, drop_last=True, pin_memory=_cuda(options)
+        dataset,
+        options.batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        pin_memory=_cuda(options),
     )
     model = timing.network(options).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     loss = nn.CrossEntropyLoss(reduction="sum")
     adversary = attacks.LinfPGDAttack(
-        model, loss_fn=loss, eps=8 / 255, nb_iter=options.train_step, eps_iter=2 / 255, rand_init=True, clip_min=0.0, clip_max=1.0
+        model,
+        loss_fn=loss,
+        eps=8 / 255,
+        nb_iter=options.train_step,
+        eps_iter=2 / 255,
+        rand_init=True,
+        clip_min=0.0,
+        clip_max=1.0,
     )
     batches = _endless(loader)
 
@@ -123,7 +179,9 @@ def papers_loop(options: argparse.Namespace, images: np.ndarray, labels: np.ndar
 
 
 class _Dataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[np.ndarray], Tensor]) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, transform: Callable[[np.ndarray], Tensor]
+    ) -> None:
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
@@ -141,7 +199,9 @@ def _endless(loader: object) -> Iterator[list[Tensor]]:
 # ---------------------------------------------------------------- (b)
 
 
-def ours(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], object]]:
+def ours(
+    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
+) -> dict[str, Callable[[], object]]:
     """The same step by this project, with one optimization more each time."""
     device = torch.device(options.device)
     precision = best_precision(device)
@@ -152,18 +212,33 @@ def ours(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) ->
         variants["+ compiled"] = Execution(precision, compile=True, graphs=False)
     if _cuda(options):
         variants["+ the attack as one CUDA graph"] = Execution(precision, compile=not options.quick)
-    split = Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), torch.arange(IMAGES, device=device), device)
+    split = Split(
+        torch.from_numpy(images).to(device),
+        torch.from_numpy(labels).to(device),
+        torch.arange(IMAGES, device=device),
+        device,
+    )
     return {name: _step(options, split, execution) for name, execution in variants.items()}
 
 
 def _step(options: argparse.Namespace, split: Split, execution: Execution) -> Callable[[], object]:
     model = timing.network(options)
     optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    loader = TrainLoader(split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1)
+    loader = TrainLoader(
+        split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1
+    )
     batches = _steps(loader)
     attack = PGD(8 / 255, 2 / 255, options.train_step)
     forward = Forward(model, execution, [options.batch_size])
-    return lambda: train_step(model, optimizer, next(batches), attack=attack, attack_training=True, key=(1, "attack", 0), forward=forward)
+    return lambda: train_step(
+        model,
+        optimizer,
+        next(batches),
+        attack=attack,
+        attack_training=True,
+        key=(1, "attack", 0),
+        forward=forward,
+    )
 
 
 def _steps(loader: TrainLoader) -> Iterator[Batch]:

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Batch
 from models import ARCHITECTURES, build_model
 from utils.attacks import PGD
-from utils.engine import sgd, train_step
-from utils.forward import Forward, use_fast_kernels
+from utils.execution.forward import Forward
+from utils.execution.hardware import use_fast_kernels
+from utils.training.engine import sgd, train_step
 
 Options = argparse.Namespace
 QUICK = {"width": 0.25, "batch_size": 64, "side": 8, "channels": 1, "repeats": 9}
@@ -36,11 +37,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", action="store_true", help="one line of JSON")
-    flags.add_argument("--quick", action="store_true", help="the quickstart's network on 8x8 images, a few seconds")
+    flags.add_argument(
+        "--quick", action="store_true", help="the quickstart's network on 8x8 images, a few seconds"
+    )
     return flags
 
 
-def parse(flags: argparse.ArgumentParser, quick: dict[str, object] | None = None) -> argparse.Namespace:
+def parse(
+    flags: argparse.ArgumentParser, quick: dict[str, object] | None = None
+) -> argparse.Namespace:
     """The options, ``--quick`` standing for others (``QUICK`` by default)."""
     if flags.parse_known_args()[0].quick:
         flags.set_defaults(**(QUICK if quick is None else quick))
@@ -62,9 +67,17 @@ def placed(model: nn.Module, options: argparse.Namespace) -> nn.Module:
 
 
 def random_batch(options: argparse.Namespace) -> Batch:
-    x = torch.rand(options.batch_size, options.channels, options.side, options.side, device=options.device)
-    y = torch.randint(0, getattr(options, "classes", 10), (options.batch_size,), device=options.device)
-    return Batch(x.to(memory_format=torch.channels_last), y, torch.arange(options.batch_size, device=options.device))
+    x = torch.rand(
+        options.batch_size, options.channels, options.side, options.side, device=options.device
+    )
+    y = torch.randint(
+        0, getattr(options, "classes", 10), (options.batch_size,), device=options.device
+    )
+    return Batch(
+        x.to(memory_format=torch.channels_last),
+        y,
+        torch.arange(options.batch_size, device=options.device),
+    )
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -72,23 +85,45 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: Options, forward: Forward | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    options: Options,
+    forward: Forward | None = None,
 ) -> Callable[[], object]:
     """One PGD training step, as a function to time; in float32 by default."""
     attack = PGD(8 / 255, 2 / 255, options.train_step)
-    return lambda: train_step(model, optimizer, batch, attack=attack, attack_training=True, key=(1, "attack", 0), forward=forward)
+    return lambda: train_step(
+        model,
+        optimizer,
+        batch,
+        attack=attack,
+        attack_training=True,
+        key=(1, "attack", 0),
+        forward=forward,
+    )
 
 
 def setting(options: argparse.Namespace) -> str:
-    size = f"{options.arch} x{options.width:g}, batch {options.batch_size}, {options.side}x{options.side}"
-    return f"{size}, PGD-{options.train_step}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    size = (
+        f"{options.arch} x{options.width:g}, batch {options.batch_size},"
+        f" {options.side}x{options.side}"
+    )
+    return (
+        f"{size}, PGD-{options.train_step}, {options.device}, {torch.get_num_threads()} threads,"
+        f" torch {torch.__version__}"
+    )
 
 
-def alternate(work: Mapping[str, Callable[[], object]], repeats: int, device: str, pause: float = 0.0) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows down slows all of them.
+def alternate(
+    work: Mapping[str, Callable[[], object]], repeats: int, device: str, pause: float = 0.0
+) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows
+    down slows all of them.
 
-    With a ``pause`` (seconds) every turn begins with it and a call that does not count: work that brings threads of its own,
-    as each onnxruntime session does, leaves them spinning for a while, on the cores that the next one needs.
+    With a ``pause`` (seconds) every turn begins with it and a call that does not count: work that
+    brings threads of its own, as each onnxruntime session does, leaves them spinning for a while,
+    on the cores that the next one needs.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats + 1):

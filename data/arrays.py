@@ -1,4 +1,5 @@
-"""A source's arrays as training takes them: what can be meant in one way alone is brought into form, the rest is refused."""
+"""A source's arrays as training takes them: what can be meant in one way alone is brought into
+form, the rest is refused."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ _DIM = 63  # where no pixel is brighter, white may have been meant by another nu
 
 
 def in_form(source: Source) -> tuple[Source, list[str]]:
-    """The source with images uint8 ``[N, H, W, C]`` and labels int64 below the number of classes, and notes on what was changed.
+    """The source with images uint8 ``[N, H, W, C]`` and labels int64 below the number of classes,
+    and notes on what was changed.
 
-    Images, training and test judged together: uint8 stays; floats in [0, 1] become the nearest of 256 levels, and so do
-    booleans; any other type must hold whole numbers from 0 to 255. ``[N, H, W]`` is one grey channel. Labels below the
-    number of classes stay; others are looked up among the names of the classes, by rank where there are no names.
+    Images, training and test judged together: uint8 stays; floats in [0, 1] become the nearest of
+    256 levels, and so do booleans; any other type must hold whole numbers from 0 to 255. ``[N, H,
+    W]`` is one grey channel. Labels below the number of classes stay; others are looked up among
+    the names of the classes, by rank where there are no names.
 
     Raises:
         InputError: anything else; rows, mean or std that do not fit the images.
@@ -35,7 +38,9 @@ def in_form(source: Source) -> tuple[Source, list[str]]:
         _require(len(found.labels) == held, f"{held} {part} images have {len(found.labels)} labels")
     _check_statistics(source, made["training"].opened().shape[-1])
     train, val = _rows(source, len(labels["training"]))
-    made_source = replace(source, training=made["training"], test=made["test"], train=train, val=val, classes=classes)
+    made_source = replace(
+        source, training=made["training"], test=made["test"], train=train, val=val, classes=classes
+    )
     return made_source, notes
 
 
@@ -64,20 +69,30 @@ class _Range:
     is_whole: bool
 
     def __str__(self) -> str:
-        return f"{self.dtype} from {self.low:g} to {self.high:g}{'' if self.is_whole else ', not all whole'}"
+        return (
+            f"{self.dtype} from {self.low:g} to"
+            f" {self.high:g}{'' if self.is_whole else ', not all whole'}"
+        )
 
 
 def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[str]]:
     arrays = {
-        part: _array(found.opened() if isinstance(found.images, Path) else found.images, f"{part} images") for part, found in parts.items()
+        part: _array(
+            found.opened() if isinstance(found.images, Path) else found.images, f"{part} images"
+        )
+        for part, found in parts.items()
     }
     arrays = {part: _four_dimensional(array, f"{part} images") for part, array in arrays.items()}
     sides = {part: "x".join(map(str, array.shape[1:])) for part, array in arrays.items()}
     _require(
         sides["training"] == sides["test"],
-        f"training images are {sides['training']} and test images {sides['test']} (height x width x channels)",
+        f"training images are {sides['training']} and test images {sides['test']} (height x width x"
+        " channels)",
     )
-    if all(isinstance(found.images, Path) and arrays[part].dtype == np.uint8 for part, found in parts.items()):
+    if all(
+        isinstance(found.images, Path) and arrays[part].dtype == np.uint8
+        for part, found in parts.items()
+    ):
         return dict(parts), []  # decoded here: not read for this
     ranges = {part: _range(array) for part, array in arrays.items()}
     scale = _scale(ranges)
@@ -89,23 +104,33 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
     notes = [f"pixels are rounded to 256 levels, some by {furthest:.2f} of one"] if furthest else []
     brightest = round(scale * max(found.high for found in ranges.values()))
     if brightest <= _DIM:
-        notes.append(f"the brightest of all pixels is {brightest}, where white is 255: attacks are measured on that scale")
+        notes.append(
+            f"the brightest of all pixels is {brightest}, where white is 255: attacks are measured"
+            " on that scale"
+        )
     return made, notes
 
 
 def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
     shape = list(array.shape)
-    _require(array.ndim in (3, 4) and array.size > 0, f"{what} have the shape {shape}; give [N, H, W, C], or [N, H, W] for grey ones")
+    _require(
+        array.ndim in (3, 4) and array.size > 0,
+        f"{what} have the shape {shape}; give [N, H, W, C], or [N, H, W] for grey ones",
+    )
     if array.ndim == 3:
         return array[..., None]
     _require(
-        shape[1] not in (1, 3, 4) or shape[3] <= 4, f"{what} have the shape {shape}, channels first; transpose(0, 2, 3, 1) brings them last"
+        shape[1] not in (1, 3, 4) or shape[3] <= 4,
+        f"{what} have the shape {shape}, channels first; transpose(0, 2, 3, 1) brings them last",
     )
     return array
 
 
 def _range(array: np.ndarray) -> _Range:
-    _require(array.dtype.kind in "buif", f"images of type {array.dtype} are no pixels; give uint8, or floats in [0, 1]")
+    _require(
+        array.dtype.kind in "buif",
+        f"images of type {array.dtype} are no pixels; give uint8, or floats in [0, 1]",
+    )
     low, high, is_whole = np.inf, -np.inf, True
     for part in _chunks(array):
         low, high = float(np.minimum(low, part.min())), float(np.maximum(high, part.max()))
@@ -116,16 +141,24 @@ def _range(array: np.ndarray) -> _Range:
 def _scale(ranges: Mapping[str, _Range]) -> int:
     """By which pixels are multiplied for 255 to be white."""
     kinds = {found.dtype.kind for found in ranges.values()}
-    if kinds <= {"b", "f"} and all(found.low >= -_SLACK and found.high <= 1 + _SLACK for found in ranges.values()):
+    if kinds <= {"b", "f"} and all(
+        found.low >= -_SLACK and found.high <= 1 + _SLACK for found in ranges.values()
+    ):
         return 255
-    if "b" not in kinds and all(found.low >= 0 and found.high <= 255 and found.is_whole for found in ranges.values()):
+    if "b" not in kinds and all(
+        found.low >= 0 and found.high <= 255 and found.is_whole for found in ranges.values()
+    ):
         return 1
     told = "; ".join(f"{part} images: {found}" for part, found in ranges.items())
-    raise InputError(f"pixels of an unknown scale ({told}); give both as whole numbers from 0 to 255 or both as floats in [0, 1]")
+    raise InputError(
+        f"pixels of an unknown scale ({told}); give both as whole numbers from 0 to 255 or both as"
+        " floats in [0, 1]"
+    )
 
 
 def _levels(array: np.ndarray, scale: int) -> tuple[np.ndarray, float]:
-    """The array as uint8, and by how much of a level a pixel was moved at most; 0 where that is the type's own rounding."""
+    """The array as uint8, and by how much of a level a pixel was moved at most; 0 where that is the
+    type's own rounding."""
     if array.dtype == np.uint8:
         return np.require(array, requirements=["C", "W"]), 0.0  # as torch wants it
     levels, furthest = np.empty(array.shape, np.uint8), 0.0
@@ -150,24 +183,39 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def _labels(source: Source) -> tuple[list[str], dict[str, np.ndarray]]:
     """Names of the classes and the labels as their numbers."""
-    given = {"training": _flat(source.training.labels, "training labels"), "test": _flat(source.test.labels, "test labels")}
+    given = {
+        "training": _flat(source.training.labels, "training labels"),
+        "test": _flat(source.test.labels, "test labels"),
+    }
     texts = {labels.dtype.kind == "U" for labels in given.values()}
     _require(len(texts) == 1, "training and test labels must be both numbers or both names")
     trained, tested = (np.unique(labels) for labels in given.values())
     unseen = np.setdiff1d(tested, trained)
-    _require(not len(unseen), f"test labels {_some(unseen)} do not appear among the training labels, which are {_some(trained)}")
+    _require(
+        not len(unseen),
+        f"test labels {_some(unseen)} do not appear among the training labels, which are"
+        f" {_some(trained)}",
+    )
     classes = [str(name) for name in source.classes] or [str(label) for label in trained]
     _require(len(set(classes)) == len(classes), "two classes have the same name")
     numbers = _numbers(trained, classes, numbered=isinstance(source.training.images, Path))
-    return classes, {part: numbers[np.searchsorted(trained, labels)] for part, labels in given.items()}
+    return classes, {
+        part: numbers[np.searchsorted(trained, labels)] for part, labels in given.items()
+    }
 
 
 def _flat(found: Any, what: str) -> np.ndarray:
     labels = _array(found, what)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    _require(labels.ndim == 1 and len(labels) > 0, f"{what} have the shape {list(labels.shape)}; give one number an image")
-    _require(labels.dtype.kind in "biufU", f"{what} are {labels.dtype}; give whole numbers or names of classes")
+    _require(
+        labels.ndim == 1 and len(labels) > 0,
+        f"{what} have the shape {list(labels.shape)}; give one number an image",
+    )
+    _require(
+        labels.dtype.kind in "biufU",
+        f"{what} are {labels.dtype}; give whole numbers or names of classes",
+    )
     if labels.dtype.kind == "f":
         whole = np.isfinite(labels) & (labels == np.rint(labels)) & (np.abs(labels) < 2**53)
         _require(bool(whole.all()), f"{what} are not whole: {_some(labels[~whole])}")
@@ -176,9 +224,11 @@ def _flat(found: Any, what: str) -> np.ndarray:
 
 
 def _numbers(labels: np.ndarray, classes: list[str], numbered: bool) -> np.ndarray:
-    """The class of each of the distinct ``labels``, int64: the label itself, or the place of its name among the classes.
+    """The class of each of the distinct ``labels``, int64: the label itself, or the place of its
+    name among the classes.
 
-    Where these differ the labels are refused, or taken themselves if they are ``numbered`` by folders, which may be named by numbers.
+    Where these differ the labels are refused, or taken themselves if they are ``numbered`` by
+    folders, which may be named by numbers.
     """
     is_number = labels.dtype.kind in "biu" and labels.min() >= 0 and labels.max() < len(classes)
     place = {name: number for number, name in enumerate(classes)}
@@ -189,11 +239,15 @@ def _numbers(labels: np.ndarray, classes: list[str], numbered: bool) -> np.ndarr
     if is_number:
         itself = labels.astype(np.int64)
         if by_name is not None and not numbered and not np.array_equal(itself, by_name):
-            raise InputError(f"labels {_some(labels)} may be numbers or names of the classes {_some(classes)}; number them from 0")
+            raise InputError(
+                f"labels {_some(labels)} may be numbers or names of the classes {_some(classes)};"
+                " number them from 0"
+            )
         return itself
     if by_name is None:
         raise InputError(
-            f"labels {_some(labels)} are neither numbers from 0 to {len(classes) - 1} nor names of the classes {_some(classes)}"
+            f"labels {_some(labels)} are neither numbers from 0 to {len(classes) - 1} nor names of"
+            f" the classes {_some(classes)}"
         )
     return by_name
 
@@ -205,10 +259,19 @@ def _some(values: Any) -> str:
 
 
 def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
-    train, val = (_array(rows, f"rows for {part}") for part, rows in (("training", source.train), ("validation", source.val)))
+    train, val = (
+        _array(rows, f"rows for {part}")
+        for part, rows in (("training", source.train), ("validation", source.val))
+    )
     for part, rows in (("training", train), ("validation", val)):
-        fit = rows.ndim == 1 and rows.dtype.kind in "iu" and (not len(rows) or (rows.min() >= 0 and rows.max() < total))
-        _require(fit, f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension")
+        fit = (
+            rows.ndim == 1
+            and rows.dtype.kind in "iu"
+            and (not len(rows) or (rows.min() >= 0 and rows.max() < total))
+        )
+        _require(
+            fit, f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
+        )
     shared = len(np.intersect1d(train, val))
     _require(not shared, f"{shared} images are for training and for validation")
     return train.astype(np.int64), val.astype(np.int64)
@@ -218,5 +281,13 @@ def _check_statistics(source: Source, channels: int) -> None:
     for name, values in (("mean", source.mean), ("std", source.std)):
         if values is None:
             continue
-        fit = len(values) == channels and all(0 <= value <= 1 for value in values) and (name == "mean" or min(values) > 0)
-        _require(fit, f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels in [0, 1]")
+        fit = (
+            len(values) == channels
+            and all(0 <= value <= 1 for value in values)
+            and (name == "mean" or min(values) > 0)
+        )
+        _require(
+            fit,
+            f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
+            " in [0, 1]",
+        )

@@ -1,4 +1,5 @@
-"""Augmentation of whole batches on the training device: one gather for crop, flip and rotation together."""
+"""Augmentation of whole batches on the training device: one gather for crop, flip and rotation
+together."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Augmentation:
     Attributes:
         padding: zero pixels on each side before a random crop of the original size.
         flip: mirror left to right with probability one half.
-        rotation: rotate by a uniform angle of at most so many degrees, nearest neighbour, zeros outside.
+        rotation: rotate by a uniform angle of at most so many degrees, nearest neighbour, zeros
+            outside.
     """
 
     padding: int = 0
@@ -26,12 +28,15 @@ class Augmentation:
     rotation: float = 0.0
 
 
-def augment(images: Tensor, indices: Tensor, augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
+def augment(
+    images: Tensor, indices: Tensor, augmentation: Augmentation, seed: int, epoch: int
+) -> Tensor:
     """Augmented pixels of a batch.
 
     Args:
         images: uint8 ``[N, H, W, C]``.
-        indices: int64 ``[N]``, each image's row in its data set; its draws depend on this, ``seed`` and ``epoch`` alone.
+        indices: int64 ``[N]``, each image's row in its data set; its draws depend on this, ``seed``
+            and ``epoch`` alone.
 
     Returns:
         Float32 images ``[N, C, H, W]`` in [0, 1], channels-last in memory.
@@ -61,8 +66,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
-def _draw(indices: Tensor, augmentation: Augmentation, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Crop offsets (rows down, columns right), whether flipped, and the angle in radians, one of each an image."""
+def _draw(
+    indices: Tensor, augmentation: Augmentation, seed: int, epoch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Crop offsets (rows down, columns right), whether flipped, and the angle in radians, one of
+    each an image."""
     keys = random_bits(stream(seed, "augment", epoch), indices)[:, None]
     draws = uniform(keys, torch.arange(4, device=indices.device))
     shifts = (draws[:, :2] * (2 * augmentation.padding + 1)).long() - augmentation.padding
@@ -70,8 +78,11 @@ def _draw(indices: Tensor, augmentation: Augmentation, seed: int, epoch: int) ->
     return shifts[:, 0], shifts[:, 1], draws[:, 2] < 0.5, angles
 
 
-def _rotate_back(rows: Tensor, columns: Tensor, angle: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Source pixel of each output pixel for a counter-clockwise turn about the centre, and whether it exists."""
+def _rotate_back(
+    rows: Tensor, columns: Tensor, angle: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Source pixel of each output pixel for a counter-clockwise turn about the centre, and whether
+    it exists."""
     y, x = rows - (height - 1) / 2, columns - (width - 1) / 2
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     source_x = torch.round(cos * x - sin * y + (width - 1) / 2).long()

@@ -1,7 +1,8 @@
-"""Image folders: find the files, decode them once into a cache that is checked before it is trusted.
+"""Image folders: find the files, decode them once into a cache that is checked before it is
+trusted.
 
-A cache belongs to the content of its files. Of a small set they are read at each start; of a large one they are read again only
-if a name, size, time or inode has changed.
+A cache belongs to the content of its files. Of a small set they are read at each start; of a large
+one they are read again only if a name, size, time or inode has changed.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ DIGEST_BYTES = 16
 _MOST_PIXELS = 2**26
 _PATIENCE = 3.0  # seconds of decoding or reading before a word about it
 _IMAGES, _META = "images.npy", "meta.json"
-_KNOWN = {"key", "pixels", "transparent", "files_stamp", "images_stamp"}  # of a cache, in its meta.json
+# of a cache, in its meta.json
+_KNOWN = {"key", "pixels", "transparent", "files_stamp", "images_stamp"}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files in a fixed order, each with its class number; ``left_out`` are the visible entries beside them that are none."""
+    """Image files in a fixed order, each with its class number; ``left_out`` are the visible
+    entries beside them that are none."""
 
     paths: list[Path]
     labels: np.ndarray  # int64 [files]
@@ -55,14 +58,19 @@ def class_folders(root: Path) -> list[str]:
     """Names of the folders in ``root``, sorted; hidden ones do not count."""
     if not root.is_dir():
         raise InputError(f"no such folder: {root}")
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not names:
         raise InputError(f"no class folders in {root}")
     return names
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in ``folder`` sorted by name; files of other types and hidden files do not count."""
+    """The images in ``folder`` sorted by name; files of other types and hidden files do not
+    count."""
     return _sorted_out(folder)[0]
 
 
@@ -72,7 +80,8 @@ def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
     images: list[Path] = []
     others: list[Path] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening it would wait for ever.
+        # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening
+        # it would wait for ever.
         is_file = entry.is_file() or (entry.is_symlink() and not Path(entry).exists())
         if not entry.name.startswith("."):
             is_image = is_file and os.path.splitext(entry.name)[1].lower() in extensions
@@ -81,8 +90,8 @@ def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> Files:
-    """Files of every class folder under ``root``, by class, then name. Raises ``InputError`` for a folder that
-    is not one of ``classes``, for an empty one, and for a class without one."""
+    """Files of every class folder under ``root``, by class, then name. Raises ``InputError`` for a
+    folder that is not one of ``classes``, for an empty one, and for a class without one."""
     number = {name: i for i, name in enumerate(classes)}
     paths: list[Path] = []
     labels: list[int] = []
@@ -90,7 +99,9 @@ def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> 
     left_out = [path for path in itertools.chain(*_sorted_out(root)) if not path.is_dir()]
     for name in names:
         if name not in number:
-            raise InputError(f"{root / name}: this class does not appear among the training classes")
+            raise InputError(
+                f"{root / name}: this class does not appear among the training classes"
+            )
         folder = root / name
         if subfolder and (folder / subfolder).is_dir():
             folder = folder / subfolder
@@ -130,7 +141,8 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
         name: shown in the progress bar and part of the cache's name.
 
     Raises:
-        InputError: a missing, corrupt or odd-sized image (named), or a cache that cannot be written.
+        InputError: a missing, corrupt or odd-sized image (named), or a cache that cannot be
+            written.
     """
     place = hashlib.sha256(str(files.paths[0].parent.parent.resolve()).encode()).hexdigest()[:12]
     folder = cache_dir / f"{name}-{image_size or 'asis'}-{place}"
@@ -142,7 +154,10 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
                 if meta is None:
                     meta = _build(folder, now)
         except OSError as error:
-            raise InputError(f"cannot write the image cache {folder} ({error}); choose another place with --cache_dir") from error
+            raise InputError(
+                f"cannot write the image cache {folder} ({error}); choose another place with"
+                " --cache_dir"
+            ) from error
     else:
         _remember(folder, meta)
     return Cached(folder / _IMAGES, meta["pixels"], meta["transparent"])
@@ -150,7 +165,8 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds this cache: it would decode twice, and replace what the first already reads."""
+    """Wait until no other process builds this cache: it would decode twice, and replace what the
+    first already reads."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -158,7 +174,8 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- is the cache of these files, and whole?
+# ---------------------------------------------------------------- is the cache of these files, and
+# whole?
 
 
 class _Content:
@@ -166,11 +183,17 @@ class _Content:
 
     def __init__(self, paths: Sequence[Path], image_size: int | None, name: str) -> None:
         self.paths, self.image_size, self.name = paths, image_size, name
-        self.stamp, self.nbytes = _stamp(paths, _SETTLED)  # before anything is read: a change since then shows in the next one
+        # before anything is read: a change since then shows in the next one
+        self.stamp, self.nbytes = _stamp(paths, _SETTLED)
 
     @functools.cached_property
     def key(self) -> str:
-        chunks = _by_chunks(_file_digest, self.paths, f"checking {self.name}", f"checking {len(self.paths)} images for changes")
+        chunks = _by_chunks(
+            _file_digest,
+            self.paths,
+            f"checking {self.name}",
+            f"checking {len(self.paths)} images for changes",
+        )
         return self.key_of(itertools.chain.from_iterable(chunks))
 
     def key_of(self, digests: Iterable[bytes]) -> str:
@@ -180,7 +203,8 @@ class _Content:
 
 
 def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str | None, int]:
-    """One digest of names, sizes, times and inodes, and the bytes in all. None if a file has changed within ``settled``
+    """One digest of names, sizes, times and inodes, and the bytes in all. None if a file has
+    changed within ``settled``
     seconds: it could change again and keep its times."""
     digest, nbytes, youngest = hashlib.blake2b(digest_size=DIGEST_BYTES), 0, float("-inf")
     for path in paths:
@@ -188,7 +212,8 @@ def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str |
             stat = path.stat()
         except OSError as error:
             raise InputError(f"{path}: missing image ({error.strerror})") from error
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode())
+        times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+        digest.update(f"{path.name} {stat.st_size} {times} {stat.st_ino}\n".encode())
         nbytes += stat.st_size
         youngest = max(youngest, stat.st_ctime)
     return digest.hexdigest() if time.time() - youngest >= settled else None, nbytes
@@ -197,27 +222,40 @@ def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str |
 def _file_digest(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).digest()
+            return hashlib.file_digest(
+                file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)
+            ).digest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _current(folder: Path, now: _Content) -> dict[str, Any] | None:
-    """What is known of the cache in ``folder``, with the stamps of now, if it is whole and of what the files hold now."""
+    """What is known of the cache in ``folder``, with the stamps of now, if it is whole and of what
+    the files hold now."""
     try:
         meta = json.loads((folder / _META).read_text())
         images = np.load(folder / _IMAGES, mmap_mode="r")
     except (OSError, ValueError, EOFError, RecursionError):
         return None
-    if not isinstance(meta, dict) or set(meta) != _KNOWN or images.dtype != np.uint8 or images.shape[:1] != (len(now.paths),):
+    if (
+        not isinstance(meta, dict)
+        or set(meta) != _KNOWN
+        or images.dtype != np.uint8
+        or images.shape[:1] != (len(now.paths),)
+    ):
         return None
-    is_unchanged = now.stamp is not None and now.nbytes > _SMALL and meta["files_stamp"] == now.stamp
+    is_unchanged = (
+        now.stamp is not None and now.nbytes > _SMALL and meta["files_stamp"] == now.stamp
+    )
     if not is_unchanged and meta["key"] != now.key:
         return None
     images_stamp, _ = _stamp([folder / _IMAGES])
     if images.nbytes <= _SMALL or meta["images_stamp"] != images_stamp:
         if images.nbytes > _SMALL:
-            print(f"checking {images.nbytes / 2**30:.1f} GB of decoded images in {folder}, once", file=sys.stderr)
+            print(
+                f"checking {images.nbytes / 2**30:.1f} GB of decoded images in {folder}, once",
+                file=sys.stderr,
+            )
         if meta["pixels"] != pixels_digest(images):
             return None
     return {**meta, "files_stamp": now.stamp, "images_stamp": images_stamp}
@@ -225,11 +263,13 @@ def _current(folder: Path, now: _Content) -> dict[str, Any] | None:
 
 def _remember(folder: Path, meta: Mapping[str, Any]) -> None:
     """A cache that was found current by reading is trusted by its stamps from now on."""
-    with contextlib.suppress(OSError, ValueError):  # a cache that may only be read is checked each time
+    # a cache that may only be read is checked each time
+    with contextlib.suppress(OSError, ValueError):
         if json.loads((folder / _META).read_text()) == meta:
             return
         with _one_at_a_time(folder):
-            if json.loads((folder / _META).read_text())["key"] == meta["key"]:  # another process has not replaced it
+            # another process has not replaced it
+            if json.loads((folder / _META).read_text())["key"] == meta["key"]:
                 _write_meta(folder, meta)
 
 
@@ -240,7 +280,8 @@ def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def pixels_digest(images: np.ndarray) -> str:
-    """Hex digest of the shape and the pixels of uint8 images; of a memory map a few at a time are read."""
+    """Hex digest of the shape and the pixels of uint8 images; of a memory map a few at a time are
+    read."""
     digest = _begun_digest(images.shape)
     for start in range(0, len(images), _CHUNK):
         digest.update(images[start : start + _CHUNK].tobytes())
@@ -271,7 +312,8 @@ def _build(folder: Path, now: _Content) -> dict[str, Any]:
 
 
 def _write_images(now: _Content, target: Path) -> dict[str, Any]:
-    """Write the ``.npy``; the key of the files, the digest of the pixels and how many images are transparent."""
+    """Write the ``.npy``; the key of the files, the digest of the pixels and how many images are
+    transparent."""
     digests: list[bytes] = []
     transparent = 0
     pixels = None
@@ -282,9 +324,12 @@ def _write_images(now: _Content, target: Path) -> dict[str, Any]:
             if pixels is None:
                 shape = (len(now.paths), *chunk.images.shape[1:])
                 pixels = _begun_digest(shape)
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
             content = chunk.images.tobytes()
-            file.write(content)  # not a memory map: on a full disk a write is an error and a map is a crash
+            # not a memory map: on a full disk a write is an error and a map is a crash
+            file.write(content)
             pixels.update(content)
         file.flush()
         os.fsync(file.fileno())
@@ -299,40 +344,49 @@ class _Chunk(NamedTuple):
 
 
 def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
-    # The digest first: of a file that changes in between, the key is the older one and does not fit the next time.
+    # The digest first: of a file that changes in between, the key is the older one and does not fit
+    # the next time.
     def work(path: Path) -> tuple[Path, bytes, Decoded]:
         return path, _file_digest(path), decode_image(path, now.image_size)
 
     size: tuple[int, ...] | None = None
-    for done in _by_chunks(work, now.paths, f"decoding {now.name}", f"decoding {len(now.paths)} images, once"):
+    for done in _by_chunks(
+        work, now.paths, f"decoding {now.name}", f"decoding {len(now.paths)} images, once"
+    ):
         paths, digests, decoded = zip(*done, strict=True)
         images, were_transparent = zip(*decoded, strict=True)
         for path, image in zip(paths, images, strict=True):
             size = size or image.shape
             if image.shape != size:
                 raise InputError(
-                    f"{path}: {image.shape[1]}x{image.shape[0]} pixels where others have {size[1]}x{size[0]}; "
-                    "--image_size N brings all to one size"
+                    f"{path}: {image.shape[1]}x{image.shape[0]} pixels where others have"
+                    f" {size[1]}x{size[0]}; --image_size N brings all to one size"
                 )
         yield _Chunk(np.stack(images), list(digests), sum(were_transparent))
 
 
-def _by_chunks(work: Callable[[Path], T], paths: Sequence[Path], title: str, told_as: str) -> Iterator[list[T]]:
-    """What ``work`` makes of each file, in order, by threads; a bar or, where there is no terminal, a line tells how long it takes."""
+def _by_chunks(
+    work: Callable[[Path], T], paths: Sequence[Path], title: str, told_as: str
+) -> Iterator[list[T]]:
+    """What ``work`` makes of each file, in order, by threads; a bar or, where there is no terminal,
+    a line tells how long it takes."""
     begun, told = time.perf_counter(), False
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
         tqdm(total=len(paths), desc=title, unit="img", disable=None, delay=0.5) as bar,
     ):
         for start in range(0, len(paths), _CHUNK):
-            with warnings.catch_warnings():  # Pillow's, of odd headers: what cannot be read is an error
+            # Pillow's, of odd headers: what cannot be read is an error
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 results = list(pool.map(work, paths[start : start + _CHUNK]))
             bar.update(len(results))
             passed, done = time.perf_counter() - begun, start + len(results)
             if bar.disable and not told and passed > _PATIENCE and done < len(paths):
                 told = True
-                print(f"{told_as}: {passed / done * (len(paths) - done):.0f} s to go", file=sys.stderr)
+                print(
+                    f"{told_as}: {passed / done * (len(paths) - done):.0f} s to go", file=sys.stderr
+                )
             yield results
 
 
@@ -344,12 +398,17 @@ class Decoded(NamedTuple):
 
 
 def decode_image(path: Path, image_size: int | None) -> Decoded:
-    """An image upright, as its file says, and resized by area to a square if ``image_size`` is given; ``InputError`` names a bad file."""
+    """An image upright, as its file says, and resized by area to a square if ``image_size`` is
+    given; ``InputError`` names a bad file."""
     try:
         with Image.open(path) as image:
-            # The header says it before any memory is taken; Pillow itself only warns up to twice that size.
+            # The header says it before any memory is taken; Pillow itself only warns up to twice
+            # that size.
             if image.width * image.height > _MOST_PIXELS:
-                raise InputError(f"{path}: {image.width}x{image.height} pixels are more than an image of a data set has ({_MOST_PIXELS})")
+                raise InputError(
+                    f"{path}: {image.width}x{image.height} pixels are more than an image of a data"
+                    f" set has ({_MOST_PIXELS})"
+                )
             image.load()
             rgb, is_transparent = _on_black(_eight_bits(image, path))
             rgb = _upright(rgb, image)
@@ -374,16 +433,25 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
             grey.putalpha(Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8)))
         return grey
     if image.mode in ("I", "F"):
-        raise InputError(f"{path}: pixels of type {image.mode} have no known range; save it with 8 or 16 bits a channel")
+        raise InputError(
+            f"{path}: pixels of type {image.mode} have no known range; save it with 8 or 16 bits a"
+            " channel"
+        )
     return image
 
 
 def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image in RGB, and whether it was laid on black: what lies under transparent pixels is anything."""
+    """The image in RGB, and whether it was laid on black: what lies under transparent pixels is
+    anything."""
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         if np.asarray(with_alpha.getchannel("A")).min() < 255:
-            return Image.alpha_composite(Image.new("RGBA", image.size, "black"), with_alpha).convert("RGB"), True
+            return (
+                Image.alpha_composite(Image.new("RGBA", image.size, "black"), with_alpha).convert(
+                    "RGB"
+                ),
+                True,
+            )
     return image.convert("RGB"), False
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.augment import Augmentation, augment, to_float
-from utils.distributed import ALONE, World
+from utils.execution.distributed import ALONE, World
 from utils.seeding import permutation, stream
 
 
@@ -21,7 +21,8 @@ class Split:
     """Some rows of a stored image set.
 
     Attributes:
-        images: uint8 ``[rows, H, W, C]``, shared between splits; on ``device`` or memory-mapped on the CPU.
+        images: uint8 ``[rows, H, W, C]``, shared between splits; on ``device`` or memory-mapped on
+            the CPU.
         labels: int64 ``[rows]`` on ``device``.
         indices: int64, the rows of this split, on ``device``; an image's index is its row.
         device: where batches are handed out.
@@ -40,7 +41,8 @@ class Split:
         return self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
 
     def spread(self, n: int) -> Tensor:
-        """The indices of ``n`` of its images, evenly over the split (all, where it has fewer): folders come sorted by class."""
+        """The indices of ``n`` of its images, evenly over the split (all, where it has fewer):
+        folders come sorted by class."""
         return self.indices[:: max(1, len(self) // n)][:n]
 
     def subset(self, indices: Tensor) -> Split:
@@ -56,7 +58,8 @@ class Batch:
         x: float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``.
         indices: of the images in their data set, int64 ``[N]``.
-        weight: share of these images in the step's mean loss; 0 where a process has none of its own and repeats another's.
+        weight: share of these images in the step's mean loss; 0 where a process has none of its own
+            and repeats another's.
         step_images: in the whole step, of all processes; N by default.
     """
 
@@ -75,13 +78,22 @@ class Batch:
 class TrainLoader:
     """Shuffled, augmented batches; everything in an epoch is a pure function of ``(seed, epoch)``.
 
-    The last batch may be smaller. A single image left over joins the batch before it, since batch norm
-    cannot train on one value a channel. For the same reason no process of several gets fewer than ``least`` images
-    of a batch: where that leaves nothing for the later ones, they repeat its first images, which then do not count.
+    The last batch may be smaller. A single image left over joins the batch before it, since batch
+    norm cannot train on one value a channel. For the same reason no process of several gets fewer
+    than ``least`` images
+    of a batch: where that leaves nothing for the later ones, they repeat its first images, which
+    then do not count.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, augmentation: Augmentation, seed: int, *, world: World = ALONE, least: int = 2
+        self,
+        split: Split,
+        batch_size: int,
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        world: World = ALONE,
+        least: int = 2,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
@@ -111,7 +123,9 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's part of the batches of ``epoch`` (from 0), from step ``first_step`` on."""
-        order = self.split.indices[permutation(len(self.split), stream(self.seed, "order", epoch), self.split.device)]
+        order = self.split.indices[
+            permutation(len(self.split), stream(self.seed, "order", epoch), self.split.device)
+        ]
         for start, end in self._bounds[first_step:]:
             first, last, counts = self._part(end - start)
             indices = order[start + first : start + last]
@@ -120,7 +134,8 @@ class TrainLoader:
             yield Batch(x, self.split.labels[indices], indices, weight, end - start)
 
     def _part(self, images: int) -> tuple[int, int, bool]:
-        """Which of a batch's images this process takes, first and past the last, and whether they count."""
+        """Which of a batch's images this process takes, first and past the last, and whether they
+        count."""
         rank, holders = self._world.rank, max(1, min(self._world.size, images // self._least))
         if rank >= holders:
             return 0, min(self._least, images), False
@@ -128,6 +143,7 @@ class TrainLoader:
 
 
 def plain_batches(split: Split, batch_size: int, world: World = ALONE) -> Iterator[Batch]:
-    """The images of a split in order, un-augmented; of several processes each gets every so many-th batch."""
+    """The images of a split in order, un-augmented; of several processes each gets every so many-th
+    batch."""
     for indices in split.indices.split(batch_size)[world.rank :: world.size]:
         yield Batch(to_float(split.rows(indices)), split.labels[indices], indices)

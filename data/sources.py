@@ -21,10 +21,12 @@ _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and labels int64 ``[N]``.
+    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and
+    labels int64 ``[N]``.
 
-    ``data.arrays.in_form`` makes these of other types where it is clear how. ``digest`` is ``pixels_digest`` of the images
-    where it is known without reading them, ``notes`` what a user should know of how they were read.
+    ``data.arrays.in_form`` makes these of other types where it is clear how. ``digest`` is
+    ``pixels_digest`` of the images where it is known without reading them, ``notes`` what a user
+    should know of how they were read.
     """
 
     images: np.ndarray | Path
@@ -42,8 +44,8 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is placed on a device. ``train`` and ``val`` are rows of ``training``; ``mean`` and
-    ``std`` None means: to be measured."""
+    """A data set before it is placed on a device. ``train`` and ``val`` are rows of ``training``;
+    ``mean`` and ``std`` None means: to be measured."""
 
     training: ImageSet
     test: ImageSet
@@ -56,7 +58,8 @@ class Source:
 
 
 def default_cache() -> Path:
-    """Where decoded images are kept: in the user's cache, or with the temporary files of a user who has no home."""
+    """Where decoded images are kept: in the user's cache, or with the temporary files of a user who
+    has no home."""
     with contextlib.suppress(RuntimeError):
         if os.environ.get("HOME") != "":  # of an empty one the cache would lie in the root folder
             return Path.home() / ".cache" / "sparse-adversarial"
@@ -64,8 +67,9 @@ def default_cache() -> Path:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where to look and how to decode: ``root`` of the data, ``cache_dir`` and ``image_size`` for image folders."""
+class DataLocation:
+    """Where to look and how to decode: ``root`` of the data, ``cache_dir`` and ``image_size`` for
+    image folders."""
 
     root: Path
     cache_dir: Path = field(default_factory=lambda: default_cache())
@@ -76,7 +80,8 @@ class Place:
 
 
 def stratified(labels: np.ndarray, n: int) -> np.ndarray:
-    """Sorted rows of ``n`` images, classes in their proportions (largest remainders), by a fixed permutation."""
+    """Sorted rows of ``n`` images, classes in their proportions (largest remainders), by a fixed
+    permutation."""
     classes, counts = np.unique(labels, return_counts=True)
     if n > len(labels):
         raise InputError(f"cannot take {n} of {len(labels)} images")
@@ -101,7 +106,7 @@ def _rest(total: int, taken: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- data sets
 
 
-def digits(place: Place) -> Source:
+def digits(place: DataLocation) -> Source:
     """scikit-learn's handwritten digits, 8x8 and grey: 1,000 / 300 / 497."""
     from sklearn.datasets import load_digits
 
@@ -122,16 +127,30 @@ def digits(place: Place) -> Source:
     )
 
 
-def cifar10(place: Place) -> Source:
-    return _cifar("CIFAR10", place, Augmentation(4, flip=True), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+def cifar10(place: DataLocation) -> Source:
+    return _cifar(
+        "CIFAR10",
+        place,
+        Augmentation(4, flip=True),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    )
 
 
-def cifar100(place: Place) -> Source:
+def cifar100(place: DataLocation) -> Source:
     augmentation = Augmentation(4, flip=True, rotation=15.0)
-    return _cifar("CIFAR100", place, augmentation, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    return _cifar(
+        "CIFAR100", place, augmentation, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    )
 
 
-def _cifar(name: str, place: Place, augmentation: Augmentation, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
+def _cifar(
+    name: str,
+    place: DataLocation,
+    augmentation: Augmentation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Source:
     training, test = (_torchvision(name, place, train=train) for train in (True, False))
     count = len(training.targets)
     val = count // 10  # the last 5,000 of 50,000
@@ -147,14 +166,19 @@ def _cifar(name: str, place: Place, augmentation: Augmentation, mean: tuple[floa
     )
 
 
-def svhn(place: Place) -> Source:
+def svhn(place: DataLocation) -> Source:
     """Street View House Numbers: 90 / 10 by a fixed permutation, no flip."""
     training, test = (_torchvision("SVHN", place, split=split) for split in ("train", "test"))
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(training.labels))
     cut = len(order) - len(order) // 10
     return Source(
-        training=ImageSet(np.ascontiguousarray(training.data.transpose(0, 2, 3, 1)), training.labels.astype(np.int64)),
-        test=ImageSet(np.ascontiguousarray(test.data.transpose(0, 2, 3, 1)), test.labels.astype(np.int64)),
+        training=ImageSet(
+            np.ascontiguousarray(training.data.transpose(0, 2, 3, 1)),
+            training.labels.astype(np.int64),
+        ),
+        test=ImageSet(
+            np.ascontiguousarray(test.data.transpose(0, 2, 3, 1)), test.labels.astype(np.int64)
+        ),
         train=np.sort(order[:cut]),
         val=np.sort(order[cut:]),
         classes=[str(c) for c in range(10)],
@@ -162,7 +186,7 @@ def svhn(place: Place) -> Source:
     )
 
 
-def _torchvision(name: str, place: Place, **options):
+def _torchvision(name: str, place: DataLocation, **options):
     """A torchvision data set, downloaded into ``place.root`` if it is not there."""
     data_set = getattr(import_torchvision("datasets"), name)
     try:
@@ -176,11 +200,14 @@ def _torchvision(name: str, place: Place, **options):
         if not was_there:
             with contextlib.suppress(OSError):
                 place.root.rmdir()  # if it is empty: what was fetched so far may help
-        raise InputError(f"{name} is not in {place.root} and could not be downloaded into it ({error})") from error
+        raise InputError(
+            f"{name} is not in {place.root} and could not be downloaded into it ({error})"
+        ) from error
 
 
-def tinyimagenet(place: Place) -> Source:
-    """Tiny-ImageNet, official archive or one folder per class: the paper's 90 / 10 split, the official val set as test."""
+def tinyimagenet(place: DataLocation) -> Source:
+    """Tiny-ImageNet, official archive or one folder per class: the paper's 90 / 10 split, the
+    official val set as test."""
     classes = class_folders(place.root / "train")
     training = scan_classes(place.root / "train", classes, subfolder="images")
     annotations = place.root / "val" / "val_annotations.txt"
@@ -202,14 +229,17 @@ def tinyimagenet(place: Place) -> Source:
     )
 
 
-def _decoded(files: Files, place: Place, name: str) -> ImageSet:
+def _decoded(files: Files, place: DataLocation, name: str) -> ImageSet:
     cached = cached_images(files, place.image_size, place.cache_dir, name)
     notes = []
     if files.left_out:
         others = f" and {len(files.left_out) - 1} more" if len(files.left_out) > 1 else ""
         notes.append(f"left out, as no images of a class: {files.left_out[0]}{others}")
     if cached.transparent:
-        notes.append(f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent parts, which are black here")
+        notes.append(
+            f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent"
+            " parts, which are black here"
+        )
     return ImageSet(cached.images, files.labels, cached.digest, tuple(notes))
 
 
@@ -221,37 +251,56 @@ def _annotated(annotations: Path, classes: list[str]) -> Files:
         fields = line.split("\t")
         # A file name with a path in it would lead out of the folder.
         if len(fields) < 2 or Path(fields[0]).name != fields[0] or fields[1] not in number:
-            raise InputError(f"{annotations}, line {line_number}: not a file name and one of the training classes")
+            raise InputError(
+                f"{annotations}, line {line_number}: not a file name and one of the training"
+                " classes"
+            )
         rows.append((annotations.parent / "images" / fields[0], number[fields[1]]))
     if not rows:
         raise InputError(f"{annotations}: no images named")
     rows.sort(key=lambda row: row[0].name)
-    return Files([path for path, _ in rows], np.asarray([label for _, label in rows], dtype=np.int64))
+    return Files(
+        [path for path, _ in rows], np.asarray([label for _, label in rows], dtype=np.int64)
+    )
 
 
-def imagefolder(place: Place) -> Source:
-    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified, crop padding an eighth of the side, flip."""
+def imagefolder(place: DataLocation) -> Source:
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified, crop padding an
+    eighth of the side, flip."""
     if place.root.is_dir() and not (place.root / "train").is_dir():
-        raise InputError(f"{place.root} has no folder train; --data holds train/<class>/* and test/<class>/* (or val/<class>/*)")
+        raise InputError(
+            f"{place.root} has no folder train; --data holds train/<class>/* and test/<class>/* (or"
+            " val/<class>/*)"
+        )
     classes = class_folders(place.root / "train")
     training = scan_classes(place.root / "train", classes)
     test_root = next((place.root / n for n in ("test", "val") if (place.root / n).is_dir()), None)
     if test_root is None:
         raise InputError(f"{place.root} has neither a folder test nor val beside train")
     test = scan_classes(test_root, classes)
-    decoded, decoded_test = _decoded(training, place, "imagefolder-train"), _decoded(test, place, "imagefolder-test")
+    decoded, decoded_test = (
+        _decoded(training, place, "imagefolder-train"),
+        _decoded(test, place, "imagefolder-test"),
+    )
     if test_root.name == "test" and (place.root / "val").is_dir():
-        unused = f"{place.root / 'val'} is left out: validation is on a tenth of the training images"
+        unused = (
+            f"{place.root / 'val'} is left out: validation is on a tenth of the training images"
+        )
         decoded_test = replace(decoded_test, notes=(*decoded_test.notes, unused))
     side, test_side = (part.opened().shape[1:] for part in (decoded, decoded_test))
     if side != test_side:
         raise InputError(
-            f"training images have {side[1]}x{side[0]} pixels and test images {test_side[1]}x{test_side[0]}; "
-            "--image_size N brings all to one size"
+            f"training images have {side[1]}x{side[0]} pixels and test images"
+            f" {test_side[1]}x{test_side[0]}; --image_size N brings all to one size"
         )
-    scarce = [name for name, count in zip(classes, np.bincount(training.labels), strict=True) if count < 2]
+    scarce = [
+        name for name, count in zip(classes, np.bincount(training.labels), strict=True) if count < 2
+    ]
     if scarce:
-        raise InputError(f"{place.root / 'train' / scarce[0]}: one image; each class needs one to train on and one for validation")
+        raise InputError(
+            f"{place.root / 'train' / scarce[0]}: one image; each class needs one to train on and"
+            " one for validation"
+        )
     val = stratified(training.labels, max(len(classes), round(0.1 * len(training.labels))))
     return Source(
         training=decoded,
@@ -263,7 +312,7 @@ def imagefolder(place: Place) -> Source:
     )
 
 
-SOURCES: dict[str, Callable[[Place], Source]] = {
+SOURCES: dict[str, Callable[[DataLocation], Source]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "tinyimagenet": tinyimagenet,
@@ -271,4 +320,5 @@ SOURCES: dict[str, Callable[[Place], Source]] = {
     "imagefolder": imagefolder,
     "digits": digits,
 }
-DECODED_HERE = ("tinyimagenet", "imagefolder")  # those for which image_size and cache_dir mean something
+# those for which image_size and cache_dir mean something
+DECODED_HERE = ("tinyimagenet", "imagefolder")

@@ -1,4 +1,5 @@
-"""Pre-activation ResNets with the CIFAR stem (He et al., "Identity Mappings in Deep Residual Networks", 2016).
+"""Pre-activation ResNets with the CIFAR stem (He et al., "Identity Mappings in Deep Residual
+Networks", 2016).
 
 Names and shapes of the state dict are those of the paper's checkpoints. The last feature map is
 averaged whatever its size, so 8x8, 32x32 and 64x64 images share one network.
@@ -21,8 +22,9 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution that takes its stride before a narrow kernel sees the image.
 
-    oneDNN (in torch 2.13) writes past its buffers in the weight gradient of a strided, channels-last 1x1
-    convolution with fewer than 16 input channels and an odd batch. Striding first is the same arithmetic.
+    oneDNN (in torch 2.13) writes past its buffers in the weight gradient of a strided,
+    channels-last 1x1 convolution with fewer than 16 input channels and an odd batch. Striding first
+    is the same arithmetic.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,8 @@ class Bottleneck(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks on images ``[N, C, H, W]`` in [0, 1]; returns logits ``[N, classes]``.
+    """Four stages of pre-activation blocks on images ``[N, C, H, W]`` in [0, 1]; returns logits
+    ``[N, classes]``.
 
     Args:
         block: ``BasicBlock`` or ``Bottleneck``.

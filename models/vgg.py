@@ -1,4 +1,5 @@
-"""VGG with batch norm and one linear layer (Simonyan and Zisserman, 2015), in the CIFAR form of the paper."""
+"""VGG with batch norm and one linear layer (Simonyan and Zisserman, 2015), in the CIFAR form of the
+paper."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ STAGES: dict[str, list[list[int]]] = {
 
 
 class VGG(nn.Module):
-    """Convolutions with batch norm in five stages on images ``[N, C, H, W]`` in [0, 1]; returns logits.
+    """Convolutions with batch norm in five stages on images ``[N, C, H, W]`` in [0, 1]; returns
+    logits.
 
     Args:
         stages: channels by stage, e.g. ``STAGES["vgg16"]``, already scaled.
@@ -30,7 +32,11 @@ class VGG(nn.Module):
         channels = normalize.mean.numel()
         for stage in stages:
             for width in stage:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)

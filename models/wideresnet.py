@@ -10,7 +10,8 @@ from models.resnet import conv1x1, conv3x3
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv twice; a 1x1 projection from the first activation where the channel count changes."""
+    """BN-ReLU-conv twice; a 1x1 projection from the first activation where the channel count
+    changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -18,7 +19,11 @@ class WideBlock(nn.Module):
         self.conv1 = conv3x3(channels_in, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = conv3x3(channels, channels)
-        self.convShortcut = conv1x1(channels_in, channels, stride) if channels_in != channels or stride != 1 else None
+        self.convShortcut = (
+            conv1x1(channels_in, channels, stride)
+            if channels_in != channels or stride != 1
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
@@ -42,7 +47,8 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-``depth``-``widen`` on images ``[N, C, H, W]`` in [0, 1]; returns logits ``[N, classes]``.
+    """WRN-``depth``-``widen`` on images ``[N, C, H, W]`` in [0, 1]; returns logits ``[N,
+    classes]``.
 
     Args:
         depth: 6 n + 4 layers, n blocks a stage.
@@ -54,7 +60,9 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, widen: int, num_classes: int, normalize: Normalize) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6 != 0:
-            raise ValueError(f"the depth of a wide ResNet is 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}")
+            raise ValueError(
+                f"the depth of a wide ResNet is 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}"
+            )
         if widen < 1:
             raise ValueError(f"the width factor of a wide ResNet is at least 1, not {widen}")
         blocks = (depth - 4) // 6

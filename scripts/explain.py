@@ -1,4 +1,5 @@
-"""What a network looks at and how flat its loss is: ``python scripts/explain.py CHECKPOINT [--out DIR] [flags of main_adv.py --eval]``."""
+"""What a network looks at and how flat its loss is: ``python scripts/explain.py CHECKPOINT [--out
+DIR] [flags of main_adv.py --eval]``."""
 
 from __future__ import annotations
 
@@ -11,20 +12,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils.installed  # noqa: F401
 
-# isort: split
 from tqdm import tqdm
 
-from utils.checkpoint import writable_folder, write_atomically
-from utils.command_line import OneLineParser
-from utils.config import only, parse_settings, pick_device, require
-from utils.config_adv import AdversarialSettings
-from utils.errors import run_command
-from utils.evaluation import network_and_data, stored_settings
-from utils.explain import captum_methods, explain
-from utils.metrics import environment, json_bytes, write_figure
-from utils.trials import full_precision
+from utils.errors import require, run_command
+from utils.evaluation.command import network_and_data, stored_settings
+from utils.evaluation.explain import captum_methods, explain
+from utils.execution.hardware import full_precision
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import OneLineParser, parse_settings
+from utils.settings.common import only
+from utils.settings.device import pick_device
+from utils.storage.files import json_bytes, writable_folder, write_atomically, write_figure
+from utils.storage.provenance import environment
 
 _MOST_IMAGES = 100  # rows of a picture that can still be drawn
 # Flags of an evaluation that are about other attacks, other images, or where it keeps its results.
@@ -37,48 +37,110 @@ def main() -> None:
     device = pick_device(settings)
     judged, data = network_and_data(settings, device)
     images = len(data.test)
-    require(arguments.explain_images <= images, f"--explain_images {arguments.explain_images}: there are {images} test images")
-    folder = writable_folder(Path(arguments.out) if arguments.out is not None else checkpoint.parent / "explain", "--out DIR")
+    require(
+        arguments.explain_images <= images,
+        f"--explain_images {arguments.explain_images}: there are {images} test images",
+    )
+    folder = writable_folder(
+        Path(arguments.out) if arguments.out is not None else checkpoint.parent / "explain",
+        "--out DIR",
+    )
 
     for caution in (*settings.notes, *settings.attack_cautions("test")):
         print(f"note: {caution}")
     attack, name = settings.test_attack, f"PGD-{settings.test_step}"
-    with full_precision(), tqdm(total=arguments.grid**2, desc="loss landscape", unit="point", leave=False, disable=None) as bar:
-        options = {"images": arguments.explain_images, "grid": arguments.grid, "seed": settings.seed}
+    with (
+        full_precision(),
+        tqdm(
+            total=arguments.grid**2, desc="loss landscape", unit="point", leave=False, disable=None
+        ) as bar,
+    ):
+        options = {
+            "images": arguments.explain_images,
+            "grid": arguments.grid,
+            "seed": settings.seed,
+        }
         found = explain(judged.model, data.test, attack, on_point=bar.update, **options)
-    require(bool(found.losses.isfinite().all()), f"the losses of {checkpoint}, or around it, are not finite")
+    require(
+        bool(found.losses.isfinite().all()),
+        f"the losses of {checkpoint}, or around it, are not finite",
+    )
 
-    from utils.explain_figures import landscape_figure, saliency_figure
+    from utils.evaluation.explain_figures import landscape_figure, saliency_figure
 
-    title = f"{checkpoint.resolve().parent.name}/{checkpoint.name}; {name}, {attack.norm}, eps {settings.test_eps:g}/255"
+    title = (
+        f"{checkpoint.resolve().parent.name}/{checkpoint.name}; {name}, {attack.norm}, eps"
+        f" {settings.test_eps:g}/255"
+    )
     write_figure(folder / "saliency.png", saliency_figure(found, data.classes, name, title))
     write_figure(folder / "landscape.png", landscape_figure(found, name, title))
-    content = {"checkpoint": str(checkpoint), "settings": dataclasses.asdict(settings), **found.figures(data.classes)}
+    content = {
+        "checkpoint": str(checkpoint),
+        "settings": dataclasses.asdict(settings),
+        **found.figures(data.classes),
+    }
     write_atomically(folder / "explain.json", json_bytes({**content, **environment(device)}))
     print(f"saliency.png, landscape.png and explain.json are in {folder}")
 
 
 def _read(command_line: Sequence[str]) -> tuple[Path, argparse.Namespace, AdversarialSettings]:
-    """The checkpoint, this tool's own flags, and the settings of the evaluation; raises ``InputError``."""
-    usage = "%(prog)s CHECKPOINT [flags of main_adv.py --eval] [--out DIR] [--explain_images N] [--grid N]"
-    parser = OneLineParser(description=(__doc__ or "").split(":")[0], usage=usage, allow_abbrev=False)
-    parser.add_argument("--out", metavar="DIR", help="folder of the pictures (default: explain/ beside the checkpoint)")
-    parser.add_argument("--explain_images", "--explain-images", type=int, default=6, metavar="N", help="test images shown (default 6)")
-    parser.add_argument("--grid", type=int, default=15, metavar="N", help="points a side of the landscape, odd (default 15)")
+    """The checkpoint, this tool's own flags, and the settings of the evaluation; raises
+    ``InputError``."""
+    usage = (
+        "%(prog)s CHECKPOINT [flags of main_adv.py --eval] [--out DIR] [--explain_images N]"
+        " [--grid N]"
+    )
+    parser = OneLineParser(
+        description=(__doc__ or "").split(":")[0], usage=usage, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the pictures (default: explain/ beside the checkpoint)",
+    )
+    parser.add_argument(
+        "--explain_images",
+        "--explain-images",
+        type=int,
+        default=6,
+        metavar="N",
+        help="test images shown (default 6)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=int,
+        default=15,
+        metavar="N",
+        help="points a side of the landscape, odd (default 15)",
+    )
     arguments, rest = parser.parse_known_args(command_line)
-    require(bool(rest) and not rest[0].startswith("-"), "the checkpoint comes first: explain.py CHECKPOINT [flags]")
+    require(
+        bool(rest) and not rest[0].startswith("-"),
+        "the checkpoint comes first: explain.py CHECKPOINT [flags]",
+    )
     shown, grid = arguments.explain_images, arguments.grid
-    require(1 <= shown <= _MOST_IMAGES, f"--explain_images must be from 1 to {_MOST_IMAGES}, not {shown}")
-    require(grid >= 3 and grid % 2 == 1, f"--grid must be odd, so that the network is its centre, and at least 3, not {grid}")
+    require(
+        1 <= shown <= _MOST_IMAGES,
+        f"--explain_images must be from 1 to {_MOST_IMAGES}, not {shown}",
+    )
+    require(
+        grid >= 3 and grid % 2 == 1,
+        f"--grid must be odd, so that the network is its centre, and at least 3, not {grid}",
+    )
     given: dict[str, Any] = {}
 
     def stored(flags: Mapping[str, Any]) -> Mapping[str, Any]:
         given.update(flags)
         return stored_settings(flags)
 
-    settings = parse_settings(AdversarialSettings, ["--eval", "--pretrained", *rest], parser.description or "", stored)
+    settings = parse_settings(
+        AdversarialSettings, ["--eval", "--pretrained", *rest], parser.description or "", stored
+    )
     only(frozenset(given), _IDLE, False, "explain.py")
-    require(settings.pretrained == rest[0], "--pretrained has no effect with explain.py, whose first argument is the checkpoint")
+    require(
+        settings.pretrained == rest[0],
+        "--pretrained has no effect with explain.py, whose first argument is the checkpoint",
+    )
     return Path(rest[0]), arguments, settings
 
 

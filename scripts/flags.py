@@ -9,15 +9,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.command_line import OneLineParser
-from utils.config import GROUPS, CommonSettings, allowed
-from utils.config_adv import AdversarialSettings
-from utils.config_rb import EarlyBirdSettings
 from utils.errors import run_command
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import OneLineParser
+from utils.settings.common import GROUPS, CommonSettings, allowed
+from utils.settings.robust_bird import EarlyBirdSettings
 
 _HEAD = """# Flags
-Made by `python scripts/flags.py > docs/flags.md`; do not edit. What the methods' flags do is explained in [algorithms.md](algorithms.md).
-Flags are spelled with `_` or `-`; those that are on by default are turned off by `--no-...`. Eps and step sizes are in 1/255.
+Made by `python scripts/flags.py > docs/flags.md`; do not edit.
+[algorithms.md](algorithms.md) explains what the methods' flags do. Flags are spelled with `_` or
+`-`; `--no-...` turns off those that are on by default. Eps and step sizes are in 1/255.
 """
 
 
@@ -33,16 +34,27 @@ def main() -> None:
 
 def table(kind: type[CommonSettings]) -> str:
     """A line a flag that only these settings have, in the order of ``--help``."""
-    common = set() if kind is CommonSettings else {f.name for f in dataclasses.fields(CommonSettings)}
+    common = (
+        set() if kind is CommonSettings else {f.name for f in dataclasses.fields(CommonSettings)}
+    )
     own = [f for f in dataclasses.fields(kind) if f.name not in common]
     lines = [_line(f) for group in GROUPS for f in own if f.metadata["group"] == group]
     return "\n".join(["| flag | default | what | |", "|---|---|---|---|", *lines])
 
 
 def _line(f: dataclasses.Field[Any]) -> str:
-    default = ("on" if f.default else "off") if isinstance(f.default, bool) else "" if f.default is None else f"`{f.default}`"
+    default = (
+        ("on" if f.default else "off")
+        if isinstance(f.default, bool)
+        else ""
+        if f.default is None
+        else f"`{f.default}`"
+    )
     choices = f" ({', '.join(allowed(f))})" if allowed(f) else ""
-    return f"| `--{f.name}` | {default} | {f.metadata['help']}{choices} | {GROUPS[f.metadata['group']]} |"
+    return (
+        f"| `--{f.name}` | {default} | {f.metadata['help']}{choices} |"
+        f" {GROUPS[f.metadata['group']]} |"
+    )
 
 
 if __name__ == "__main__":

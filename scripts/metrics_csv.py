@@ -1,7 +1,9 @@
-"""A run's ``metrics.jsonl`` as CSV, a line an epoch: ``python scripts/metrics_csv.py RUN [--out FILE]``.
+"""A run's ``metrics.jsonl`` as CSV, a line an epoch: ``python scripts/metrics_csv.py RUN [--out
+FILE]``.
 
-The density of each layer is in the columns ``density/<layer>``, mask updates are counted in ``updates``, ``updates/prune`` and
-``updates/grow``. A figure that an epoch does not have is left empty. Without ``--out`` the table goes to the terminal.
+The density of each layer is in the columns ``density/<layer>``, mask updates are counted in
+``updates``, ``updates/prune`` and ``updates/grow``. A figure that an epoch does not have is left
+empty. Without ``--out`` the table goes to the terminal.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils.installed  # noqa: F401
-from utils.checkpoint import write_atomically
-from utils.command_line import OneLineParser
 from utils.errors import InputError, run_command
-from utils.metrics import read_epochs
-from utils.paths import RunPaths
-from utils.tensorboard import flattened
+from utils.settings.command_line import OneLineParser
+from utils.storage.files import write_atomically
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs
+from utils.storage.tensorboard import flattened
 
 
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the CSV (default: the terminal)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write the CSV (default: the terminal)"
+    )
     arguments = parser.parse_args()
     table = csv_of(read_epochs(RunPaths(arguments.run)))
     if arguments.out is None:
@@ -43,7 +46,12 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """The epochs as CSV with a header; columns in the order in which they first appear."""
     flat = [flattened(row) for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        text,
+        list(dict.fromkeys(name for row in flat for name in row)),
+        restval="",
+        lineterminator="\n",
+    )
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()

@@ -1,7 +1,9 @@
-"""Which of some runs are finished and how long the others will take: ``python scripts/plan.py [--jobs N] < COMMANDS``.
+"""Which of some runs are finished and how long the others will take: ``python scripts/plan.py
+[--jobs N] < COMMANDS``.
 
-A command a line, as in ``main_adv.py --dataset digits --fb``. On stderr a table for people, on stdout for scripts a line a run:
-its number, ``finished``, ``begun`` or ``new``, and its folder, with tabs between.
+A command a line, as in ``main_adv.py --dataset digits --fb``. On stderr a table for people, on
+stdout for scripts a line a run: its number, ``finished``, ``begun`` or ``new``, and its folder,
+with tabs between.
 """
 
 from __future__ import annotations
@@ -15,20 +17,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils.installed  # noqa: F401
 
-# isort: split
 import torch
 
 from data import Data
-from utils.command_line import OneLineParser
-from utils.config import CommonSettings, parse_settings, pick_device
 from utils.errors import InputError, run_command
-from utils.estimate import duration, image_passes, images_of, seconds_per_pass
-from utils.metrics import read_epochs
-from utils.paths import RunPaths
-from utils.run import load_data_for, placed
-from utils.scripts import SETTINGS_OF
+from utils.settings.applied import load_data_for, placed
+from utils.settings.command_line import OneLineParser, parse_settings
+from utils.settings.common import CommonSettings
+from utils.settings.device import pick_device
+from utils.settings.stored import SETTINGS_OF
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs
+from utils.training.forecast import duration, image_passes, images_of, seconds_per_pass
 
 _MEASURED: dict[Any, Any] = {}
 
@@ -76,7 +77,8 @@ def planned(command: str) -> Planned:
 
 
 def show(runs: list[Planned], jobs: int) -> None:
-    """The table for people: what is there and, measured for each kind of network, how long the rest will take."""
+    """The table for people: what is there and, measured for each kind of network, how long the rest
+    will take."""
     width = max((len(run.paths.root.name) for run in runs), default=0)
     seconds = [estimated(run) if run.state != "finished" else 0.0 for run in runs]
     for run, time in zip(runs, seconds, strict=True):
@@ -103,10 +105,19 @@ def _which(s: CommonSettings) -> tuple[Any, ...]:
 
 
 def estimated(run: Planned) -> float:
-    """Seconds that are left of a run; data and speed are looked at once for each data set and network."""
+    """Seconds that are left of a run; data and speed are looked at once for each data set and
+    network."""
     s = run.settings
     data = data_of(s)
-    network = (*_which(s), s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
+    network = (
+        *_which(s),
+        s.arch,
+        s.width,
+        s.depth_factor,
+        s.width_factor,
+        s.batch_size,
+        s.precision,
+    )
     if network not in _MEASURED:
         _MEASURED[network] = seconds_per_pass(s, data, pick_device(s))
     return image_passes(s, images_of(data), run.done) * _MEASURED[network]

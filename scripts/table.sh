@@ -52,7 +52,7 @@ check_number() {
 # Which data set a folder holds, by what lies in it, else by its name.
 guess_dataset() {
     [ "$1" != digits ] || { echo digits; return; }
-    "$python" -m utils.guess "$1" ||
+    "$python" -m data.guess "$1" ||
         { echo "error: '$1' has neither train/<class>/* nor the name of a known data set; DATASET=... says what it is" >&2; return 1; }
 }
 

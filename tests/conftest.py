@@ -8,7 +8,8 @@ import torch
 
 from tests import toy
 
-# Two threads on two cores; OMP_NUM_THREADS=1 where something else runs beside, since threads that wait for each other crawl then.
+# Two threads on two cores; OMP_NUM_THREADS=1 where something else runs beside, since threads that
+# wait for each other crawl then.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
@@ -43,5 +44,6 @@ def run_base(monkeypatch, capsys):
 
 @pytest.fixture
 def image_tree(tmp_path) -> Path:
-    """An image folder with three classes: ``train/<class>`` of 20 and ``test/<class>`` of 8 images, 16x16."""
+    """An image folder with three classes: ``train/<class>`` of 20 and ``test/<class>`` of 8 images,
+    16x16."""
     return toy.write_image_tree(tmp_path / "images")

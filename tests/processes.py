@@ -1,4 +1,5 @@
-"""A function run by several processes at once, as torchrun would run it, and what it returned in each."""
+"""A function run by several processes at once, as torchrun would run it, and what it returned in
+each."""
 
 from __future__ import annotations
 
@@ -11,17 +12,23 @@ from typing import Any
 
 import torch
 
-from utils.distributed import joined
+from utils.execution.distributed import joined
 
 
-def in_processes(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for what they hand back."""
+def in_processes(
+    size: int, function: Callable[..., Any], folder: Path, *arguments: Any
+) -> list[Any]:
+    """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for
+    what they hand back."""
     spawn(_process, (size, free_port(), function, str(folder), arguments), size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-def spawn(function: Callable[..., Any], arguments: tuple[Any, ...], size: int = 2, seconds: float = 300) -> None:
-    """``function(rank, *arguments)`` in ``size`` processes to their end; ``TimeoutError`` if they wait for each other for ever."""
+def spawn(
+    function: Callable[..., Any], arguments: tuple[Any, ...], size: int = 2, seconds: float = 300
+) -> None:
+    """``function(rank, *arguments)`` in ``size`` processes to their end; ``TimeoutError`` if they
+    wait for each other for ever."""
     context = torch.multiprocessing.spawn(function, arguments, size, join=False)
     end = time.monotonic() + seconds
     while not context.join(timeout=1):
@@ -37,7 +44,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _process(rank: int, size: int, port: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int,
+    size: int,
+    port: int,
+    function: Callable[..., Any],
+    folder: str,
+    arguments: tuple[Any, ...],
+) -> None:
     become(rank, port, size)
     with joined() as world:
         torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
@@ -47,4 +61,6 @@ def become(rank: int, port: int, size: int = 2) -> None:
     """What torchrun says to a process, said to this one; it computes by one thread."""
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        {name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1"
+    )

@@ -15,7 +15,14 @@ L2 = PGD(128 / 255, 15 / 255, 10, "l2", random_start=False)
 
 
 def oracle_network(arrays) -> nn.Module:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
     names = [name for name in arrays.files if name.startswith("p_")]
     with torch.no_grad():
         for parameter, name in zip(network.parameters(), names, strict=True):
@@ -36,7 +43,9 @@ def test_equals_the_oracle(attack, expected, golden):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_equals_advertorch_on_random_networks(attack, theirs, seed):
     torch.manual_seed(seed)
-    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)
+    ).eval()
     x, y = toy.images(16, 4, seed)
     yardstick = getattr(import_advertorch(), theirs)(
         network,
@@ -70,7 +79,9 @@ def test_random_start_fills_the_ball(norm):
     attack = PGD(0.1, 0.0, 0, norm)
     x = torch.full((2000, 1, 2, 2), 0.5)
     draws = attack_draws(attack, torch.arange(2000), x.shape[1:], 1)
-    offset = (pgd_attack(nn.Identity(), x, torch.zeros(2000, dtype=torch.long), attack, draws=draws) - x).flatten(1)
+    offset = (
+        pgd_attack(nn.Identity(), x, torch.zeros(2000, dtype=torch.long), attack, draws=draws) - x
+    ).flatten(1)
     if norm == "linf":
         assert offset.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.03)
     else:  # a uniform radius to the power of the dimension
@@ -126,7 +137,9 @@ def test_does_not_depend_on_the_batch_size():
     network = toy.network().eval()
     x, y = toy.images()
     whole = pgd_attack(network, x, y, LINF)
-    parts = torch.cat([pgd_attack(network, x[i : i + 1], y[i : i + 1], LINF) for i in range(len(x))])
+    parts = torch.cat(
+        [pgd_attack(network, x[i : i + 1], y[i : i + 1], LINF) for i in range(len(x))]
+    )
     assert (whole - parts).abs().max() < 1e-5
 
 
@@ -171,7 +184,9 @@ def test_inputs_of_any_shape_and_targets_equal_advertorch(attack, theirs, target
     targets = (y + 1) % 4
     loss = nn.CrossEntropyLoss(reduction="sum")
     kept = {"rand_init": False, "clip_min": 0.0, "clip_max": 1.0, "targeted": targeted}
-    yardstick = getattr(import_advertorch(), theirs)(network, loss, attack.eps, attack.steps, attack.step_size, **kept)
+    yardstick = getattr(import_advertorch(), theirs)(
+        network, loss, attack.eps, attack.steps, attack.step_size, **kept
+    )
     ours = pgd_attack(network, x, y, attack, targets=targets if targeted else None)
     assert (ours - yardstick.perturb(x, targets if targeted else y)).abs().max() <= 1e-5
     assert (ours - x).abs().max() > 0
@@ -192,7 +207,9 @@ def test_inference_mode_is_refused_with_what_helps():
         pgd_attack(toy.network(), x, y, LINF)
 
 
-MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]))
+MEAN, STD = (
+    torch.tensor(values).view(1, 3, 1, 1) for values in ([0.49, 0.48, 0.45], [0.25, 0.24, 0.26])
+)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +217,16 @@ MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.49, 0.48, 0
     [
         (
             lambda x: (x - MEAN) / STD,
-            r"in \[0, 1\], and these are from -2 to 2\.\d+; divide 0\.\.255 by 255, and let the model itself",
+            (
+                r"in \[0, 1\], and these are from -2 to 2\.\d+; divide 0\.\.255 by 255, and let the"
+                r" model itself"
+            ),
         ),
         (lambda x: 255 * x, r"from 0\.\d+ to 25\d"),
-        (lambda x: (255 * x).to(torch.uint8), r"floating images in \[0, 1\], not torch.uint8; divide"),
+        (
+            lambda x: (255 * x).to(torch.uint8),
+            r"floating images in \[0, 1\], not torch.uint8; divide",
+        ),
         (lambda x: x - 0.5, r"from -0\.\d+ to 0\.\d+"),
         (lambda x: x / 0, r"inf"),
         (lambda x: x * float("nan"), r"nan"),
@@ -219,7 +242,15 @@ def test_images_outside_the_pixel_range_are_refused_in_one_line(change, message,
     assert pgd_attack(model, x, y, attack).shape == x.shape
 
 
-@pytest.mark.parametrize("change", [lambda x: x - x.min() - 1e-6, lambda x: x / x.max() + 1e-6, lambda x: x.round(), lambda x: x[:0]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x - x.min() - 1e-6,
+        lambda x: x / x.max() + 1e-6,
+        lambda x: x.round(),
+        lambda x: x[:0],
+    ],
+)
 def test_images_a_hair_outside_the_pixel_range_are_fine(change):
     x, y = toy.images()
     x = change(x)
@@ -229,7 +260,9 @@ def test_images_a_hair_outside_the_pixel_range_are_fine(change):
 
 def test_the_range_is_looked_at_once_for_each_network_and_keeps_none_alive(monkeypatch):
     looks = []
-    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, look=torch.Tensor.aminmax: looks.append(1) or look(x))
+    monkeypatch.setattr(
+        torch.Tensor, "aminmax", lambda x, look=torch.Tensor.aminmax: looks.append(1) or look(x)
+    )
     (one, other), (x, y) = (toy.network(), toy.network()), toy.images()
     for model in (one, one, other, one, other):
         pgd_attack(model, x, y, LINF)

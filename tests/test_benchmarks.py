@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from models import build_model
-from utils.flops import layer_costs, real_inference
-from utils.forward import best_precision
+from models.flops import layer_costs, real_inference
+from utils.execution.hardware import best_precision
 
 
 @pytest.mark.long  # a timing, which only a machine of its own keeps
 def test_masks_cost_little_beside_a_step():
-    """The targets of benchmarks/masking.py: masks on at most 3 % of a step, an update at most two steps."""
+    """The targets of benchmarks/masking.py: masks on at most 3 % of a step, an update at most two
+    steps."""
     command = [sys.executable, "benchmarks/masking.py", "--quick", "--device", "cpu", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -44,48 +45,90 @@ def test_the_step_is_timed_beside_the_papers_loop():
     first, second, *others = record["rows"]
     assert (first["name"], first["ratio"]) == ("the paper's loop", 1.0)
     assert second["name"] == "ours: float32, channels-last"
-    assert [row["name"] for row in others] == ["+ bf16"] * (best_precision(torch.device("cpu")) == "bf16")
+    assert [row["name"] for row in others] == ["+ bf16"] * (
+        best_precision(torch.device("cpu")) == "bf16"
+    )
     for row in record["rows"]:
         assert row["ratio"] * row["ms"] == pytest.approx(first["ms"])
         assert row["images_per_second"] * row["ms"] == pytest.approx(32_000)
         assert row["share"] > 0
-    # Two attack steps forward and backward, an update forward, backward to images and weights: 2 x 2 + 3 inferences.
-    assert first["gflops"] * first["ms"] * 1e6 == pytest.approx(7 * 32 * real_inference_of_the_network(), rel=1e-9)
+    # Two attack steps forward and backward, an update forward, backward to images and weights: 2 x
+    # 2 + 3 inferences.
+    assert first["gflops"] * first["ms"] * 1e6 == pytest.approx(
+        7 * 32 * real_inference_of_the_network(), rel=1e-9
+    )
     assert set(record["ceilings"]) == {"bf16 matrix product", "float32 matrix product"}
 
 
 def real_inference_of_the_network():
-    return real_inference(layer_costs(build_model("resnet18", 10, width=0.125, mean=[0.5], std=[0.5]), torch.Size((1, 8, 8))))
+    return real_inference(
+        layer_costs(
+            build_model("resnet18", 10, width=0.125, mean=[0.5], std=[0.5]), torch.Size((1, 8, 8))
+        )
+    )
 
 
 @pytest.mark.long
 def test_the_parts_of_an_epoch_add_up():
-    """And the targets hold even where a step is short: batches 2 % of a step, masks 3 %, a checkpoint 1 % of the epoch."""
-    command = [sys.executable, "benchmarks/parts.py", "--quick", "--device", "cpu", "--repeats", "3", "--json"]
+    """And the targets hold even where a step is short: batches 2 % of a step, masks 3 %, a
+    checkpoint 1 % of the epoch."""
+    command = [
+        sys.executable,
+        "benchmarks/parts.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--repeats",
+        "3",
+        "--json",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     ms, seconds = record["ms"], record["epoch_seconds"]
-    assert seconds["training step"] == pytest.approx(704 * ms["training step"] / 1e3)  # 45,000 images by 64
-    assert seconds["PGD-20 test of a batch"] == pytest.approx((20 + 40) * ms["PGD-20 test of a batch"] / 1e3)
+    # 45,000 images by 64
+    assert seconds["training step"] == pytest.approx(704 * ms["training step"] / 1e3)
+    assert seconds["PGD-20 test of a batch"] == pytest.approx(
+        (20 + 40) * ms["PGD-20 test of a batch"] / 1e3
+    )
     assert ms["batch"] < 0.02 * ms["training step"]
     assert ms["masks on"] < 0.03 * ms["training step"]
     assert seconds["checkpoint"] < 0.01 * sum(seconds.values())
 
 
 def test_removed_channels_are_timed_beside_the_dense_network():
-    """At this size a step is calls, not arithmetic, so only what is printed is looked at; the target is for 32x32 images."""
-    command = [sys.executable, "benchmarks/slimming.py", "--quick", "--repeats", "1", "--device", "cpu", "--json"]
+    """At this size a step is calls, not arithmetic, so only what is printed is looked at; the
+    target is for 32x32 images."""
+    command = [
+        sys.executable,
+        "benchmarks/slimming.py",
+        "--quick",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     names = ["dense", "channels 0.5", "channels 0.35", "channels 0.2"]
-    assert list(record["ms"]) == [f"{name}: {what}" for name in names for what in ("step", "inference")]
-    assert sorted(record["flops"].values(), reverse=True) == [record["flops"][name] for name in names]
+    assert list(record["ms"]) == [
+        f"{name}: {what}" for name in names for what in ("step", "inference")
+    ]
+    assert sorted(record["flops"].values(), reverse=True) == [
+        record["flops"][name] for name in names
+    ]
     assert record["flops"]["dense"] > 2 * record["flops"]["channels 0.5"]
 
 
-NETWORKS = ["dense", "Flying Bird, density 0.2", "Flying Bird, density 0.1", "Robust Bird, channels 0.5", "Robust Bird, channels 0.2"]
+NETWORKS = [
+    "dense",
+    "Flying Bird, density 0.2",
+    "Flying Bird, density 0.1",
+    "Robust Bird, channels 0.5",
+    "Robust Bird, channels 0.2",
+]
 
 
 def test_inference_is_timed_for_every_network_and_engine():
@@ -95,11 +138,16 @@ def test_inference_is_timed_for_every_network_and_engine():
     record = json.loads(result.stdout)
     assert list(record["speed"]) == list(record["bytes"]) == NETWORKS
     for row in record["speed"].values():
-        assert sorted(row) == sorted(f"{engine} {what}" for engine in ("PyTorch", "onnxruntime") for what in ("latency", "throughput"))
+        assert sorted(row) == sorted(
+            f"{engine} {what}"
+            for engine in ("PyTorch", "onnxruntime")
+            for what in ("latency", "throughput")
+        )
         assert all(value > 0 for value in row.values())
     size = record["bytes"]
     for density, name in ((0.2, NETWORKS[1]), (0.1, NETWORKS[2])):
-        assert size[name]["float32"] == pytest.approx(size["dense"]["float32"], rel=0.01)  # zeros are stored too
+        # zeros are stored too
+        assert size[name]["float32"] == pytest.approx(size["dense"]["float32"], rel=0.01)
         assert size[name]["xz"] < (density + 0.15) * size["dense"]["xz"]
         assert size[name]["checkpoint"] < (density + 0.15) * size["dense"]["checkpoint"]
     for name in NETWORKS[3:]:
@@ -109,16 +157,30 @@ def test_inference_is_timed_for_every_network_and_engine():
 def test_inference_prints_markdown(monkeypatch):
     monkeypatch.syspath_prepend("benchmarks")
     inference = importlib.import_module("inference")
-    rows = {name: {f"{engine} latency": 2.0, f"{engine} throughput": 100.0} for name in ("dense", "slim") for engine in ("PyTorch",)}
-    rows = {name: {**row, "onnxruntime latency": 1.0, "onnxruntime throughput": 200.0} for name, row in rows.items()}
+    rows = {
+        name: {f"{engine} latency": 2.0, f"{engine} throughput": 100.0}
+        for name in ("dense", "slim")
+        for engine in ("PyTorch",)
+    }
+    rows = {
+        name: {**row, "onnxruntime latency": 1.0, "onnxruntime throughput": 200.0}
+        for name, row in rows.items()
+    }
     rows["slim"]["PyTorch latency"], rows["slim"]["onnxruntime throughput"] = 0.5, 500.0
     assert inference.speed_table(rows, 64).splitlines() == [
-        "| network | PyTorch, 1 image | onnxruntime, 1 image | PyTorch, batch 64 | onnxruntime, batch 64 |",
+        (
+            "| network | PyTorch, 1 image | onnxruntime, 1 image | PyTorch, batch 64 | onnxruntime,"
+            " batch 64 |"
+        ),
         "| --- | ---: | ---: | ---: | ---: |",
         "| dense | 2.00 ms (1.00x) | 1.00 ms (1.00x) | 100 img/s (1.00x) | 200 img/s (1.00x) |",
         "| slim | 0.50 ms (4.00x) | 1.00 ms (1.00x) | 100 img/s (1.00x) | 500 img/s (2.50x) |",
     ]
     size = {"checkpoint": 8e6, "float32": 4e6, "gzip": 3e6, "xz": 2e6}
     table = inference.size_table({"dense": size, "masked": {**size, "xz": 5e5}}).splitlines()
-    assert table[0] == "| network | checkpoint to resume from | float32 weights | the same, gzip | the same, xz |"
+    assert (
+        table[0]
+        == "| network | checkpoint to resume from | float32 weights | the same, gzip | the same,"
+        " xz |"
+    )
     assert table[3].endswith("| 3.00 MB (1.00x smaller) | 0.50 MB (4.00x smaller) |")

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 from models import build_model
-from utils.checkpoint import (
+from utils.errors import BrokenCheckpointError, InputError
+from utils.storage.checkpoint import (
     load_checkpoint,
     load_newest,
     load_weights,
@@ -21,14 +22,17 @@ from utils.checkpoint import (
     refuse_unfit_training_state,
     save_checkpoint,
     unwrapped,
-    write_atomically,
 )
-from utils.errors import BrokenCheckpointError, InputError
-from utils.safe_tensors import load_safetensors
+from utils.storage.files import write_atomically
+from utils.storage.safetensors import load_safetensors
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    content = {"state_dict": {"w": torch.arange(3.0)}, "epoch": 4, "history": [{"a": 1.5, "b": None}]}
+    content = {
+        "state_dict": {"w": torch.arange(3.0)},
+        "epoch": 4,
+        "history": [{"a": 1.5, "b": None}],
+    }
     save_checkpoint(tmp_path / "c.pth.tar", content)
     loaded = load_checkpoint(tmp_path / "c.pth.tar")
     assert torch.equal(loaded.pop("state_dict")["w"], torch.arange(3.0))
@@ -36,7 +40,10 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_numpy_numbers_of_older_code_are_read(tmp_path):
-    torch.save({"state_dict": {"w": torch.zeros(1)}, "best_ra": np.float64(51.5), "epoch": np.int64(3)}, tmp_path / "c.pth.tar")
+    torch.save(
+        {"state_dict": {"w": torch.zeros(1)}, "best_ra": np.float64(51.5), "epoch": np.int64(3)},
+        tmp_path / "c.pth.tar",
+    )
     assert load_checkpoint(tmp_path / "c.pth.tar")["best_ra"] == 51.5
 
 
@@ -116,7 +123,14 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, fault):
     else:
         path.unlink()
         path.mkdir()
-    with pytest.raises(InputError, match=r"c\.pth\.tar$" if fault in ("missing", "folder") else r"not a checkpoint, or a broken one$"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"c\.pth\.tar$"
+            if fault in ("missing", "folder")
+            else r"not a checkpoint, or a broken one$"
+        ),
+    ):
         load_checkpoint(path)
 
 
@@ -140,7 +154,9 @@ def with_a_flipped_bit(path, text):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("text", [b"torch._utils", b"_rebuild_tensor_v2", b"collections", b"FloatStorage"])
+@pytest.mark.parametrize(
+    "text", [b"torch._utils", b"_rebuild_tensor_v2", b"collections", b"FloatStorage"]
+)
 def test_a_bit_flipped_in_the_pickle_falls_back_to_the_checkpoint_before(tmp_path, text):
     newest, previous = tmp_path / "checkpoint.pth.tar", tmp_path / "previous.pth.tar"
     content = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict
@@ -157,22 +173,30 @@ def test_a_bit_flipped_in_the_pickle_falls_back_to_the_checkpoint_before(tmp_pat
 def test_an_unsafe_pickle_does_not_fall_back(tmp_path):
     save_checkpoint(tmp_path / "previous", {"state_dict": {"w": torch.zeros(1)}})
     for zipped in (True, False):
-        torch.save({"state_dict": Malicious()}, tmp_path / "newest", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"state_dict": Malicious()}, tmp_path / "newest", _use_new_zipfile_serialization=zipped
+        )
         with pytest.raises(InputError, match="could run code"):
             load_newest(tmp_path / "newest", tmp_path / "previous")
 
 
-@pytest.mark.parametrize(("kind", "why"), [("deflated", "compressed records"), ("larger", "larger than the file")])
+@pytest.mark.parametrize(
+    ("kind", "why"), [("deflated", "compressed records"), ("larger", "larger than the file")]
+)
 def test_records_that_unfold_are_refused_before_they_are_read(tmp_path, monkeypatch, kind, why):
     path = tmp_path / "c.pth.tar"
     save_checkpoint(tmp_path / "plain", {"state_dict": {"w": torch.zeros(100_000)}})
     if kind == "deflated":
-        with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with (
+            zipfile.ZipFile(tmp_path / "plain") as plain,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
             for record in plain.infolist():
                 archive.writestr(record.filename, plain.read(record))
     else:
         content = bytearray((tmp_path / "plain").read_bytes())
-        at = content.index(b"PK\x01\x02") + 24  # the size of the first record in the central directory
+        # the size of the first record in the central directory
+        at = content.index(b"PK\x01\x02") + 24
         content[at : at + 4] = struct.pack("<I", 3_000_000_000)
         path.write_bytes(content)
 
@@ -198,13 +222,26 @@ def prefixed(prefix):
         ({"state_dict": WEIGHTS, "epoch": 3, "model": "resnet18"}, []),
         ({"state_dict": prefixed("module.")}, ["stripped module."]),
         (prefixed("_orig_mod."), ["stripped _orig_mod."]),
-        ({"state_dict": prefixed("model."), "pytorch-lightning_version": "2.5"}, ["stripped model."]),
-        ({"n_averaged": torch.tensor(4), **prefixed("module.")}, ["dropped n_averaged", "stripped module."]),
+        (
+            {"state_dict": prefixed("model."), "pytorch-lightning_version": "2.5"},
+            ["stripped model."],
+        ),
+        (
+            {"n_averaged": torch.tensor(4), **prefixed("module.")},
+            ["dropped n_averaged", "stripped module."],
+        ),
         ({"net": prefixed("module."), "acc": 93.0}, ["opened net", "stripped module."]),
         ({"model": WEIGHTS}, ["opened model"]),
-        ({"model_state_dict": prefixed("module._orig_mod.")}, ["opened model_state_dict", "stripped module.", "stripped _orig_mod."]),
         (
-            {"normalize.mean": torch.zeros(3), "conv1.weight_orig": torch.tensor([1.0, -2, 3]), "conv1.weight_mask": torch.ones(3)},
+            {"model_state_dict": prefixed("module._orig_mod.")},
+            ["opened model_state_dict", "stripped module.", "stripped _orig_mod."],
+        ),
+        (
+            {
+                "normalize.mean": torch.zeros(3),
+                "conv1.weight_orig": torch.tensor([1.0, -2, 3]),
+                "conv1.weight_mask": torch.ones(3),
+            },
             ["multiplied 1 pruned weights by their masks"],
         ),
     ],
@@ -217,20 +254,31 @@ def test_what_others_wrap_around_weights_is_taken_off_and_said(content, notes):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         network_weights(content, "f")
-    assert [str(warning.message) for warning in caught] == ([f"f: {', '.join(notes)}"] if notes else [])
+    assert [str(warning.message) for warning in caught] == (
+        [f"f: {', '.join(notes)}"] if notes else []
+    )
 
 
 def test_pruned_weights_are_multiplied_and_half_of_one_is_named():
     weight, mask = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
     pruned = {"module.a.weight_orig": weight, "module.a.weight_mask": mask, "module.a.bias": weight}
     state = network_weights(pruned, "f")
-    assert {name: value.tolist() for name, value in state.items()} == {"a.weight": [0, 2], "a.bias": [1, 2]}
+    assert {name: value.tolist() for name, value in state.items()} == {
+        "a.weight": [0, 2],
+        "a.bias": [1, 2],
+    }
     for bad, message in [
         ({"a.weight_orig": weight}, r"f has a\.weight_orig without a\.weight_mask"),
         ({"a.weight_mask": weight}, r"f has a\.weight_mask without a\.weight_orig"),
         ({"a.weight": weight, "a.weight_mask": weight}, "without a.weight_orig"),
-        ({"a.weight": weight, "a.weight_orig": weight, "a.weight_mask": mask}, r"a\.weight_orig and a\.weight:"),
-        ({"a.weight_orig": weight, "a.weight_mask": mask[:1]}, r"shape \[2\] and a mask of shape \[1\]"),
+        (
+            {"a.weight": weight, "a.weight_orig": weight, "a.weight_mask": mask},
+            r"a\.weight_orig and a\.weight:",
+        ),
+        (
+            {"a.weight_orig": weight, "a.weight_mask": mask[:1]},
+            r"shape \[2\] and a mask of shape \[1\]",
+        ),
         ({"net": {"a": weight}, "model": {"a": weight}}, "under net and model"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -240,7 +288,11 @@ def test_pruned_weights_are_multiplied_and_half_of_one_is_named():
 def test_names_are_left_where_not_all_have_the_prefix_and_in_our_own_checkpoints():
     mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
     assert unwrapped(mixed) == (mixed, [])
-    spectral = {"a.weight_orig": torch.zeros(1), "a.weight_u": torch.zeros(1), "a.weight_v": torch.zeros(1)}
+    spectral = {
+        "a.weight_orig": torch.zeros(1),
+        "a.weight_u": torch.zeros(1),
+        "a.weight_v": torch.zeros(1),
+    }
     assert unwrapped(spectral) == (spectral, [])
     state = {"model.a": torch.zeros(1), "model.weight_mask": torch.ones(1)}
     assert network_weights({"state_dict": state, "network": {"arch": "mine"}}, "f") == state
@@ -261,7 +313,10 @@ def test_a_network_whose_own_names_have_a_prefix(prefix):
 def test_weights_are_found_with_and_without_the_parallel_prefix():
     state = {"conv.weight": torch.zeros(1)}
     assert network_weights({"state_dict": state}, "f").keys() == state.keys()
-    assert network_weights({"state_dict": {"module.conv.weight": torch.zeros(1)}}, "f").keys() == state.keys()
+    assert (
+        network_weights({"state_dict": {"module.conv.weight": torch.zeros(1)}}, "f").keys()
+        == state.keys()
+    )
     assert network_weights(state, "f").keys() == state.keys()
     for bad in ({"state_dict": {}}, {"epoch": 3}, {"state_dict": 3}):
         with pytest.raises(InputError, match="state_dict"):
@@ -311,7 +366,10 @@ def doubled():
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (lambda: {"state_dict": {"w": torch.zeros(1).as_strided((10**11,), (0,))}}, "far larger than the file"),
+        (
+            lambda: {"state_dict": {"w": torch.zeros(1).as_strided((10**11,), (0,))}},
+            "far larger than the file",
+        ),
         (lambda: {"history": [torch.zeros(1 << 20)] * 10_000}, "far larger than the file"),
         (lambda: {"state_dict": {"w": torch.eye(2).to_sparse()}}, "odd tensor"),
         (itself, "more than 100 deep"),
@@ -335,31 +393,50 @@ def test_masks_with_another_number_of_bits_are_refused(tmp_path):
     masking = {kind: {"w": torch.zeros(2, dtype=torch.uint8)} for kind in ("masks", "explored")}
     for shape in ([10**11], [3], [-1, -16], ["a"]):
         packed = {"shapes": {"w": shape}, "parameters": ["w"]}
-        save_checkpoint(tmp_path / "c", {"state_dict": {}, "optimizer": {"state": {}}, "masking": masking, "packed": packed})
+        save_checkpoint(
+            tmp_path / "c",
+            {"state_dict": {}, "optimizer": {"state": {}}, "masking": masking, "packed": packed},
+        )
         with pytest.raises(BrokenCheckpointError, match="do not fit"):
             load_checkpoint(tmp_path / "c")
 
 
 def test_deep_metadata_of_safetensors_is_one_line(tmp_path):
     for text in ("[" * 100_000, "{", "NaN]"):
-        safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "m.safetensors", {"arch": text})
-        with pytest.raises(BrokenCheckpointError, match=r"m\.safetensors is not a safetensors file of ours"):
+        safetensors.torch.save_file(
+            {"w": torch.zeros(1)}, tmp_path / "m.safetensors", {"arch": text}
+        )
+        with pytest.raises(
+            BrokenCheckpointError, match=r"m\.safetensors is not a safetensors file of ours"
+        ):
             load_safetensors(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda c: c["optimizer"]["state"][1].update(momentum_buffer=torch.zeros(3)), "momentum_buffer of bias"),
+        (
+            lambda c: c["optimizer"]["state"][1].update(momentum_buffer=torch.zeros(3)),
+            "momentum_buffer of bias",
+        ),
         (lambda c: c["optimizer"]["state"].update({7: {}, 8: {"x": 1}}), "x of 8"),
         (lambda c: c["masking"]["masks"].update(weight=torch.ones(2, 3)), "masks of weight"),
-        (lambda c: c["masking"]["explored"].update(weight=torch.ones(3, 2, dtype=torch.bool)), "explored of weight"),
-        (lambda c: c["masking"]["masks"].update(other=torch.ones(2, dtype=torch.bool)), "masks of other"),
+        (
+            lambda c: c["masking"]["explored"].update(weight=torch.ones(3, 2, dtype=torch.bool)),
+            "explored of weight",
+        ),
+        (
+            lambda c: c["masking"]["masks"].update(other=torch.ones(2, dtype=torch.bool)),
+            "masks of other",
+        ),
     ],
 )
 def test_training_state_that_does_not_fit_its_weights_is_named(change, named):
     model = torch.nn.Linear(3, 2)
-    state = {0: {"momentum_buffer": torch.zeros(2, 3), "step": torch.tensor(1.0)}, 1: {"momentum_buffer": torch.zeros(2)}}
+    state = {
+        0: {"momentum_buffer": torch.zeros(2, 3), "step": torch.tensor(1.0)},
+        1: {"momentum_buffer": torch.zeros(2)},
+    }
     masks = {kind: {"weight": torch.ones(2, 3, dtype=torch.bool)} for kind in ("masks", "explored")}
     content = {"optimizer": {"state": state}, "masking": masks}
     refuse_unfit_training_state(model, content)

@@ -1,4 +1,5 @@
-"""What a GPU must share with a CPU; skipped where there is none. ``benchmarks/gpu.sh`` runs these first."""
+"""What a GPU must share with a CPU; skipped where there is none. ``benchmarks/gpu.sh`` runs these
+first."""
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
 from tests.test_resume import FBP, LONGER, assert_equal, stop_at
 from utils.attacks import PGD, attack_draws, pgd_attack
-from utils.engine import sgd, train_step
-from utils.forward import Execution, Forward
+from utils.execution.forward import Execution, Forward
+from utils.training.engine import sgd, train_step
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -25,7 +26,9 @@ def on_gpu(split):
 
 
 def network():
-    return build_model("resnet18", 3, width=0.25).cuda().to(memory_format=torch.channels_last).train()
+    return (
+        build_model("resnet18", 3, width=0.25).cuda().to(memory_format=torch.channels_last).train()
+    )
 
 
 def stepped(execution, steps=3):
@@ -36,7 +39,15 @@ def stepped(execution, steps=3):
     forward = Forward(model, execution, [64])
     losses = []
     for batch in loader.epoch(0):
-        loss, _ = train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
+        loss, _ = train_step(
+            model,
+            optimizer,
+            batch,
+            attack=ATTACK,
+            attack_training=True,
+            key=(1, "attack", 0),
+            forward=forward,
+        )
         losses.append(loss.item())
     assert forward.graphs == execution.graphs
     return torch.tensor(losses), model
@@ -55,8 +66,15 @@ def stepped(execution, steps=3):
 def test_faster_steps_are_the_same_steps(execution, tolerance):
     (plain, model), (fast, faster) = stepped(Execution(graphs=False)), stepped(execution)
     assert torch.allclose(plain, fast, rtol=tolerance)
-    buffers = [(name, a, b) for (name, a), (_, b) in zip(model.named_buffers(), faster.named_buffers(), strict=True)]
-    assert all((a - b).norm() <= 3 * tolerance * a.norm() for name, a, b in buffers if "running_var" in name)
+    buffers = [
+        (name, a, b)
+        for (name, a), (_, b) in zip(model.named_buffers(), faster.named_buffers(), strict=True)
+    ]
+    assert all(
+        (a - b).norm() <= 3 * tolerance * a.norm()
+        for name, a, b in buffers
+        if "running_var" in name
+    )
     assert all(torch.equal(a, b) for name, a, b in buffers if "tracked" in name)
 
 
@@ -71,13 +89,16 @@ def test_a_graph_attacks_as_the_plain_attack_does(training):
         draws = attack_draws(ATTACK, split.indices, x.shape[1:], 1, epoch)
         one = graphed.attack(x, y, ATTACK, training=training, draws=draws).clone()
         two = plain.attack(x, y, ATTACK, training=training, draws=draws)
-        assert (one - two).abs().gt(1e-6).float().mean() < 0.02  # a gradient near zero may have another sign
+        # a gradient near zero may have another sign
+        assert (one - two).abs().gt(1e-6).float().mean() < 0.02
         assert (one - x).abs().max() <= ATTACK.eps + 1e-6
         with torch.no_grad():  # weights that change in place are seen
             for parameter in [*model.parameters(), *other.parameters()]:
                 parameter.mul_(1.01)
             for one_buffer, other_buffer in zip(model.buffers(), other.buffers(), strict=True):
-                one_buffer.copy_(other_buffer.mul_(1.1) if other_buffer.is_floating_point() else other_buffer)
+                one_buffer.copy_(
+                    other_buffer.mul_(1.1) if other_buffer.is_floating_point() else other_buffer
+                )
     assert graphed.graphs == 1
 
 
@@ -89,8 +110,17 @@ def test_no_step_waits_for_the_device():
     forward = Forward(model, Execution("bf16"), [64])
     try:
         for step, batch in enumerate(loader.epoch(0)):
-            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps choose kernels and capture
-            train_step(model, optimizer, batch, attack=ATTACK, attack_training=True, key=(1, "attack", 0), forward=forward)
+            # the first steps choose kernels and capture
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+            train_step(
+                model,
+                optimizer,
+                batch,
+                attack=ATTACK,
+                attack_training=True,
+                key=(1, "attack", 0),
+                forward=forward,
+            )
             masking.step()
         assert forward.graphs == 1
     finally:
@@ -98,11 +128,16 @@ def test_no_step_waits_for_the_device():
 
 
 def test_masks_are_those_of_a_cpu():
-    """Random draws and ties are the same on every device; magnitudes are, too, while the weights are."""
+    """Random draws and ties are the same on every device; magnitudes are, too, while the weights
+    are."""
     hashes = []
     for device in ("cpu", "cuda"):
         model = build_model("resnet18", 3, width=0.25).to(device)
-        masking = Masking(model, sgd(model, lr=0.1, momentum=0.9, weight_decay=0.0), MaskingConfig(0.2, 100, update_frequency=1))
+        masking = Masking(
+            model,
+            sgd(model, lr=0.1, momentum=0.9, weight_decay=0.0),
+            MaskingConfig(0.2, 100, update_frequency=1),
+        )
         for _ in range(3):
             masking.step()
         hashes.append(mask_hash(masking.masks))
@@ -119,7 +154,19 @@ def test_attacks_agree_with_a_cpu():
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_deterministic_runs_resume_to_the_bit(run_adv, tmp_path, monkeypatch, precision):
-    flags = [*LONGER, *FBP, "--test_subset", 300, "--device", "cuda", "--deterministic", "--precision", precision, "--compile", "off"]
+    flags = [
+        *LONGER,
+        *FBP,
+        "--test_subset",
+        300,
+        "--device",
+        "cuda",
+        "--deterministic",
+        "--precision",
+        precision,
+        "--compile",
+        "off",
+    ]
     assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
     codes = []
     while not codes or codes[-1] == 75:

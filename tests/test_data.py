@@ -20,9 +20,10 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import data.folders
 import data.sources
-from data import Augmentation, TrainLoader, _free_memory, calibration_batches, channel_statistics, load_data, plain_batches
+from data import Augmentation, TrainLoader, calibration_batches, load_data, plain_batches
 from data.augment import augment, to_float
-from data.sources import Place, stratified
+from data.loading import _free_memory, channel_statistics
+from data.sources import DataLocation, stratified
 from tests import toy
 from utils.compat import import_torchvision
 from utils.errors import InputError
@@ -63,7 +64,9 @@ def fake_torchvision(monkeypatch, **attributes):
 
 def test_cifar_splits_by_order(monkeypatch):
     pixels = np.arange(50 * 4 * 4 * 3, dtype=np.uint8).reshape(50, 4, 4, 3)
-    fake_torchvision(monkeypatch, data=pixels, targets=[i % 10 for i in range(50)], classes=list("abcdefghij"))
+    fake_torchvision(
+        monkeypatch, data=pixels, targets=[i % 10 for i in range(50)], classes=list("abcdefghij")
+    )
     for name, rotation in (("cifar10", 0.0), ("cifar100", 15.0)):
         loaded = load_data(name)
         assert loaded.train.indices.tolist() == list(range(45))
@@ -95,7 +98,10 @@ def test_torchvision_reads_what_lies_in_the_folder(tmp_path, monkeypatch):
     rng = np.random.RandomState(0)
     files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for name in files:
-        batch = {"data": rng.randint(0, 256, (10, 3072)).astype(np.uint8), "labels": list(range(10))}
+        batch = {
+            "data": rng.randint(0, 256, (10, 3072)).astype(np.uint8),
+            "labels": list(range(10)),
+        }
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     real = import_torchvision("datasets").CIFAR10
@@ -115,7 +121,9 @@ def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(real, "download", refuse)
     for folder, was_there in ((tmp_path, True), (tmp_path / "new", False)):
-        with pytest.raises(InputError, match=re.escape(f"CIFAR10 is not in {folder} and could not be downloaded")):
+        with pytest.raises(
+            InputError, match=re.escape(f"CIFAR10 is not in {folder} and could not be downloaded")
+        ):
             load_data("cifar10", folder)
         assert folder.exists() == was_there
 
@@ -203,7 +211,9 @@ def test_images_are_resized_once_by_area(image_tree):
 
 def test_grey_and_palette_images_become_rgb(image_tree):
     Image.fromarray(np.full((16, 16), 77, np.uint8)).save(image_tree / "train" / "ant" / "000.png")
-    Image.fromarray(np.full((16, 16), 7, np.uint8)).convert("P").save(image_tree / "train" / "ant" / "001.gif")
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).convert("P").save(
+        image_tree / "train" / "ant" / "001.gif"
+    )
     folder = load_data("imagefolder", image_tree)
     assert (folder.train.images[0] == 77).all()
     assert len(folder.train) + len(folder.val) == 61
@@ -213,7 +223,9 @@ def test_deeper_pixels_are_scaled_and_not_clipped(image_tree):
     ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
     Image.fromarray(ramp).save(image_tree / "train" / "ant" / "000.png")
     folder = load_data("imagefolder", image_tree)
-    assert torch.equal(folder.train.images[0, ..., 0], torch.from_numpy((ramp // 257).astype(np.uint8)))
+    assert torch.equal(
+        folder.train.images[0, ..., 0], torch.from_numpy((ramp // 257).astype(np.uint8))
+    )
 
 
 def test_pixels_without_a_known_range_are_refused(image_tree):
@@ -244,7 +256,13 @@ def test_images_are_upright_as_their_header_says(tmp_path, kind, orientation):
 
 
 @pytest.mark.parametrize(
-    "header", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x02"]
+    "header",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0nothing",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x02",
+    ],
 )
 def test_a_broken_header_does_not_cost_the_image(image_tree, header):
     path = image_tree / "train" / "ant" / "000.png"
@@ -255,7 +273,9 @@ def test_a_broken_header_does_not_cost_the_image(image_tree, header):
     path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(load_data("imagefolder", image_tree).train.images[0], torch.from_numpy(plain))
+        assert torch.equal(
+            load_data("imagefolder", image_tree).train.images[0], torch.from_numpy(plain)
+        )
 
 
 def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
@@ -265,16 +285,28 @@ def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
     grey, alpha = pixels[..., 0], pixels[..., 3]
     if mode == "I;16":
         key = int(grey[3, 3]) * 257
-        return Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": key}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+        return (
+            Image.fromarray(grey.astype(np.uint16) * 257),
+            {"transparency": key},
+            np.where(grey == grey[3, 3], 0, grey)[..., None],
+        )
     if mode == "P":
         palette = Image.fromarray(grey).convert("P")
-        return palette, {"transparency": int(grey[3, 3])}, np.where(grey == grey[3, 3], 0, grey)[..., None]
+        return (
+            palette,
+            {"transparency": int(grey[3, 3])},
+            np.where(grey == grey[3, 3], 0, grey)[..., None],
+        )
     if mode == "RGB":
         key = tuple(pixels[3, 3, :3].tolist())
         seen = np.where((pixels[..., :3] == key).all(-1, keepdims=True), 0, pixels[..., :3])
         return Image.fromarray(pixels[..., :3]), {"transparency": key}, seen
     shown = pixels[..., :3] if mode == "RGBA" else grey[..., None]
-    image = Image.fromarray(pixels) if mode == "RGBA" else Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    image = (
+        Image.fromarray(pixels)
+        if mode == "RGBA"
+        else Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    )
     return image, {}, shown * (alpha[..., None] / 255)
 
 
@@ -288,11 +320,17 @@ def test_transparent_images_are_laid_on_black_and_counted(image_tree, tmp_path, 
     for _ in range(2):  # decoded, and from the cache
         loaded = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
         assert np.abs(loaded.train.images[0].numpy() - expected).max() <= 1
-        assert loaded.notes == ("2 of the 60 images of imagefolder-train have transparent parts, which are black here",)
+        assert loaded.notes == (
+            "2 of the 60 images of imagefolder-train have transparent parts, which are black here",
+        )
         assert loaded.test.images[0, 0, 0].tolist() == [9, 99, 199]
     assert len(decoded) == 84
-    (image_tree / "train" / "ant" / "002.png").write_bytes((image_tree / "train" / "ant" / "000.png").read_bytes())
-    small = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache", image_size=4).train.images[0]
+    (image_tree / "train" / "ant" / "002.png").write_bytes(
+        (image_tree / "train" / "ant" / "000.png").read_bytes()
+    )
+    small = load_data(
+        "imagefolder", image_tree, cache_dir=tmp_path / "cache", image_size=4
+    ).train.images[0]
     area = np.broadcast_to(expected, (16, 16, 3)).reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
     assert np.abs(small.numpy() - area).max() <= 1.5
 
@@ -302,7 +340,9 @@ def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
     ant = image_tree / "train" / "ant"
     (ant / ".hidden").touch()
     (ant / "notes.txt").touch()
-    assert load_data("imagefolder", image_tree).notes == (f"left out, as no images of a class: {ant / 'notes.txt'}",)
+    assert load_data("imagefolder", image_tree).notes == (
+        f"left out, as no images of a class: {ant / 'notes.txt'}",
+    )
     (ant / "deeper").mkdir()
     shutil.copy(ant / "000.png", ant / "deeper" / "000.png")
     shutil.copy(ant / "000.png", image_tree / "train" / "000.png")
@@ -311,11 +351,17 @@ def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
     notes.append(f"left out, as no images of a class: {image_tree / 'test' / 'labels.csv'}")
     assert load_data("imagefolder", image_tree).notes == tuple(notes)
     (image_tree / "val").mkdir()
-    notes.append(f"{image_tree / 'val'} is left out: validation is on a tenth of the training images")
+    notes.append(
+        f"{image_tree / 'val'} is left out: validation is on a tenth of the training images"
+    )
     small = "--width 0.0625 --epochs 1 --batch_size 60 --train_step 1 --test_step 1".split()
-    outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small)
+    outcome = run_adv(
+        "--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small
+    )
     assert outcome.code == 0, outcome.err
-    assert [line for line in outcome.out.splitlines() if "left out" in line] == [f"note: {note}" for note in notes]
+    assert [line for line in outcome.out.splitlines() if "left out" in line] == [
+        f"note: {note}" for note in notes
+    ]
 
 
 def damage(kind, root):
@@ -389,7 +435,9 @@ def test_a_wrong_path_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_data("imagefolder", tmp_path / "nowhere")
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"train has no folder train; --data holds train/<class>/\*"):
+    with pytest.raises(
+        InputError, match=r"train has no folder train; --data holds train/<class>/\*"
+    ):
         load_data("imagefolder", tmp_path / "train")
     with pytest.raises(InputError, match="unknown data set"):
         load_data("mnist")
@@ -403,7 +451,9 @@ def decoded(monkeypatch):
     """Paths decoded so far."""
     seen = []
     original = data.folders.decode_image
-    monkeypatch.setattr(data.folders, "decode_image", lambda path, size: seen.append(path) or original(path, size))
+    monkeypatch.setattr(
+        data.folders, "decode_image", lambda path, size: seen.append(path) or original(path, size)
+    )
     return seen
 
 
@@ -418,7 +468,8 @@ def test_folders_are_decoded_once(image_tree, tmp_path, decoded):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("change", ["content", "same size and time", "swapped", "added", "removed"])
 def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, change, large):
-    """Of a small set by its content; of a large one too, as soon as a stamp differs or may not be trusted."""
+    """Of a small set by its content; of a large one too, as soon as a stamp differs or may not be
+    trusted."""
     path, other = image_tree / "train" / "ant" / "005.png", image_tree / "train" / "ant" / "006.png"
     Image.new("RGB", (16, 16), "white").save(path, "BMP")  # of one size whatever it shows
     Image.new("RGB", (16, 16), "green").save(other, "BMP")
@@ -432,7 +483,10 @@ def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, ch
     elif change == "same size and time":
         Image.new("RGB", (16, 16)).save(path, "BMP")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (
+            before.st_size,
+            before.st_mtime_ns,
+        )
     elif change == "swapped":
         path.rename(tmp_path / "aside")
         other.rename(path)
@@ -449,7 +503,9 @@ def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, ch
         assert loaded.train.images[5, 0, 0].tolist() == [0, 128, 0]
 
 
-def test_files_that_were_only_touched_or_moved_are_not_decoded_again(image_tree, tmp_path, decoded, monkeypatch):
+def test_files_that_were_only_touched_or_moved_are_not_decoded_again(
+    image_tree, tmp_path, decoded, monkeypatch
+):
     for limit in (2**28, 0):
         monkeypatch.setattr(data.folders, "_SMALL", limit)
         load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
@@ -460,12 +516,16 @@ def test_files_that_were_only_touched_or_moved_are_not_decoded_again(image_tree,
         assert len(decoded) == 84
 
 
-def test_a_large_set_is_not_read_whole_at_every_start(image_tree, tmp_path, decoded, monkeypatch, capsys):
+def test_a_large_set_is_not_read_whole_at_every_start(
+    image_tree, tmp_path, decoded, monkeypatch, capsys
+):
     """Neither its files nor what was decoded; after a touch it is read once."""
     read = []
     for name in ("_file_digest", "pixels_digest"):
         original = getattr(data.folders, name)
-        monkeypatch.setattr(data.folders, name, lambda what, original=original: read.append(what) or original(what))
+        monkeypatch.setattr(
+            data.folders, name, lambda what, original=original: read.append(what) or original(what)
+        )
     monkeypatch.setattr(data.folders, "_SMALL", 0)
     monkeypatch.setattr(data.folders, "_SETTLED", 0)
     monkeypatch.setattr(data.folders, "_CHUNK", 10)
@@ -485,7 +545,9 @@ def test_a_large_set_is_not_read_whole_at_every_start(image_tree, tmp_path, deco
     for _ in range(2):
         load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
         assert (len(read), len(decoded)) == (84 + 60 + 1, 84)
-    assert re.fullmatch(r"checking 0\.0 GB of decoded images in \S+, once\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"checking 0\.0 GB of decoded images in \S+, once\n", capsys.readouterr().err
+    )
 
 
 def test_files_of_a_moment_ago_are_not_known_by_their_stamp(image_tree, tmp_path, monkeypatch):
@@ -497,7 +559,9 @@ def test_files_of_a_moment_ago_are_not_known_by_their_stamp(image_tree, tmp_path
         assert (data.folders._stamp([path], data.folders._SETTLED)[0] is not None) == known
     read = []
     original = data.folders._file_digest
-    monkeypatch.setattr(data.folders, "_file_digest", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(
+        data.folders, "_file_digest", lambda path: read.append(path) or original(path)
+    )
     monkeypatch.setattr(data.folders, "_SMALL", 0)
     for known, count in ((False, 84), (False, 168), (True, 252), (True, 252)):
         monkeypatch.setattr(time, "time", lambda known=known: changed + 60 * known)
@@ -512,11 +576,26 @@ def test_a_cache_may_be_read_by_those_whom_the_umask_lets(image_tree, tmp_path):
     finally:
         os.umask(before)
     (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
-    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "images.npy", folder / "meta.json")] == [0o750, 0o640, 0o640]
+    assert [
+        path.stat().st_mode & 0o777
+        for path in (folder, folder / "images.npy", folder / "meta.json")
+    ] == [0o750, 0o640, 0o640]
 
 
 @pytest.mark.parametrize(
-    "fault", ["flipped", "truncated", "empty", "other type", "other shape", "no meta", "broken meta", "deep meta", "old meta", "gone"]
+    "fault",
+    [
+        "flipped",
+        "truncated",
+        "empty",
+        "other type",
+        "other shape",
+        "no meta",
+        "broken meta",
+        "deep meta",
+        "old meta",
+        "gone",
+    ],
 )
 def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
     expected = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images
@@ -537,14 +616,18 @@ def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
     elif fault == "deep meta":
         meta.write_text("[" * 100_000)
     elif fault == "old meta":
-        meta.write_text(json.dumps({"fingerprint": "0", "checksum": 0, "images": 60, "pixels": "0"}))
+        meta.write_text(
+            json.dumps({"fingerprint": "0", "checksum": 0, "images": 60, "pixels": "0"})
+        )
     elif fault == "no meta":
         meta.unlink()
     elif fault == "broken meta":
         meta.write_text("[]")
     else:
         images.unlink()
-    assert torch.equal(load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images, expected)
+    assert torch.equal(
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images, expected
+    )
     assert len(decoded) == 84 + 60
 
 
@@ -561,7 +644,9 @@ def test_a_long_decoding_is_told_once(image_tree, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(data.folders, "_PATIENCE", 0)
     load_data("imagefolder", image_tree, cache_dir=tmp_path / "late")
-    assert re.fullmatch(r"(decoding (60|24) images, once: \d+ s to go\n){2}", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"(decoding (60|24) images, once: \d+ s to go\n){2}", capsys.readouterr().err
+    )
 
 
 def test_two_processes_decode_once(image_tree, tmp_path, decoded):
@@ -574,7 +659,9 @@ def test_two_processes_decode_once(image_tree, tmp_path, decoded):
     with contextlib.ExitStack() as first, ThreadPoolExecutor(1) as pool:
         for lock in cache.glob(".*.lock"):
             fcntl.flock(first.enter_context(lock.open("w")), fcntl.LOCK_EX)
-        second = pool.submit(lambda: load_data("imagefolder", image_tree, cache_dir=cache).train.images)
+        second = pool.submit(
+            lambda: load_data("imagefolder", image_tree, cache_dir=cache).train.images
+        )
         time.sleep(0.3)
         assert not second.done()
         for folder in finished:
@@ -592,10 +679,14 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(image_tree, tmp_path)
 
 def test_what_does_not_fit_is_mapped_and_streamed(image_tree, tmp_path):
     held = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
-    streamed = load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache", memory_budget=1000)
+    streamed = load_data(
+        "imagefolder", image_tree, cache_dir=tmp_path / "cache", memory_budget=1000
+    )
     # A map has no storage of its own: changing the file shows through it.
     (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
-    for ours, theirs in zip(plain_batches(held.val, 4), plain_batches(streamed.val, 4), strict=True):
+    for ours, theirs in zip(
+        plain_batches(held.val, 4), plain_batches(streamed.val, 4), strict=True
+    ):
         assert torch.equal(ours.x, theirs.x)
     loaders = [TrainLoader(d.train, 8, d.augmentation, seed=1) for d in (held, streamed)]
     for ours, theirs in zip(loaders[0].epoch(3), loaders[1].epoch(3), strict=True):
@@ -615,7 +706,8 @@ PARTS = ["classes", "training labels", "training pixels", "test labels", "test p
 
 
 def test_a_data_set_is_its_content_wherever_it_lies(image_tree, tmp_path):
-    """In memory and mapped, from the cache and decoded anew, whole and thinned, on a path of its own."""
+    """In memory and mapped, from the cache and decoded anew, whole and thinned, on a path of its
+    own."""
     first = load_data("imagefolder", image_tree)
     assert list(first.digests) == PARTS
     assert first.digest
@@ -664,9 +756,11 @@ def test_what_changes_changes_its_part_of_the_digest(image_tree, change, parts):
 
 def test_arrays_have_the_digest_of_the_same_images_in_a_file(tmp_path):
     digits = load_data("digits")
-    source = data.sources.digits(data.sources.Place(tmp_path))
+    source = data.sources.digits(data.sources.DataLocation(tmp_path))
     np.save(tmp_path / "training.npy", source.training.images)
-    filed = dataclasses.replace(source, training=data.sources.ImageSet(tmp_path / "training.npy", source.training.labels))
+    filed = dataclasses.replace(
+        source, training=data.sources.ImageSet(tmp_path / "training.npy", source.training.labels)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SOURCES, "filed", lambda place: filed)
         assert load_data("filed").digests == digits.digests
@@ -683,10 +777,14 @@ def own(monkeypatch):
     def load(images, labels, test=None, test_labels=None, classes=None, **options):
         count = len(labels)
         training = data.sources.ImageSet(images, labels)
-        test_set = data.sources.ImageSet(images if test is None else test, labels if test_labels is None else test_labels)
+        test_set = data.sources.ImageSet(
+            images if test is None else test, labels if test_labels is None else test_labels
+        )
         names = [str(label) for label in np.unique(labels)] if classes is None else classes
         rows = {"train": np.arange(count - 6), "val": np.arange(count - 6, count)}
-        source = data.sources.Source(training, test_set, classes=names, augmentation=Augmentation(), **{**rows, **options})
+        source = data.sources.Source(
+            training, test_set, classes=names, augmentation=Augmentation(), **{**rows, **options}
+        )
         monkeypatch.setitem(data.SOURCES, "own", lambda place: source)
         return load_data("own")
 
@@ -716,7 +814,10 @@ LABELS = np.arange(24) % 3
 def test_pixels_of_every_clear_type_are_the_same_data_set(own, images):
     ours, expected = own(images, LABELS), own(PIXELS, LABELS)
     assert torch.equal(ours.train.images, torch.from_numpy(PIXELS))
-    assert torch.equal(next(iter(plain_batches(ours.test, 24))).x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255)
+    assert torch.equal(
+        next(iter(plain_batches(ours.test, 24))).x,
+        torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255,
+    )
     assert (ours.digest, ours.mean, ours.notes) == (expected.digest, expected.mean, ())
 
 
@@ -736,13 +837,21 @@ def test_what_pixels_lose_and_how_dark_they_are_is_said(own):
     (note,) = own(PIXELS / 256 + 0.001, LABELS).notes
     assert re.fullmatch(r"pixels are rounded to 256 levels, some by 0\.[345]\d of one", note)
     (note,) = own(PIXELS // 16, LABELS).notes
-    assert note == "the brightest of all pixels is 15, where white is 255: attacks are measured on that scale"
+    assert (
+        note
+        == "the brightest of all pixels is 15, where white is 255: attacks are measured on that"
+        " scale"
+    )
 
 
 @pytest.mark.parametrize(
     ("images", "test", "message"),
     [
-        (PIXELS / 127.5 - 1, None, r"unknown scale \(training images: float64 from -1 to 1, not all whole; test"),
+        (
+            PIXELS / 127.5 - 1,
+            None,
+            r"unknown scale \(training images: float64 from -1 to 1, not all whole; test",
+        ),
         (PIXELS / 255, PIXELS, r"test images: uint8 from 0 to 255"),
         (PIXELS / 255, PIXELS / 1.0, r"test images: float64 from 0 to 255"),
         (PIXELS.astype(np.uint16) * 257, None, r"uint16 from 0 to 65535"),
@@ -790,18 +899,26 @@ def test_ten_classes_from_one_on_keep_their_names(own):
     """As text "10" comes before "2"."""
     labels = np.arange(24) % 10 + 1
     loaded = own(PIXELS, labels, classes=sorted({str(label) for label in labels}))
-    assert [loaded.classes[label] for label in loaded.train.labels] == [str(label) for label in labels]
+    assert [loaded.classes[label] for label in loaded.train.labels] == [
+        str(label) for label in labels
+    ]
 
 
 def test_numbers_below_the_number_of_classes_stay(own):
-    assert own(PIXELS, LABELS * 2, classes=["a", "b", "c", "d", "e"]).train.labels.tolist() == (LABELS * 2).tolist()
+    assert (
+        own(PIXELS, LABELS * 2, classes=["a", "b", "c", "d", "e"]).train.labels.tolist()
+        == (LABELS * 2).tolist()
+    )
 
 
 def test_folders_named_by_numbers_keep_their_order(own, tmp_path):
     """Eleven of them are sorted as text, and their labels are places in this order."""
     np.save(tmp_path / "images.npy", PIXELS)
     names = sorted(str(number) for number in range(11))
-    assert own(tmp_path / "images.npy", np.arange(24) % 11, classes=names).train.labels.tolist() == (np.arange(24) % 11).tolist()
+    assert (
+        own(tmp_path / "images.npy", np.arange(24) % 11, classes=names).train.labels.tolist()
+        == (np.arange(24) % 11).tolist()
+    )
     with pytest.raises(InputError, match="may be numbers or names"):
         own(PIXELS, np.arange(24) % 11, classes=names)
 
@@ -860,14 +977,20 @@ def test_calibration_batches_hold_all_classes_in_an_order_of_the_seeds():
     sorted_set = toy.data(400)
     labels = torch.arange(400) // 20
     sorted_set = dataclasses.replace(
-        sorted_set, train=dataclasses.replace(sorted_set.train, labels=labels), classes=[str(c) for c in range(20)]
+        sorted_set,
+        train=dataclasses.replace(sorted_set.train, labels=labels),
+        classes=[str(c) for c in range(20)],
     )
     one, again, other = (calibration_batches(sorted_set, seed=seed) for seed in (1, 1, 2))
     assert [len(y) for _, y in one] == [128, 72]
     assert all(len(y.unique()) >= 18 for _, y in one)
     for batches in (one, other):
         assert torch.bincount(torch.cat([y for _, y in batches])).tolist() == [10] * 20
-    assert all(torch.equal(a, b) for mine, yours in zip(one, again, strict=True) for a, b in zip(mine, yours, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for mine, yours in zip(one, again, strict=True)
+        for a, b in zip(mine, yours, strict=True)
+    )
     assert not torch.equal(one[0][0], other[0][0])
 
 
@@ -891,8 +1014,12 @@ def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
 
 
 def test_a_single_left_over_image_joins_the_last_batch():
-    assert [len(batch.y) for batch in TrainLoader(toy.split(11), 5, Augmentation(), seed=1).epoch(0)] == [5, 6]
-    assert [len(batch.y) for batch in TrainLoader(toy.split(1), 5, Augmentation(), seed=1).epoch(0)] == [1]
+    assert [
+        len(batch.y) for batch in TrainLoader(toy.split(11), 5, Augmentation(), seed=1).epoch(0)
+    ] == [5, 6]
+    assert [
+        len(batch.y) for batch in TrainLoader(toy.split(1), 5, Augmentation(), seed=1).epoch(0)
+    ] == [1]
 
 
 def test_an_epoch_can_begin_in_its_middle():
@@ -925,7 +1052,9 @@ def test_no_augmentation_is_the_image():
 def test_crop_and_flip_give_every_result_they_may_and_no_other():
     image = torch.arange(1, 17, dtype=torch.uint8).view(1, 4, 4, 1)
     padded = torch.nn.functional.pad(image[0, :, :, 0].float(), (1, 1, 1, 1))
-    allowed = {tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
+    allowed = {
+        tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)
+    }
     allowed |= {tuple(torch.tensor(a).view(4, 4).flip(1).flatten().tolist()) for a in allowed}
     x = augment(image.expand(900, 4, 4, 1), torch.arange(900), Augmentation(1, flip=True), 1, 0)
     seen = [tuple((image * 255).round().flatten().tolist()) for image in x]
@@ -946,7 +1075,12 @@ def test_rotation_equals_torchvisions_nearest_neighbour(degrees, monkeypatch):
 
     monkeypatch.setattr("data.augment._draw", draw)
     ours = augment(images, torch.arange(3), Augmentation(rotation=15), 1, 0)
-    theirs = functional.rotate(images.permute(0, 3, 1, 2), degrees, interpolation=functional.InterpolationMode.NEAREST) / 255
+    theirs = (
+        functional.rotate(
+            images.permute(0, 3, 1, 2), degrees, interpolation=functional.InterpolationMode.NEAREST
+        )
+        / 255
+    )
     assert (ours == theirs).double().mean() > 0.999
 
 
@@ -965,10 +1099,17 @@ def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
     import zlib
 
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb)
     with pytest.raises(InputError, match=r"bomb\.png"):
@@ -980,7 +1121,9 @@ def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
 
 def test_a_pipe_among_the_images_is_not_waited_for(image_tree):
     os.mkfifo(image_tree / "train" / "ant" / "pipe.png")
-    assert [path.name for path in data.folders.image_files(image_tree / "train" / "ant")][-1] == "019.png"
+    assert [path.name for path in data.folders.image_files(image_tree / "train" / "ant")][
+        -1
+    ] == "019.png"
 
 
 def test_a_user_without_a_home_has_a_cache_with_the_temporary_files(monkeypatch):
@@ -988,11 +1131,14 @@ def test_a_user_without_a_home_has_a_cache_with_the_temporary_files(monkeypatch)
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    place = Place(Path("somewhere"))
+    place = DataLocation(Path("somewhere"))
     assert place.cache_dir == Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is told by Linux")
 def test_memory_that_caches_files_is_free():
-    told = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    told = {
+        line.split(":")[0]: 1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+    }
     assert abs(_free_memory(torch.device("cpu")) - told["MemAvailable"]) < 2**28

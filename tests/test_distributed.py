@@ -1,4 +1,5 @@
-"""Several processes: the arithmetic of one, decisions that all share, and a run that ends whole when one of them does."""
+"""Several processes: the arithmetic of one, decisions that all share, and a run that ends whole
+when one of them does."""
 
 import atexit
 import contextlib
@@ -19,25 +20,27 @@ from torch import nn
 
 import sparse_core
 from data import Augmentation, Batch, TrainLoader
+from models.slimming import PickingBatchNorm2d
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
 from tests.processes import become, free_port, in_processes, spawn
 from tests.test_resume import FBP, LONGER, assert_equal, only_run
 from utils.attacks import PGD
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import parse_settings
-from utils.config_adv import AdversarialSettings
-from utils.distributed import ALONE, World, joined, synchronize_batch_norm
-from utils.engine import Plan, train_epoch
 from utils.errors import InputError, RunError, Stopped
-from utils.evaluate import evaluate
-from utils.evaluation import evaluate_checkpoint, stored_settings
-from utils.forward import Execution, Forward
-from utils.metrics import read_epochs
-from utils.slimming import PickingBatchNorm2d
+from utils.evaluation.command import evaluate_checkpoint, stored_settings
+from utils.evaluation.scores import evaluate
+from utils.execution.distributed import ALONE, World, joined, synchronize_batch_norm
+from utils.execution.forward import Execution, Forward
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
+from utils.storage.checkpoint import load_checkpoint, save_checkpoint
+from utils.storage.run_folder import read_epochs
+from utils.training.engine import train_epoch
+from utils.training.schedule import Plan
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
-IMAGES = 29  # seven batches of four and one image, which joins the last: 5 on two processes is uneven
+# seven batches of four and one image, which joins the last: 5 on two processes is uneven
+IMAGES = 29
 
 # ---------------------------------------------------------------- how a batch is divided
 
@@ -47,7 +50,12 @@ IMAGES = 29  # seven batches of four and one image, which joins the last: 5 on t
 def test_each_image_of_a_batch_counts_once(size, least):
     whole = list(TrainLoader(toy.split(IMAGES), 8, Augmentation(1), seed=1).epoch(3))
     parts = [
-        list(TrainLoader(toy.split(IMAGES), 8, Augmentation(1), seed=1, world=World(r, size), least=least).epoch(3)) for r in range(size)
+        list(
+            TrainLoader(
+                toy.split(IMAGES), 8, Augmentation(1), seed=1, world=World(r, size), least=least
+            ).epoch(3)
+        )
+        for r in range(size)
     ]
     for step, batch in enumerate(whole):
         shares = [part[step] for part in parts]
@@ -58,12 +66,15 @@ def test_each_image_of_a_batch_counts_once(size, least):
         assert all(share.weight == len(share.y) / len(batch.y) for share in counting)
         assert torch.equal(torch.cat([share.indices for share in counting]), batch.indices)
         assert torch.equal(torch.cat([share.x for share in counting]), batch.x)
-        assert max(len(share.y) for share in counting) - min(len(share.y) for share in counting) <= 1
+        assert (
+            max(len(share.y) for share in counting) - min(len(share.y) for share in counting) <= 1
+        )
 
 
 def test_a_single_image_or_too_few_leave_processes_without():
     loader = TrainLoader(toy.split(11), 8, Augmentation(), seed=1, world=World(2, 4))
-    assert [(len(b.y), b.weight) for b in loader.epoch(0)] == [(2, 0.25), (2, 0.0)]  # 8 and 3 images for four
+    # 8 and 3 images for four
+    assert [(len(b.y), b.weight) for b in loader.epoch(0)] == [(2, 0.25), (2, 0.0)]
     assert loader.smallest == 3
 
 
@@ -73,29 +84,58 @@ def test_a_single_image_or_too_few_leave_processes_without():
 def plain_network(batch_norm):
     torch.manual_seed(0)
     norm = [nn.BatchNorm2d(4)] if batch_norm else []
-    layers = [nn.Conv2d(3, 4, 3, padding=1), *norm, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 3)]
+    layers = [
+        nn.Conv2d(3, 4, 3, padding=1),
+        *norm,
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    ]
     return nn.Sequential(*layers).double()
 
 
 def trained(world, batch_norm=False, training=True, spoil=None):
-    """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient; everything that has come of it."""
+    """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient;
+    everything that has come of it."""
     model = plain_network(batch_norm)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    masking = Masking(model, optimizer, MaskingConfig(0.4, 14, growth="gradient", update_frequency=4))
+    masking = Masking(
+        model, optimizer, MaskingConfig(0.4, 14, growth="gradient", update_frequency=4)
+    )
     loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
     plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
     forward = Forward(model, Execution(world=world))
     results = []
     for epoch in range(2):
-        if spoil == world.rank and epoch == 1:  # what a defect would look like: one process grows by another gradient
+        # what a defect would look like: one process grows by another gradient
+        if spoil == world.rank and epoch == 1:
             masking.masks["0.weight"][:] = masking.masks["0.weight"].flip(0)
-        doubled = (Batch(b.x.double(), b.y, b.indices, b.weight, b.step_images) for b in loader.epoch(epoch))
-        options = {"plan": plan, "epoch": epoch, "steps": len(loader), "masking": masking, "forward": forward}
+        doubled = (
+            Batch(b.x.double(), b.y, b.indices, b.weight, b.step_images)
+            for b in loader.epoch(epoch)
+        )
+        options = {
+            "plan": plan,
+            "epoch": epoch,
+            "steps": len(loader),
+            "masking": masking,
+            "forward": forward,
+        }
         result = train_epoch(model, optimizer, doubled, **options)
         results.append([result.loss, result.accuracy, result.images])
-    moments = {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
+    moments = {
+        f"momentum {i}": state["momentum_buffer"]
+        for i, state in enumerate(optimizer.state.values())
+    }
     state = {**model.state_dict(), **moments}
-    return {"state": state, "masks": masking.masks, "results": results, "updates": len(masking.events), "hash": mask_hash(masking.masks)}
+    return {
+        "state": state,
+        "masks": masking.masks,
+        "results": results,
+        "updates": len(masking.events),
+        "hash": mask_hash(masking.masks),
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -105,7 +145,13 @@ def test_without_batch_norm_several_processes_are_one(tmp_path, size):
     for other in several:
         assert other["hash"] == one["hash"]
         assert all(torch.equal(one["masks"][name], other["masks"][name]) for name in one["masks"])
-        assert max(float((one["state"][name] - other["state"][name]).abs().max()) for name in one["state"]) < 1e-6
+        assert (
+            max(
+                float((one["state"][name] - other["state"][name]).abs().max())
+                for name in one["state"]
+            )
+            < 1e-6
+        )
         for mine, theirs in zip(one["results"], other["results"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-6)
     assert several[0]["results"] == several[1]["results"]
@@ -113,15 +159,20 @@ def test_without_batch_norm_several_processes_are_one(tmp_path, size):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_with_batch_norm_all_hold_the_network_of_the_first(tmp_path, training):
-    """Statistics too, although each process has seen other images; and they are not those of one process."""
+    """Statistics too, although each process has seen other images; and they are not those of one
+    process."""
     first, second = in_processes(2, trained, tmp_path, True, training)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
-    assert not torch.equal(first["state"]["1.running_mean"], trained(ALONE, True, training)["state"]["1.running_mean"])
+    assert not torch.equal(
+        first["state"]["1.running_mean"], trained(ALONE, True, training)["state"]["1.running_mean"]
+    )
 
 
 def threads_left(rank, port, folder, spoil):
-    """Hands back the threads of torch's exchange that are there when everything is said to be over."""
-    atexit.register(lambda: (folder / str(rank)).write_text(" ".join(exchanging())))  # runs after what the exchange registers
+    """Hands back the threads of torch's exchange that are there when everything is said to be
+    over."""
+    # runs after what the exchange registers
+    atexit.register(lambda: (folder / str(rank)).write_text(" ".join(exchanging())))
     become(rank, port)
     with contextlib.suppress(RunError, Stopped), joined() as world:
         trained(world, spoil=1 if spoil else None)
@@ -136,7 +187,8 @@ def exchanging():
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
 @pytest.mark.parametrize("spoil", [False, True], ids=["finished", "failed"])
 def test_no_thread_outlives_python(tmp_path, spoil):
-    """One that asks for the interpreter while it ends aborts the process, and a finished run would exit with SIGABRT."""
+    """One that asks for the interpreter while it ends aborts the process, and a finished run would
+    exit with SIGABRT."""
     spawn(threads_left, (free_port(), tmp_path, spoil))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["", ""]
 
@@ -147,13 +199,16 @@ def order_of_ending(rank, port, folder):
         replica = world.replica(plain_network(False), torch.device("cpu"))
         replica.itself = replica
         there = weakref.ref(replica.reducer)
-        ending = weakref.finalize(dist.group.WORLD, lambda: (folder / str(rank)).write_text(str(there())))
+        ending = weakref.finalize(
+            dist.group.WORLD, lambda: (folder / str(rank)).write_text(str(there()))
+        )
         ending.atexit = False
         del replica
 
 
 def test_the_group_outlives_what_computes_with_it(tmp_path):
-    """Were the gradients' side last to drop it, that would wait for a thread that waits for the interpreter: seen in one of 20 runs."""
+    """Were the gradients' side last to drop it, that would wait for a thread that waits for the
+    interpreter: seen in one of 20 runs."""
     spawn(order_of_ending, (free_port(), tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
 
@@ -173,15 +228,21 @@ def test_masks_that_differ_end_the_run(tmp_path):
 
 
 def scores(world):
-    import utils.evaluate
+    import utils.evaluation.scores
 
-    utils.evaluate.EVAL_BATCH = 3
+    utils.evaluation.scores.EVAL_BATCH = 3
     found = []
     for images in (20, 2):  # seven batches, the last of two images; one batch
         counts = []
         for attack in (None, ATTACK):
             model = toy.network()
-            score = evaluate(model, toy.split(images), attack, forward=Forward(model, Execution(world=world)), on_batch=counts.append)
+            score = evaluate(
+                model,
+                toy.split(images),
+                attack,
+                forward=Forward(model, Execution(world=world)),
+                on_batch=counts.append,
+            )
             found.append([score.accuracy, score.loss, score.images])
         assert sum(counts) == 2 * images
     return found
@@ -189,7 +250,7 @@ def scores(world):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_evaluation_is_that_of_one_process_to_the_bit(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("utils.evaluate.EVAL_BATCH", 3)
+    monkeypatch.setattr("utils.evaluation.scores.EVAL_BATCH", 3)
     assert in_processes(size, scores, tmp_path) == [scores(ALONE)] * size
 
 
@@ -240,11 +301,18 @@ def test_all_decide_alike(tmp_path):
     assert first["in turn, later"] == "InputError: process 2 of 3: no such folder"
     codes = {"all": 2, "one": 3, "disk": 3, "in turn, first": 2, "in turn, later": 2}
     for other in (second, third):
-        assert {name: other[name] for name in codes} == {name: f"Stopped:  {code}" for name, code in codes.items()}
+        assert {name: other[name] for name in codes} == {
+            name: f"Stopped:  {code}" for name, code in codes.items()
+        }
     assert first["turns"] == "['0']"
     assert all("'0'" in other["turns"] for other in (second, third))
     for rank in (first, second, third):
-        assert (rank["from first"], rank["none from first"], rank["highest"], rank["equal"]) == ("said by 0", None, 10, None)
+        assert (rank["from first"], rank["none from first"], rank["highest"], rank["equal"]) == (
+            "said by 0",
+            None,
+            10,
+            None,
+        )
 
 
 def test_alone_nothing_is_asked_of_anyone(monkeypatch):
@@ -261,17 +329,24 @@ def test_alone_nothing_is_asked_of_anyone(monkeypatch):
 
 
 def trained_static(world, save_dir):
-    """A run whose processes draw different masks, as scores by gradients may do on GPUs; the masks they end with."""
+    """A run whose processes draw different masks, as scores by gradients may do on GPUs; the masks
+    they end with."""
     import main_adv
 
     original = sparse_core.initial_masks
-    sparse_core.initial_masks = lambda *a, seed, **given: original(*a, seed=seed + world.rank, **given)
+    sparse_core.initial_masks = lambda *a, seed, **given: original(
+        *a, seed=seed + world.rank, **given
+    )
     flags = [*toy.TOY_RUN, "--fix", "--density", "0.3", "--save_dir", save_dir]
     settings = parse_settings(AdversarialSettings, flags, "", lambda given: {})
     run = main_adv.AdversarialRun(settings, torch.device("cpu"), world)
     before = mask_hash(run.stage.masking.masks)
     run.train()
-    return {"before": before, "masks": mask_hash(run.stage.masking.masks), "state": run.stage.model.state_dict()}
+    return {
+        "before": before,
+        "masks": mask_hash(run.stage.masking.masks),
+        "state": run.stage.model.state_dict(),
+    }
 
 
 def test_all_begin_where_the_first_does(tmp_path):
@@ -280,7 +355,9 @@ def test_all_begin_where_the_first_does(tmp_path):
     assert first["masks"] == second["masks"] == first["before"]
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
     stored = load_checkpoint(only_run(tmp_path / "runs").checkpoint)
-    assert all(torch.equal(value, stored["state_dict"][name]) for name, value in second["state"].items())
+    assert all(
+        torch.equal(value, stored["state_dict"][name]) for name, value in second["state"].items()
+    )
 
 
 def leaving(rank, port, folder):
@@ -315,7 +392,10 @@ def test_a_synchronized_norm_is_torchs_and_stays_what_it_was():
     before, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
     synchronize_batch_norm(model)
     synchronize_batch_norm(model)
-    assert all(isinstance(norm, nn.SyncBatchNorm) and isinstance(norm, nn.BatchNorm2d) for norm in (model[0], model[1][0]))
+    assert all(
+        isinstance(norm, nn.SyncBatchNorm) and isinstance(norm, nn.BatchNorm2d)
+        for norm in (model[0], model[1][0])
+    )
     assert isinstance(model[1][0], PickingBatchNorm2d)
     assert type(model[0]).forward is nn.SyncBatchNorm.forward
     assert torch.equal(model(x), before)
@@ -324,11 +404,16 @@ def test_a_synchronized_norm_is_torchs_and_stays_what_it_was():
 
 def test_it_is_refused_on_a_cpu(run_adv, tmp_path):
     outcome = run_adv(*toy.TOY_RUN, "--sync_bn", "--device", "cpu", "--save_dir", tmp_path)
-    assert (outcome.code, outcome.err.strip()) == (2, "error: --sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
+    assert (outcome.code, outcome.err.strip()) == (
+        2,
+        "error: --sync_bn is for GPUs: torch has no synchronized batch norm on a CPU",
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_what_gpus_have_synchronized_goes_on_and_is_evaluated_on_a_cpu(run_adv, tmp_path, monkeypatch):
+def test_what_gpus_have_synchronized_goes_on_and_is_evaluated_on_a_cpu(
+    run_adv, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr("main_adv.pick_device", lambda settings, world: torch.device("cpu"))
         assert run_adv(*toy.TOY_RUN, "--sync_bn", "--save_dir", tmp_path).code == 0
@@ -353,7 +438,8 @@ def test_an_evaluation_goes_on_from_what_the_first_process_has(run_adv, tmp_path
     (summary,), (answers,) = folder.glob("0/*.json"), folder.glob("0/*.pth.tar")
     expected = json.loads(summary.read_text())
     content = load_checkpoint(answers)
-    for kept in content["outcomes"].values():  # cut after the clean trial, on the first process alone
+    # cut after the clean trial, on the first process alone
+    for kept in content["outcomes"].values():
         for name in [name for name in kept if name != "clean"]:
             del kept[name]
     save_checkpoint(answers, content)
@@ -368,9 +454,20 @@ def test_an_evaluation_goes_on_from_what_the_first_process_has(run_adv, tmp_path
 
 
 def torchrun(script, *flags, wait=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *map(str, flags)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        *map(str, flags),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     if not wait:
         return process
     out, err = process.communicate(timeout=180)
@@ -379,11 +476,16 @@ def torchrun(script, *flags, wait=True):
 
 def spoken(err):
     """What the run itself said on stderr; torchrun adds a report of its own."""
-    return [line for line in err.splitlines() if line.startswith(("error:", "interrupted", "terminated", "stopped"))]
+    return [
+        line
+        for line in err.splitlines()
+        if line.startswith(("error:", "interrupted", "terminated", "stopped"))
+    ]
 
 
 def root_cause(err):
-    """The exit code of the process that ended first, which comes last in torchrun's report; its own is always 1."""
+    """The exit code of the process that ended first, which comes last in torchrun's report; its own
+    is always 1."""
     return int(re.findall(r"exitcode +: (-?\d+)", err)[-1])
 
 
@@ -411,7 +513,16 @@ def test_cut_and_resumed_by_two_processes_and_by_one(run_adv, tmp_path):
 
 
 def test_robust_bird_in_two_processes(run_eb, tmp_path):
-    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5", "--save_dir", tmp_path]
+    flags = [
+        *toy.TOY_BIRD,
+        *toy.EASY_TICKET,
+        "--pruning",
+        "channel",
+        "--density",
+        "0.5",
+        "--save_dir",
+        tmp_path,
+    ]
     outcome = torchrun("Robust-Bird/train_eb.py", *flags)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("the ticket emerged") == 1
@@ -428,7 +539,9 @@ def test_a_broken_loss_is_said_once(tmp_path):
 
 def test_what_is_wrong_is_said_once(tmp_path):
     outcome = torchrun("main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path, "--batch_size", "3")
-    assert spoken(outcome.err) == ["error: --batch_size 3 leaves 2 processes fewer than 2 image(s) each"]
+    assert spoken(outcome.err) == [
+        "error: --batch_size 3 leaves 2 processes fewer than 2 image(s) each"
+    ]
     assert (outcome.code, root_cause(outcome.err), list(tmp_path.iterdir())) == (1, 2, [])
 
 
@@ -440,7 +553,10 @@ def children(process):
     found = {}
     for number in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{number}/stat") as stat, open(f"/proc/{number}/environ", "rb") as environ:
+            with (
+                open(f"/proc/{number}/stat") as stat,
+                open(f"/proc/{number}/environ", "rb") as environ,
+            ):
                 if int(stat.read().rsplit(")", 1)[1].split()[1]) == process.pid:
                     rank = re.search(rb"(?:^|\0)RANK=(\d+)", environ.read())
                     if rank:
@@ -453,7 +569,8 @@ def children(process):
 def is_at_work(number):
     try:
         with open(f"/proc/{number}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"  # ended, and nobody has asked how
+            # ended, and nobody has asked how
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
@@ -475,7 +592,10 @@ def test_a_process_that_dies_ends_all_and_loses_nothing(run_adv, tmp_path, rank)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     (said,) = spoken(err)
-    assert said.startswith(f"error: process {1 - rank} of 2: another process of this run has ended; the last good checkpoint is ")
+    assert said.startswith(
+        f"error: process {1 - rank} of 2: another process of this run has ended; the last good"
+        " checkpoint is "
+    )
     assert ("(epoch " in said) == (rank == 1)
     assert not any(is_at_work(number) for number in numbers.values())
     root = only_run(tmp_path).root
@@ -507,4 +627,8 @@ def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(tmp_path):
     assert spoken(err) == []
     assert "another process was asked to stop" in err
     assert root_cause(err) == 143
-    assert re.search(r"another process was asked to stop; the last good checkpoint is .* --resume goes on from there", out)
+    assert re.search(
+        r"another process was asked to stop; the last good checkpoint is .* --resume goes on from"
+        r" there",
+        out,
+    )

@@ -1,4 +1,5 @@
-"""What the pages in docs/ say is so: commands, snippets, links, flags, errors. Commands of the README are run by test_readme.py."""
+"""What the pages in docs/ say is so: commands, snippets, links, flags, errors. Commands of the
+README are run by test_readme.py."""
 
 import os
 import re
@@ -12,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from data.sources import SOURCES, Place
-from models import OWN, load_model
+from data.sources import SOURCES, DataLocation
+from models import CUSTOM_ARCHITECTURES, load_model
 from sparse_core import GROWTHS
 from tests import toy
 from tests.test_scripts import RUNS
 from tests.toy import TOY_MASKS, TOY_RUN
-from utils.checkpoint import load_checkpoint
-from utils.config import parse_settings
-from utils.config_adv import AdversarialSettings
-from utils.config_rb import EarlyBirdSettings
 from utils.export import export
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
+from utils.settings.robust_bird import EarlyBirdSettings
+from utils.storage.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -66,7 +67,8 @@ def test_every_page_is_there_and_linked_from_the_readme():
 
 @pytest.mark.parametrize(("line", "job"), command_lines())
 def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
-    """Trainings at full size are parsed: as toys the same methods and flags are trained by the tests of main_adv and Robust Bird."""
+    """Trainings at full size are parsed: as toys the same methods and flags are trained by the
+    tests of main_adv and Robust Bird."""
     command, _, comment = line.partition("  #")
     words = [word for word in shlex.split(command) if word not in ("||", "code=$?")]
     while "=" in words[0] and not words[0].startswith("-"):  # variables before the command
@@ -77,7 +79,9 @@ def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
         assert "needs" in comment
         words = ["python", *words[3:]]
     if words[0] == "python" and Path(words[1]).parent.name not in ("scripts", "benchmarks"):
-        kind = {"main_adv.py": AdversarialSettings, "Robust-Bird/train_eb.py": EarlyBirdSettings}[words[1]]
+        kind = {"main_adv.py": AdversarialSettings, "Robust-Bird/train_eb.py": EarlyBirdSettings}[
+            words[1]
+        ]
         stored = {"epochs": 200} if "--resume_dir" in words else {}
         settings = parse_settings(kind, words[2:], "", lambda given: stored)
         assert settings.deterministic <= ("needs a GPU" in comment)
@@ -85,14 +89,17 @@ def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
         assert (ROOT / words[1]).exists()
         assert words[1] in RUN_ELSEWHERE or Path(words[1]).stem in RUNS
     else:
-        assert job or words[0] == "tensorboard"  # a job of a cluster; the server, whose files test_tensorboard.py reads
+        # a job of a cluster; the server, whose files test_tensorboard.py reads
+        assert job or words[0] == "tensorboard"
 
 
 def test_scripts_are_whole():
     for page in PAGES:
         for script in blocks(page, "bash"):
             subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for command in re.findall(r"`bash (scripts/\w+\.sh) \S+`", (ROOT / "docs" / "reproducing.md").read_text()):
+    for command in re.findall(
+        r"`bash (scripts/\w+\.sh) \S+`", (ROOT / "docs" / "reproducing.md").read_text()
+    ):
         assert Path(command).stem in RUNS
 
 
@@ -117,18 +124,21 @@ def test_links_lead_somewhere():
 
 @pytest.fixture
 def own_script(monkeypatch, tmp_path, capsys):
-    """Run a snippet of docs/extending.md as the script it is; what it registers is gone afterwards."""
+    """Run a snippet of docs/extending.md as the script it is; what it registers is gone
+    afterwards."""
 
     def run(part, *arguments):
         (snippet,) = [s for s in blocks(ROOT / "docs" / "extending.md", "python") if part in s]
-        monkeypatch.setattr(sys, "argv", ["mine.py", *map(str, arguments), "--save_dir", str(tmp_path / "out")])
+        monkeypatch.setattr(
+            sys, "argv", ["mine.py", *map(str, arguments), "--save_dir", str(tmp_path / "out")]
+        )
         with pytest.raises(SystemExit) as left:
             exec(compile(snippet, "mine.py", "exec"), {"__name__": "__main__"})
         assert left.value.code == 0, capsys.readouterr().err
         (folder,) = (tmp_path / "out").iterdir()
         return load_checkpoint(folder / "checkpoint.pth.tar")
 
-    kept = [(registry, dict(registry)) for registry in (SOURCES, OWN, GROWTHS)]
+    kept = [(registry, dict(registry)) for registry in (SOURCES, CUSTOM_ARCHITECTURES, GROWTHS)]
     yield run
     for registry, content in kept:
         registry.clear()
@@ -136,14 +146,24 @@ def own_script(monkeypatch, tmp_path, capsys):
 
 
 def small_run(*without):
-    return [*TOY_RUN[2:], "--fb", *TOY_MASKS] if "--dataset" in without else [*TOY_RUN, "--fb", *TOY_MASKS]
+    return (
+        [*TOY_RUN[2:], "--fb", *TOY_MASKS]
+        if "--dataset" in without
+        else [*TOY_RUN, "--fb", *TOY_MASKS]
+    )
 
 
 def test_a_data_set_of_ones_own(own_script, tmp_path):
     rng = np.random.RandomState(0)
     for part, n in (("train", 120), ("test", 60)):
-        np.savez(tmp_path / f"{part}.npz", images=rng.randint(0, 256, (n, 8, 8, 3)).astype(np.uint8), labels=np.arange(n) % 3)
-    content = own_script("SOURCES[", "--dataset", "arrays", "--data", tmp_path, *small_run("--dataset"))
+        np.savez(
+            tmp_path / f"{part}.npz",
+            images=rng.randint(0, 256, (n, 8, 8, 3)).astype(np.uint8),
+            labels=np.arange(n) % 3,
+        )
+    content = own_script(
+        "SOURCES[", "--dataset", "arrays", "--data", tmp_path, *small_run("--dataset")
+    )
     assert content["network"]["num_classes"] == 3
     assert len(content["masking"]["events"]) >= 2
 
@@ -152,18 +172,24 @@ def test_a_data_set_of_ones_own_that_is_not_there(own_script, run_adv, tmp_path)
     (snippet,) = [s for s in blocks(ROOT / "docs" / "extending.md", "python") if "SOURCES[" in s]
     exec(compile(snippet, "mine.py", "exec"), {"__name__": "mine"})
     outcome = run_adv("--dataset", "arrays", "--data", tmp_path, "--save_dir", tmp_path / "out")
-    assert (outcome.code, f"cannot read arrays in {tmp_path} ([Errno 2]" in outcome.err) == (2, True), outcome.err
+    assert (outcome.code, f"cannot read arrays in {tmp_path} ([Errno 2]" in outcome.err) == (
+        2,
+        True,
+    ), outcome.err
 
 
 def test_a_network_of_ones_own(own_script, run_eb, tmp_path):
     flags_without_width = [flag for flag in small_run() if flag not in ("--width", "0.0625")]
-    content = own_script("OWN[", "--arch", "plain", *flags_without_width)
+    content = own_script("CUSTOM_ARCHITECTURES[", "--arch", "plain", *flags_without_width)
     assert content["network"]["arch"] == "plain"
     assert len(content["masking"]["events"]) >= 2
     checkpoint = next((tmp_path / "out").iterdir()) / "checkpoint.pth.tar"
     assert load_model(checkpoint)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     export(checkpoint, "safetensors", tmp_path / "plain.safetensors")
-    for refused, reason in ((["--width", 2], "size is its own"), (["--pruning", "channel"], "cannot take plain")):
+    for refused, reason in (
+        (["--width", 2], "size is its own"),
+        (["--pruning", "channel"], "cannot take plain"),
+    ):
         outcome = run_eb("--arch", "plain", *refused, "--save_dir", tmp_path)
         assert (outcome.code, reason in outcome.err) == (2, True), outcome.err
 
@@ -180,32 +206,61 @@ def test_nothing_of_ones_own_is_known_without_it(run_adv):
 
 
 def test_a_project_of_ones_own(tmp_path):
-    """The command of the page, on a copy, into another place than the environment of the tests; the project has what we call so too."""
+    """The command of the page, on a copy, into another place than the environment of the tests; the
+    project has what we call so too."""
     pytest.importorskip("setuptools")
     (command,) = re.findall(r"`pip (install FOLDER)`", (ROOT / "docs" / "extending.md").read_text())
     copy, site, project = tmp_path / "copy", tmp_path / "site", tmp_path / "project"
     for name in ("data", "models", "utils"):
-        shutil.copytree(ROOT / name, copy / name, ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
+        shutil.copytree(
+            ROOT / name,
+            copy / name,
+            ignore=lambda folder, names: [n for n in names if not n.endswith(".py")],
+        )
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text("MINE = True")
     for name in ("sparse_core.py", "main_adv.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
-    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
+    offline = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     pip = [sys.executable, "-m", "pip", *command.replace("FOLDER", str(copy)).split(), *offline]
     subprocess.run([*pip, "--target", site], cwd=tmp_path, check=True)
-    assert [path.name for path in site.iterdir() if path.suffix != ".dist-info" and path.name != "__pycache__"] == ["sparse_core.py"]
-    (snippet,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "prunable=" in block]
+    assert [
+        path.name
+        for path in site.iterdir()
+        if path.suffix != ".dist-info" and path.name != "__pycache__"
+    ] == ["sparse_core.py"]
+    (snippet,) = [
+        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "prunable=" in block
+    ]
     code = (
-        f"{snippet}\nimport data, models, sparse_core, utils\nassert data.MINE and models.MINE and utils.MINE\nprint(sparse_core.__file__)"
+        f"{snippet}\nimport data, models, sparse_core, utils\nassert data.MINE and models.MINE and"
+        " utils.MINE\nprint(sparse_core.__file__)"
     )
     given = {**os.environ, "PYTHONPATH": str(site)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=project, env=given, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert Path(result.stdout.splitlines()[-1]) == site / "sparse_core.py"
 
 
 def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
     """The snippet adapts its density, and cut after four epochs it ends in the same bits."""
-    (snippet,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "adaptive=True" in block]
+    (snippet,) = [
+        block
+        for block in blocks(ROOT / "docs" / "extending.md", "python")
+        if "adaptive=True" in block
+    ]
     cut = snippet.replace("range(masking.epoch, epochs)", "range(masking.epoch, 4)")
     assert cut != snippet
     for folder, parts in (("whole", [snippet]), ("cut", [cut, snippet])):
@@ -215,7 +270,9 @@ def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
         for part in parts:
             exec(compile(part, "extending.md", "exec"), {})
     whole, resumed = (torch.load(tmp_path / folder / "state.pt") for folder in ("whole", "cut"))
-    assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
+    assert all(
+        torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items()
+    )
     assert whole["masking"]["events"] == resumed["masking"]["events"]
     assert any(event["prune"] or event["grow"] for event in whole["masking"]["events"])
     lines = capsys.readouterr().out.splitlines()
@@ -227,18 +284,26 @@ def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
 
 def test_the_page_of_flags_is_up_to_date(monkeypatch, capsys):
     outcome = toy.Command("flags", monkeypatch, capsys)()
-    assert outcome.out == (ROOT / "docs" / "flags.md").read_text(), "python scripts/flags.py > docs/flags.md"
+    assert outcome.out == (ROOT / "docs" / "flags.md").read_text(), (
+        "python scripts/flags.py > docs/flags.md"
+    )
 
 
 def test_decoded_images_go_where_the_pages_say():
-    place = f"`~/{Place(ROOT).cache_dir.relative_to(Path.home())}`"
+    place = f"`~/{DataLocation(ROOT).cache_dir.relative_to(Path.home())}`"
     assert all(place in page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "faq.md"))
 
 
 def test_the_errors_of_the_faq_are_those_of_the_code():
-    sources = [path for folder in ("data", "models", "utils", "Robust-Bird") for path in (ROOT / folder).glob("*.py")]
-    said = " ".join(" ".join(path.read_text() for path in sources).split())
+    sources = [
+        path
+        for folder in ("data", "models", "utils", "Robust-Bird")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    text = "\n".join(path.read_text() for path in sources)
+    said = " ".join(re.sub(r'"\s*\n\s*f?"', "", text).split())  # parts of one message as one
     errors = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)
+    errors.remove("No module named 'torch'")  # Python's own
     assert len(errors) > 12
     for error in errors:
         # Names of flags and numbers are filled in, and "only" says the rest.

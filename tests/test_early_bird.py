@@ -31,14 +31,23 @@ def test_distances_and_emergence_equal_the_oracle(kind, sequence, golden):
     bird = EarlyBird(case["density"], case["epoch_keep"], case[f"tolerance_{kind}"], kind)
     model = Watched()
     for row in case["rows"]:
-        model.fill(**{part: arrays[f"seq{sequence}_epoch{row['epoch']:02d}_{part}"] for part in ("c1", "c2", "b1", "b2")})
+        model.fill(
+            **{
+                part: arrays[f"seq{sequence}_epoch{row['epoch']:02d}_{part}"]
+                for part in ("c1", "c2", "b1", "b2")
+            }
+        )
         assert bird.observe(model) == row[f"{kind}_emerged"]
         if row[f"{kind}_distances"] is not None:
             assert bird.distances[-1][-4:] == pytest.approx(row[f"{kind}_distances"], abs=1e-6)
 
 
 def test_defaults_are_the_papers():
-    assert (EarlyBird(0.2).window, EarlyBird(0.2).tolerance, EarlyBird(0.2, kind="channel").tolerance) == (5, 0.08, 0.1)
+    assert (
+        EarlyBird(0.2).window,
+        EarlyBird(0.2).tolerance,
+        EarlyBird(0.2, kind="channel").tolerance,
+    ) == (5, 0.08, 0.1)
 
 
 def test_all_distances_are_kept():
@@ -63,7 +72,12 @@ def test_the_mask_by_hand():
     model = Watched(((1, 1), (1, 1)))
     model.fill(c1=torch.arange(9.0).view(1, 1, 3, 3), c2=-torch.arange(9.0, 18.0).view(1, 1, 3, 3))
     # The sorted value at int(18 * 0.75) = 13 is 13; strictly above it are 14 to 17.
-    assert ticket_mask(model, 0.25, "unstructured").nonzero().squeeze(1).tolist() == [14, 15, 16, 17]
+    assert ticket_mask(model, 0.25, "unstructured").nonzero().squeeze(1).tolist() == [
+        14,
+        15,
+        16,
+        17,
+    ]
 
 
 def test_state_goes_on_where_it_was():
@@ -80,7 +94,9 @@ def test_state_goes_on_where_it_was():
     assert second.distances == whole.distances
 
 
-@pytest.mark.parametrize("options", [{"density": 0.0}, {"window": 0}, {"tolerance": 1.5}, {"kind": "filter"}])
+@pytest.mark.parametrize(
+    "options", [{"density": 0.0}, {"window": 0}, {"tolerance": 1.5}, {"kind": "filter"}]
+)
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match=r"density|window|tolerance|unknown"):
         EarlyBird(**{"density": 0.2, **options})

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from data import Augmentation, Batch, TrainLoader
 from tests import toy
 from utils.attacks import PGD
-from utils.engine import Plan, cyclic_rate, learning_rate, set_learning_rate, train_epoch, train_step
 from utils.errors import RunError
+from utils.training.engine import train_epoch, train_step
+from utils.training.schedule import Plan, cyclic_rate, learning_rate, set_learning_rate
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
 PLAN = Plan(epochs=10, attack=ATTACK, attack_training=True, seed=1, lr=0.1, milestones=())
@@ -23,7 +24,12 @@ def epoch(model, optimizer, split, **options):
     loader = TrainLoader(split, 5, Augmentation(1), seed=1)
     given = {f.name: options.pop(f.name) for f in dataclasses.fields(Plan) if f.name in options}
     plan = dataclasses.replace(PLAN, **given)
-    return train_epoch(model, optimizer, loader.epoch(0), **({"plan": plan, "epoch": 0, "steps": len(loader)} | options))
+    return train_epoch(
+        model,
+        optimizer,
+        loader.epoch(0),
+        **({"plan": plan, "epoch": 0, "steps": len(loader)} | options),
+    )
 
 
 def test_learning_rate_falls_tenfold_at_each_milestone():
@@ -33,7 +39,9 @@ def test_learning_rate_falls_tenfold_at_each_milestone():
 
 
 def test_the_cycle_rises_for_two_fifths_and_falls_to_nothing():
-    assert [cyclic_rate(fraction, 0.2) for fraction in (0.0, 0.2, 0.4, 0.7, 1.0)] == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0])
+    assert [cyclic_rate(fraction, 0.2) for fraction in (0.0, 0.2, 0.4, 0.7, 1.0)] == pytest.approx(
+        [0.0, 0.1, 0.2, 0.1, 0.0]
+    )
     plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=5)
     rates = [plan.rate(epoch, step, 20) for epoch in range(5) for step in range(20)]
     assert max(rates) == pytest.approx(0.2, rel=0.02)
@@ -46,7 +54,9 @@ def test_the_cycle_rises_for_two_fifths_and_falls_to_nothing():
 def test_every_step_has_the_rate_of_the_plan():
     model, optimizer = parts()
     rates = []
-    optimizer.register_step_pre_hook(lambda optimizer, arguments, options: rates.append(optimizer.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(
+        lambda optimizer, arguments, options: rates.append(optimizer.param_groups[0]["lr"])
+    )
     plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=2)
     epoch(model, optimizer, toy.split(20), **dataclasses.asdict(plan) | {"attack": ATTACK})
     assert rates == [plan.rate(0, step, 4) for step in range(4)]
@@ -62,21 +72,33 @@ def test_set_learning_rate():
 def test_a_clean_step_is_plain_sgd():
     x, y = toy.images()
     model, optimizer = parts()
-    loss, right = train_step(model, optimizer, Batch(x, y, torch.arange(12)), attack=None, attack_training=True, key=(1,))
+    loss, right = train_step(
+        model, optimizer, Batch(x, y, torch.arange(12)), attack=None, attack_training=True, key=(1,)
+    )
     twin, twin_optimizer = parts()
     logits = twin(x)
     F.cross_entropy(logits, y).backward()
     twin_optimizer.step()
     assert loss == F.cross_entropy(logits, y)
     assert right == (logits.argmax(1) == y).sum()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("training", "passes"), [(True, 3 + 1), (False, 1)])
 def test_the_attack_moves_batch_norm_only_in_train_mode(training, passes):
     model, optimizer = parts()
     x, y = toy.images()
-    train_step(model, optimizer, Batch(x, y, torch.arange(12)), attack=ATTACK, attack_training=training, key=(1,))
+    train_step(
+        model,
+        optimizer,
+        Batch(x, y, torch.arange(12)),
+        attack=ATTACK,
+        attack_training=training,
+        key=(1,),
+    )
     assert model[1].num_batches_tracked == passes
     assert model.training
 
@@ -115,7 +137,9 @@ def test_the_same_seed_and_epoch_give_the_same_bits():
         torch.manual_seed(noise)
         epoch(model, optimizer, toy.split(12))
         results.append(model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True)
+    )
 
 
 def test_another_seed_gives_others():
@@ -138,7 +162,9 @@ def test_a_loss_that_is_not_finite_names_its_step(print_freq, named):
             yield batch
 
     with pytest.raises(RunError, match=rf"nan in epoch 4, step {named} of 4"):
-        train_epoch(model, optimizer, poisoned(), plan=PLAN, epoch=3, steps=4, print_freq=print_freq)
+        train_epoch(
+            model, optimizer, poisoned(), plan=PLAN, epoch=3, steps=4, print_freq=print_freq
+        )
 
 
 def test_progress_comes_at_its_frequency_and_at_the_end():
@@ -149,7 +175,7 @@ def test_progress_comes_at_its_frequency_and_at_the_end():
 
 
 def test_slow_steps_show_once_a_second(monkeypatch):
-    monkeypatch.setattr("utils.engine._SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("utils.training.engine._SECONDS_BETWEEN_LOOKS", 0.0)
     model, optimizer = parts()
     seen = []
     epoch(model, optimizer, toy.split(15), print_freq=50, on_progress=seen.append)

@@ -32,8 +32,13 @@ def test_success_is_zero_and_bugs_are_not_hidden():
 
 
 def test_a_closed_pipe_is_quiet():
-    script = "from utils.errors import run_command; import sys; sys.exit(run_command(lambda: [print('x' * 1000) for _ in range(1000)]))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = (
+        "from utils.errors import run_command; import sys; sys.exit(run_command(lambda: [print('x'"
+        " * 1000) for _ in range(1000)]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -51,7 +56,7 @@ def _handlers():
 HASTY = """
 import os, signal, sys, time
 from utils.errors import run_command, Stopped
-from utils.preemption import Interruption
+from utils.execution.interruption import Interruption
 def press(): os.kill(os.getpid(), signal.SIGINT)
 class Err:
     def __init__(self, err): self.err = err
@@ -79,12 +84,38 @@ sys.exit(code)
 @pytest.mark.parametrize("when", ["plain", "once", "twice"])
 def test_ctrl_c_again_and_again_ends_quietly(when):
     """Pressed in the command, in what it ends with, while its end is printed, and after that."""
-    done = subprocess.run([sys.executable, "-c", HASTY, when], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", HASTY, when], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 130
     assert set(done.stderr.split()) == {"interrupted"}
 
 
 def test_a_warning_is_one_line():
-    script = "import warnings; from utils.errors import run_command; run_command(lambda: warnings.warn('stripped\\n module.'))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    script = (
+        "import warnings; from utils.errors import run_command; run_command(lambda:"
+        " warnings.warn('stripped\\n module.'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.stderr == "warning: stripped module.\n"
+
+
+def test_help_and_refusals_do_not_wait_for_libraries_that_they_do_not_need():
+    """Drawing, downloads and events import theirs where they use them."""
+    scripts = [ROOT / "main_adv.py", *ROOT.glob("Robust-Bird/*.py"), *ROOT.glob("scripts/*.py")]
+    heavy = "matplotlib torchvision sklearn tensorboard onnx onnxruntime advertorch pyautoattack"
+    code = f"""
+import runpy, sys
+for script in {[str(script) for script in scripts]}:
+    for flag in ("--help", "--no-such-flag"):
+        sys.argv = [script, flag]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert end.code == (0 if flag == "--help" else 2), (script, flag)
+assert not [name for name in {heavy.split()} if name in sys.modules]
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
+from models.slimming import kept_channels, slim
 from tests import toy
 from utils.attacks import PGD
 from utils.errors import InputError
-from utils.explain import (
+from utils.evaluation.explain import (
     CamStage,
     cam_stage,
     explain,
@@ -24,8 +25,7 @@ from utils.explain import (
     loss_surface,
     spread_images,
 )
-from utils.explain_figures import landscape_figure, saliency_figure
-from utils.slimming import kept_channels, slim
+from utils.evaluation.explain_figures import landscape_figure, saliency_figure
 
 NETWORKS = {
     "resnet18": {"width": 0.0625},
@@ -33,7 +33,12 @@ NETWORKS = {
     "vgg16": {"width": 0.0625},
     "wideresnet": {"depth_factor": 10, "width_factor": 1},
 }
-LAST_STAGES = {"resnet18": ("layer4", 4), "resnet50": ("layer4", 4), "vgg16": ("features.42", 2), "wideresnet": ("block3", 8)}
+LAST_STAGES = {
+    "resnet18": ("layer4", 4),
+    "resnet50": ("layer4", 4),
+    "vgg16": ("features.42", 2),
+    "wideresnet": ("block3", 8),
+}
 PICTURES = ["explain.json", "landscape.png", "saliency.png"]
 
 
@@ -48,7 +53,10 @@ def network(arch, **options):
 
 
 def images(n=3, side=32, channels=3):
-    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 3
+    return (
+        torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(1)),
+        torch.arange(n) % 3,
+    )
 
 
 @contextlib.contextmanager
@@ -62,9 +70,17 @@ def left_as_found(model):
 
     def seen():
         state = [(name, value.numpy().tobytes()) for name, value in model.state_dict().items()]
-        gradients = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+        gradients = [
+            None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters
+        ]
         hooks = sum(len(module._forward_hooks) for module in modules)
-        return state, gradients, [parameter.requires_grad for parameter in parameters], [module.training for module in modules], hooks
+        return (
+            state,
+            gradients,
+            [parameter.requires_grad for parameter in parameters],
+            [module.training for module in modules],
+            hooks,
+        )
 
     before = seen()
     yield
@@ -80,7 +96,9 @@ def test_images_are_spread_over_the_classes_and_a_function_of_the_seed():
     assert len(set(six.indices.tolist())) == 6
     assert sorted(six.y.bincount(minlength=4).tolist()) == [1, 1, 2, 2]
     assert set(six.y[:4].tolist()) == {0, 1, 2, 3}
-    assert (six.x * 255).round().to(torch.uint8).equal(split.images[six.indices].permute(0, 3, 1, 2))
+    assert (
+        (six.x * 255).round().to(torch.uint8).equal(split.images[six.indices].permute(0, 3, 1, 2))
+    )
     assert six.y.equal(split.labels[six.indices])
     assert spread_images(split, 6, seed=1).indices.equal(six.indices)
     assert not spread_images(split, 6, seed=2).indices.equal(six.indices)
@@ -99,7 +117,8 @@ def test_only_rows_of_the_split_are_chosen_and_no_more_than_there_are():
 
 
 class Bright(nn.Module):
-    """Two maps, the image and its negative; class 0 weighs the first, class 1 the second, class 2 both against itself."""
+    """Two maps, the image and its negative; class 0 weighs the first, class 1 the second, class 2
+    both against itself."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +144,8 @@ def test_grad_cam_by_hand():
 def test_saliency_by_hand():
     x = torch.linspace(0.1, 0.8, 16).view(1, 1, 4, 4).repeat(3, 1, 1, 1)
     saliency = input_saliency(Bright(), x, torch.tensor([0, 1, 2]))
-    expected = torch.tensor([3.0, 5.0, 0.0]) / 16  # weights over pixels; the third class sees the sum, which is constant
+    # weights over pixels; the third class sees the sum, which is constant
+    expected = torch.tensor([3.0, 5.0, 0.0]) / 16
     assert torch.allclose(saliency, expected.view(3, 1, 1).expand(3, 4, 4), atol=1e-7)
 
 
@@ -152,7 +172,9 @@ def last_map(model, x):
     if hasattr(model, "features"):
         return model.features[:-1](x)
     if hasattr(model, "layer1"):
-        return model.bn(model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(x)))))).relu()
+        return model.bn(
+            model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(x)))))
+        ).relu()
     return model.bn1(model.block3(model.block2(model.block1(model.conv1(x))))).relu()
 
 
@@ -161,7 +183,9 @@ def last_map(model, x):
 def test_grad_cam_at_the_last_stage_is_cam(arch, kept):
     """Zhou et al., 2016: the map weighed by the classifier's row of the class."""
     model, (x, y) = network(arch), images()
-    model = (model if kept is None else slim(model, kept_channels(model, kept, floor=kept)[0])).eval()
+    model = (
+        model if kept is None else slim(model, kept_channels(model, kept, floor=kept)[0])
+    ).eval()
     *_, classifier = (module for module in model.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         cam = (classifier.weight[y, :, None, None] * last_map(model, x)).sum(dim=1, keepdim=True)
@@ -172,12 +196,16 @@ def test_grad_cam_at_a_stage_before_is_of_the_map_that_both_branches_read():
     model, (x, y) = network("resnet18").eval(), images(side=8)
     first, second = model.layer4
     with torch.no_grad():
-        activation = first.bn1(model.layer3(model.layer2(model.layer1(model.conv1(model.normalize(x)))))).relu()
+        activation = first.bn1(
+            model.layer3(model.layer2(model.layer1(model.conv1(model.normalize(x)))))
+        ).relu()
     activation.requires_grad_()
     out = first.conv2(first.bn2(first.conv1(activation)).relu()) + first.shortcut(activation)
     logits = model.linear(model.bn(second(out)).relu().mean(dim=(2, 3)))
     (gradient,) = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), activation)
-    evidence = (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1, keepdim=True).detach()
+    evidence = (
+        (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1, keepdim=True).detach()
+    )
     assert torch.allclose(grad_cam(model, x, y), enlarged(evidence, side=8), atol=1e-4)
 
 
@@ -195,7 +223,12 @@ def test_without_captum_there_is_one_line(monkeypatch, run_explain, tmp_path):
         with pytest.raises(InputError, match="pip install captum"):
             method(network("resnet18"), *images())
     outcome = run_explain(foreign(tmp_path / "good.pth.tar", 10), "--test_subset", 20, "--grid", 3)
-    assert (outcome.code, outcome.out, outcome.err.count("\n"), "pip install captum" in outcome.err) == (2, "", 1, True)
+    assert (
+        outcome.code,
+        outcome.out,
+        outcome.err.count("\n"),
+        "pip install captum" in outcome.err,
+    ) == (2, "", 1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["good.pth.tar"]
 
 
@@ -237,7 +270,9 @@ def test_a_direction_has_the_norm_of_each_filter_and_keeps_masks():
     assert direction.keys() == dict(model.named_parameters()).keys()
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
-            assert torch.allclose(direction[name].flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-4)
+            assert torch.allclose(
+                direction[name].flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-4
+            )
             assert direction[name][weight == 0].eq(0).all()
             assert direction[name][weight != 0].ne(0).float().mean() > 0.99
         else:
@@ -249,7 +284,10 @@ def test_directions_are_functions_of_the_seed():
     one, again = filter_normalized_direction(model, 1, 1), filter_normalized_direction(model, 1, 1)
     name = "layer1.0.conv1.weight"
     assert all(one[n].equal(again[n]) for n in one)
-    for other in (filter_normalized_direction(model, 1, 2), filter_normalized_direction(model, 2, 1)):
+    for other in (
+        filter_normalized_direction(model, 1, 2),
+        filter_normalized_direction(model, 2, 1),
+    ):
         cosine = F.cosine_similarity(one[name].flatten(), other[name].flatten(), dim=0)
         assert abs(cosine) < 0.35
     assert not one[name].equal(one["layer1.0.conv2.weight"])
@@ -273,10 +311,14 @@ def test_the_surface_is_the_loss_at_moved_weights_and_the_network_is_left_as_fou
     assert (losses.shape, losses.dtype, len(points)) == ((2, 3, 3), torch.float64, 9)
     model.eval()
     with torch.no_grad():
-        assert losses[:, 1, 1].tolist() == [F.cross_entropy(model(pixels), y).item() for pixels in (x, 1 - x)]
+        assert losses[:, 1, 1].tolist() == [
+            F.cross_entropy(model(pixels), y).item() for pixels in (x, 1 - x)
+        ]
         for name, parameter in model.named_parameters():
             parameter += directions[0][name] - directions[1][name]
-        assert losses[0, 2, 0].item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+        assert losses[0, 2, 0].item() == pytest.approx(
+            F.cross_entropy(model(x), y).item(), rel=1e-4
+        )
 
 
 def test_weights_come_back_from_a_stop_half_way():
@@ -309,7 +351,11 @@ def test_the_pictures_of_a_network(arch):
     shown = picture.axes[14 + 4]
     assert shown.get_title() == f"predicted {answer['prediction']} ({answer['probability']:.2f})"
     titles = [axes.get_title() for axes in landscape_figure(found, "PGD-2", "title").axes]
-    assert titles[:3] == ["clean loss", "robust loss (PGD-2), crafted at the centre", "cuts through the network"]
+    assert titles[:3] == [
+        "clean loss",
+        "robust loss (PGD-2), crafted at the centre",
+        "cuts through the network",
+    ]
 
 
 def test_an_attack_of_no_size_and_a_flat_loss_can_be_drawn():
@@ -319,7 +365,10 @@ def test_an_attack_of_no_size_and_a_flat_loss_can_be_drawn():
     found = explain(model, toy.split(12, side=16), PGD(0.0, 0.0, 0), images=1, grid=3, seed=1)
     assert found.losses.eq(found.losses[0, 0, 0]).all()
     assert found.clean.cam.eq(0).all()
-    for figure in (saliency_figure(found, ["a", "b", "c"], "PGD-0", ""), landscape_figure(found, "PGD-0", "")):
+    for figure in (
+        saliency_figure(found, ["a", "b", "c"], "PGD-0", ""),
+        landscape_figure(found, "PGD-0", ""),
+    ):
         figure.draw_without_rendering()
 
 
@@ -336,7 +385,11 @@ def checkpoint(run_adv, tmp_path) -> Path:
 
 def test_the_script_explains_a_checkpoint(checkpoint):
     options = "--explain_images 3 --grid 3 --test_step 2".split()
-    result = subprocess.run([sys.executable, "scripts/explain.py", str(checkpoint), *options], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "scripts/explain.py", str(checkpoint), *options],
+        capture_output=True,
+        text=True,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     folder = checkpoint.parent / "explain"
     assert str(folder) in result.stdout
@@ -356,21 +409,42 @@ def test_the_script_explains_a_checkpoint(checkpoint):
 
 
 def test_the_script_explains_a_network_without_some_channels(run_eb, run_explain, tmp_path):
-    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5", "--save_dir", tmp_path / "runs"]
+    flags = [
+        *toy.TOY_BIRD,
+        *toy.EASY_TICKET,
+        "--pruning",
+        "channel",
+        "--density",
+        "0.5",
+        "--save_dir",
+        tmp_path / "runs",
+    ]
     assert run_eb(*flags).code == 0
     slim_one = next((tmp_path / "runs").glob("*/model_RA_best.pth.tar"))
-    outcome = run_explain("--grid", 3, slim_one, "--out", tmp_path / "new" / "pictures", "--explain-images", 2)
+    outcome = run_explain(
+        "--grid", 3, slim_one, "--out", tmp_path / "new" / "pictures", "--explain-images", 2
+    )
     assert (outcome.code, outcome.err) == (0, "")
     assert sorted(path.name for path in (tmp_path / "new" / "pictures").iterdir()) == PICTURES
 
 
 def foreign(path: Path, classes: int, weight: float | None = None) -> Path:
-    """A checkpoint without settings, of a network for some classes of grey images; ``weight`` is its first one."""
-    spec = {"arch": "resnet18", "num_classes": classes, "mean": [0.0], "std": [1.0], "width": 0.0625, "image_size": 8}
+    """A checkpoint without settings, of a network for some classes of grey images; ``weight`` is
+    its first one."""
+    spec = {
+        "arch": "resnet18",
+        "num_classes": classes,
+        "mean": [0.0],
+        "std": [1.0],
+        "width": 0.0625,
+        "image_size": 8,
+    }
     state = build_model(**spec).state_dict()
     if weight is not None:
         state["conv1.weight"][0, 0, 0, 0] = weight
-    torch.save({"state_dict": state, "network": {**spec, "depth_factor": 34, "width_factor": 10}}, path)
+    torch.save(
+        {"state_dict": state, "network": {**spec, "depth_factor": 34, "width_factor": 10}}, path
+    )
     return path
 
 
@@ -403,7 +477,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(run_explain, tmp_path):
 
 
 def test_a_network_of_no_finite_loss_is_refused(run_explain, tmp_path):
-    outcome = run_explain(foreign(tmp_path / "broken.pth.tar", 10, weight=float("nan")), "--grid", 3, "--test_subset", 20)
+    outcome = run_explain(
+        foreign(tmp_path / "broken.pth.tar", 10, weight=float("nan")),
+        "--grid",
+        3,
+        "--test_subset",
+        20,
+    )
     assert outcome.code == 2
     assert "not finite" in outcome.err
     assert not list((tmp_path / "explain").iterdir())

@@ -1,4 +1,5 @@
-"""scripts/export.py on what toy runs leave: every format computes what the checkpoint's network does."""
+"""scripts/export.py on what toy runs leave: every format computes what the checkpoint's network
+does."""
 
 import importlib
 import json
@@ -15,16 +16,21 @@ from torch import nn
 
 from data import load_data, plain_batches
 from models import BasicBlock, Normalize, PreActResNet, build_model, load_model
+from models.loading import build_network
+from models.slimming import kept_channels, slim
 from tests import toy
 from utils import export as exporting
-from utils.checkpoint import load_checkpoint
 from utils.errors import run_command
 from utils.export import FORMATS, Trained, default_path, export
-from utils.network import build_network
-from utils.safe_tensors import load_safetensors
-from utils.slimming import kept_channels, slim
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.safetensors import load_safetensors
 
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2", "state_dict": ".pth"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "safetensors": ".safetensors",
+    "torch_export": ".pt2",
+    "state_dict": ".pth",
+}
 
 
 @pytest.fixture
@@ -43,7 +49,9 @@ def trained_once(module, flags, folder):
 
 @pytest.fixture(scope="module")
 def flying_run(tmp_path_factory):
-    return trained_once("main_adv", [*toy.TOY_RUN, *toy.TOY_MASKS, "--fb"], tmp_path_factory.mktemp("fb"))
+    return trained_once(
+        "main_adv", [*toy.TOY_RUN, *toy.TOY_MASKS, "--fb"], tmp_path_factory.mktemp("fb")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,10 @@ def checkpoint(request):
 def plain(tmp_path):
     """A VGG with random statistics, as a state dict that says nothing of itself."""
     path = tmp_path / "vgg.pth"
-    torch.save(moved(build_model("vgg16", 7, width=0.0625, mean=[0.4] * 3, std=[0.2] * 3)).state_dict(), path)
+    torch.save(
+        moved(build_model("vgg16", 7, width=0.0625, mean=[0.4] * 3, std=[0.2] * 3)).state_dict(),
+        path,
+    )
     return path
 
 
@@ -100,7 +111,10 @@ def digits():
 
 def flat(content):
     """A file's content to be compared by value."""
-    return {**content, "state_dict": {name: value.tolist() for name, value in content["state_dict"].items()}}
+    return {
+        **content,
+        "state_dict": {name: value.tolist() for name, value in content["state_dict"].items()},
+    }
 
 
 def with_onnxruntime(path):
@@ -122,7 +136,8 @@ def test_onnx_answers_as_the_network_on_the_whole_test_set(checkpoint, run_expor
     assert outcome.out.startswith(f"{path}: 0.")
     network, model = with_onnxruntime(path), load_model(checkpoint)
     batches = list(plain_batches(digits(), 64))
-    assert len({len(batch.x) for batch in batches}) == 2  # the last is smaller: the batch is dynamic
+    # the last is smaller: the batch is dynamic
+    assert len({len(batch.x) for batch in batches}) == 2
     for batch in batches:
         assert_same(network, model, batch.x.contiguous())
 
@@ -131,11 +146,20 @@ def test_onnx_of_a_slim_network_is_slim(slim_bird):
     path, difference = export(slim_bird, "onnx")
     assert difference <= 1e-5
     model = onnx.load(path)
-    kernels = [weights for weights in model.graph.initializer if len(weights.dims) == 4 and list(weights.dims) != [1] * 4]  # not mean, std
+    # not mean, std
+    kernels = [
+        weights
+        for weights in model.graph.initializer
+        if len(weights.dims) == 4 and list(weights.dims) != [1] * 4
+    ]
     stored = sum(onnx.numpy_helper.to_array(weights).size for weights in kernels)
     trained = Trained.read(slim_bird)
-    assert stored == sum(weight.numel() for weight in trained.model.parameters() if weight.ndim == 4)
-    assert stored < 0.5 * sum(weight.numel() for weight in trained.full_size().parameters() if weight.ndim == 4)
+    assert stored == sum(
+        weight.numel() for weight in trained.model.parameters() if weight.ndim == 4
+    )
+    assert stored < 0.5 * sum(
+        weight.numel() for weight in trained.full_size().parameters() if weight.ndim == 4
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -148,9 +172,19 @@ def test_every_format_of_a_vgg_from_a_plain_state_dict(kind, plain, run_export, 
     assert exporting.largest_difference(FORMATS[kind].network(out, trained), trained) <= 1e-5
 
 
-@pytest.mark.parametrize(("arch", "kind"), [*(("wideresnet", kind) for kind in FORMATS), ("resnet50", "state_dict")])
+@pytest.mark.parametrize(
+    ("arch", "kind"), [*(("wideresnet", kind) for kind in FORMATS), ("resnet50", "state_dict")]
+)
 def test_other_families_without_some_channels(arch, kind, tmp_path):
-    spec = {"arch": arch, "num_classes": 5, "mean": [0.5], "std": [0.3], "width": 1.0, "depth_factor": 10, "width_factor": 1}
+    spec = {
+        "arch": arch,
+        "num_classes": 5,
+        "mean": [0.5],
+        "std": [0.3],
+        "width": 1.0,
+        "depth_factor": 10,
+        "width_factor": 1,
+    }
     spec |= {"image_size": 8, **({"width": 0.0625} if arch == "resnet50" else {})}
     model = moved(build_network(spec, torch.device("cpu")))
     kept = kept_channels(model, 0.6)[0]
@@ -165,7 +199,9 @@ def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):
     path, difference = export(checkpoint, "safetensors")
     assert difference == 0.0
     with safetensors.safe_open(path, "pt") as file:
-        told = {name: json.loads(text) for name, text in file.metadata().items() if name != "format"}
+        told = {
+            name: json.loads(text) for name, text in file.metadata().items() if name != "format"
+        }
     content = load_checkpoint(checkpoint)
     assert {name: told[name] for name in content["network"]} == content["network"]
     assert (told["method"], told["dataset"]) == ("rb-channel" if "kept" in told else "fb", "digits")
@@ -177,7 +213,8 @@ def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):
     total = sum(value.numel() for value in full.state_dict().values() if value.ndim in (2, 4))
     assert told["density"] == sum(int(value.count_nonzero()) for value in weights) / total
     again, _ = export(path, "safetensors", path.with_name("again.safetensors"))
-    assert flat(load_safetensors(again)) == flat(load_safetensors(path))  # the library orders metadata as it likes
+    # the library orders metadata as it likes
+    assert flat(load_safetensors(again)) == flat(load_safetensors(path))
 
 
 def test_the_checkpoint_to_resume_from_has_the_same_network(flying):
@@ -204,24 +241,35 @@ class Submission(PreActResNet):
 
 
 def robustbench_loader(path):
-    """As RobustBench's ``load_model`` does: the class, then ``state_dict`` in the file or the file itself, strictly."""
+    """As RobustBench's ``load_model`` does: the class, then ``state_dict`` in the file or the file
+    itself, strictly."""
     model = Submission()
     checkpoint = torch.load(path, map_location="cpu")
     state = checkpoint.get("state_dict", checkpoint)
-    model.load_state_dict({name.replace("module.", ""): value for name, value in state.items()}, strict=True)
+    model.load_state_dict(
+        {name.replace("module.", ""): value for name, value in state.items()}, strict=True
+    )
     return model.eval()
 
 
 def clean_accuracy(model, split):
     """As RobustBench's ``clean_accuracy``: pixels in [0, 1], the class of the largest output."""
-    right = sum((model(batch.x).max(1)[1] == batch.y).float().sum().item() for batch in plain_batches(split, 100))
+    right = sum(
+        (model(batch.x).max(1)[1] == batch.y).float().sum().item()
+        for batch in plain_batches(split, 100)
+    )
     return right / len(split)
 
 
 def pruned_share(model):
-    """Zeros among convolution and linear weights, which is how pruning benchmarks measure sparsity."""
-    weights = [module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    """Zeros among convolution and linear weights, which is how pruning benchmarks measure
+    sparsity."""
+    weights = [
+        module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(
+        weight.numel() for weight in weights
+    )
 
 
 def test_a_benchmarks_loader_takes_the_state_dict(checkpoint):
@@ -257,33 +305,58 @@ def test_bad_input_is_one_line_and_writes_nothing(plain, run_export, tmp_path):
     described = flags_of(PLAIN)
     refused(run_export(tmp_path / "none.pth.tar", "--format", "onnx"), "no such checkpoint")
     refused(run_export(tmp_path / "none.safetensors", "--format", "onnx"), "no such file")
-    refused(run_export(plain, "--format", "onnx", "--widht", 2), "unknown argument --widht; did you mean --width?")
+    refused(
+        run_export(plain, "--format", "onnx", "--widht", 2),
+        "unknown argument --widht; did you mean --width?",
+    )
     refused(run_export(tmp_path / "broken.pth.tar", "--format", "onnx"), "broken")
     refused(run_export(tmp_path / "broken.safetensors", "--format", "onnx"), "broken")
     refused(run_export(plain, "--format", "onnx"), "arch and num_classes")
     refused(run_export(plain, "--format", "onnx", *described[:4]), "not a checkpoint of this vgg16")
-    refused(run_export(plain, "--format", "onnx", *described, "--image_size", 8), "vgg16 cannot take 8x8")
+    refused(
+        run_export(plain, "--format", "onnx", *described, "--image_size", 8),
+        "vgg16 cannot take 8x8",
+    )
     aliased = flags_of({**PLAIN, "arch": "VGG16_BN"})
     refused(run_export(plain, "--format", "onnx", *aliased, "--image_size", 8), "cannot take 8x8")
     refused(run_export(plain, "--format", "tflite"), "--format", "onnx")
     refused(run_export(plain), "--format")
     refused(run_export(plain, "--format", "state_dict", *described), "the checkpoint itself")
     refused(run_export(plain, "--format", "onnx", "--out", tmp_path), "is a folder")
-    for kind, name in (("safetensors", "x.onnx"), ("onnx", "x.pth.tar"), ("state_dict", "x.pt2"), ("onnx", "x.safetensors")):
-        refused(run_export(plain, "--format", kind, *described, "--out", tmp_path / name), "suffix of another format", kind)
-    refused(run_export(plain, "--format", "onnx", "--out", tmp_path / "no" / "x.onnx"), "no such folder")
+    for kind, name in (
+        ("safetensors", "x.onnx"),
+        ("onnx", "x.pth.tar"),
+        ("state_dict", "x.pt2"),
+        ("onnx", "x.safetensors"),
+    ):
+        refused(
+            run_export(plain, "--format", kind, *described, "--out", tmp_path / name),
+            "suffix of another format",
+            kind,
+        )
+    refused(
+        run_export(plain, "--format", "onnx", "--out", tmp_path / "no" / "x.onnx"), "no such folder"
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_description_beside_the_files_own_is_refused(flying, run_export):
-    refused(run_export(flying, "--format", "onnx", "--arch", "resnet18"), "arch could not take effect")
+    refused(
+        run_export(flying, "--format", "onnx", "--arch", "resnet18"), "arch could not take effect"
+    )
 
 
-@pytest.mark.parametrize("wrong", [lambda logits: logits * 1.001, lambda logits: logits * float("nan")])
-def test_a_file_that_computes_something_else_is_not_kept(wrong, plain, run_export, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: logits * 1.001, lambda logits: logits * float("nan")]
+)
+def test_a_file_that_computes_something_else_is_not_kept(
+    wrong, plain, run_export, monkeypatch, tmp_path
+):
     network = exporting.FORMATS["onnx"].network
     broken = exporting.Format(
-        ".onnx", exporting.FORMATS["onnx"].content, lambda path, trained: lambda images: wrong(network(path, trained)(images))
+        ".onnx",
+        exporting.FORMATS["onnx"].content,
+        lambda path, trained: lambda images: wrong(network(path, trained)(images)),
     )
     monkeypatch.setitem(exporting.FORMATS, "onnx", broken)
     (tmp_path / "vgg.onnx").write_bytes(b"from before")
@@ -306,4 +379,6 @@ def test_a_full_disk_leaves_nothing(plain, run_export, monkeypatch, tmp_path):
 def test_default_names():
     names = ["model_RA_best.pth.tar", "a.b.pt", "net.safetensors", "weights"]
     expected = ["model_RA_best.onnx", "a.b.onnx", "net.onnx", "weights.onnx"]
-    assert [default_path(Path("run") / name, "onnx") for name in names] == [Path("run") / name for name in expected]
+    assert [default_path(Path("run") / name, "onnx") for name in names] == [
+        Path("run") / name for name in expected
+    ]

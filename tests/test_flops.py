@@ -4,12 +4,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import ARCHITECTURES, build_model
+from models.flops import layer_costs, paper_inference, paper_training, real_inference, real_training
+from models.slimming import kept_channels, slim
 from sparse_core import layer_counts, prunable
 from tests import toy
-from utils.flops import layer_costs, paper_inference, paper_training, real_inference, real_training
-from utils.metrics import read_epochs, read_summary
-from utils.paths import RunPaths
-from utils.slimming import kept_channels, slim
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs, read_summary
 
 
 def test_by_hand():
@@ -72,19 +72,36 @@ def test_the_paper_counts_output_channels_twice_for_convolutions_alone():
     costs = layer_costs(build_model("vgg16", 10), (3, 32, 32))
     convolutions = [cost for cost in costs if cost.convolution]
     assert len(costs) - len(convolutions) == 1
-    assert paper_inference(costs) == sum(2 * c.weights * c.channels_out * c.positions for c in convolutions)
+    assert paper_inference(costs) == sum(
+        2 * c.weights * c.channels_out * c.positions for c in convolutions
+    )
 
 
 def test_training_follows_the_density_of_each_epoch(run_adv, tmp_path):
-    """Flying Bird+: the real count adds up epochs as they were, the paper's takes the final network for all of them."""
-    flags = "--fbp --density 0.3 --update_frequency 1 --dynamic_epoch 1 --epochs 5 --decreasing_lr 2 --train_step 2 --prune_ratio 1"
-    assert run_adv(*toy.TOY_RUN, *flags.split(), "--update_threshold", 0.01, "--save_dir", tmp_path).code == 0
+    """Flying Bird+: the real count adds up epochs as they were, the paper's takes the final network
+    for all of them."""
+    flags = (
+        "--fbp --density 0.3 --update_frequency 1 --dynamic_epoch 1 --epochs 5 --decreasing_lr 2"
+        " --train_step 2 --prune_ratio 1"
+    )
+    assert (
+        run_adv(
+            *toy.TOY_RUN, *flags.split(), "--update_threshold", 0.01, "--save_dir", tmp_path
+        ).code
+        == 0
+    )
     (run,) = map(RunPaths, tmp_path.iterdir())
     rows, summary = read_epochs(run), read_summary(run)
     by_epoch = [row["inference_flops"] for row in rows]
     assert len(set(by_epoch)) > 1
-    assert summary["flops"]["real"] == {"inference": by_epoch[-1], "training": 3 * 3 * 100 * sum(by_epoch)}
-    assert summary["flops"]["paper"]["training"] == 3 * 3 * 100 * 5 * summary["flops"]["paper"]["inference"]
+    assert summary["flops"]["real"] == {
+        "inference": by_epoch[-1],
+        "training": 3 * 3 * 100 * sum(by_epoch),
+    }
+    assert (
+        summary["flops"]["paper"]["training"]
+        == 3 * 3 * 100 * 5 * summary["flops"]["paper"]["inference"]
+    )
     assert summary["density"] == rows[-1]["density"]
 
 
@@ -97,7 +114,8 @@ def test_counting_leaves_the_network_as_it_was():
 
 
 class Mixed(nn.Module):
-    """Tokens, attention, a transposed convolution, a shared layer, a layer by spectral norm and one that is never used."""
+    """Tokens, attention, a transposed convolution, a shared layer, a layer by spectral norm and one
+    that is never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,8 +137,13 @@ def test_layers_of_every_kind_cost_what_torch_counts():
             model(torch.zeros(1, 3, 16, 16))
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    products = ("bmm", "attention", "aten.mv", "aten.dot")  # of tokens with tokens, and the spectral norm's own
-    theirs = sum(count for op, count in counter.get_flop_counts()["Global"].items() if not any(word in str(op) for word in products))
+    # of tokens with tokens, and the spectral norm's own
+    products = ("bmm", "attention", "aten.mv", "aten.dot")
+    theirs = sum(
+        count
+        for op, count in counter.get_flop_counts()["Global"].items()
+        if not any(word in str(op) for word in products)
+    )
     costs = layer_costs(model, (3, 16, 16))
     assert real_inference(costs) == theirs
     names = {cost.name for cost in costs}
@@ -153,7 +176,11 @@ def test_attention_between_two_lengths_costs_what_torch_counts(length, width):
     model = Crossed(kdim=width, vdim=width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, width))
-    theirs = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "addmm" in str(op) or str(op) == "aten.mm")
+    theirs = sum(
+        count
+        for op, count in counter.get_flop_counts()["Global"].items()
+        if "addmm" in str(op) or str(op) == "aten.mm"
+    )
     costs = layer_costs(model, (length, width))
     assert real_inference(costs) == theirs == 2 * (2 * 64 * 2 + 2 * 8 * width * length)
     masks = {name: torch.rand(weight.shape) < 0.3 for name, weight in prunable(model).items()}
@@ -161,7 +188,9 @@ def test_attention_between_two_lengths_costs_what_torch_counts(length, width):
         asked, *known = (int(rows.sum()) for rows in masks["attention.in_proj_weight"].split(8))
     else:
         asked, *known = (int(masks[f"attention.{part}_proj_weight"].sum()) for part in "qkv")
-    expected = 2 * (2 * (asked + int(masks["attention.out_proj.weight"].sum())) + length * sum(known))
+    expected = 2 * (
+        2 * (asked + int(masks["attention.out_proj.weight"].sum())) + length * sum(known)
+    )
     assert real_inference(costs, masks) == expected
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     if width == 8 and length != 2:  # which of them are live matters

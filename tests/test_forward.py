@@ -1,23 +1,26 @@
-"""Faster ways to compute a network compute the same network; on CPUs here, on GPUs in test_cuda.py."""
+"""Faster ways to compute a network compute the same network; on CPUs here, on GPUs in
+test_cuda.py."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import utils.evaluate
-import utils.run
+import utils.evaluation.scores
+import utils.training.run
+import utils.training.stage
 from data import Augmentation, TrainLoader
 from models import build_model
 from tests import toy
 from tests.test_attacks import L2, LINF, oracle_network
 from tests.test_resume import METHODS, only_run
 from utils.attacks import PGD, attack_draws, pgd_attack
-from utils.checkpoint import load_checkpoint
-from utils.engine import sgd, train_step
-from utils.evaluate import EVAL_BATCH, evaluate
-from utils.forward import Execution, Forward, best_precision
-from utils.metrics import read_epochs, read_summary
+from utils.evaluation.scores import EVAL_BATCH, evaluate
+from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import best_precision
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.run_folder import read_epochs, read_summary
+from utils.training.engine import sgd, train_step
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
 BF16 = Execution("bf16")
@@ -36,8 +39,15 @@ def stepped(execution, model, size=16, steps=3):
     """Losses of so many steps, and what they leave."""
     optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
     forward = Forward(model, execution, [size])
-    options = {"attack": ATTACK, "attack_training": True, "key": (1, "attack", 0), "forward": forward}
-    losses = [train_step(model, optimizer, batch, **options)[0].item() for batch in batches(size, steps)]
+    options = {
+        "attack": ATTACK,
+        "attack_training": True,
+        "key": (1, "attack", 0),
+        "forward": forward,
+    }
+    losses = [
+        train_step(model, optimizer, batch, **options)[0].item() for batch in batches(size, steps)
+    ]
     return torch.tensor(losses), model, optimizer
 
 
@@ -56,9 +66,13 @@ def test_float32_is_the_network_itself():
 
 
 def test_bf16_keeps_weights_statistics_and_losses_in_float32():
-    (plain, _, _), (fast, other, optimizer) = stepped(Execution(), network()), stepped(BF16, network())
+    (plain, _, _), (fast, other, optimizer) = (
+        stepped(Execution(), network()),
+        stepped(BF16, network()),
+    )
     assert torch.allclose(plain[0], fast[0], rtol=0.03)
-    assert torch.allclose(plain, fast, rtol=0.15)  # three steps from random weights, whose differences add up
+    # three steps from random weights, whose differences add up
+    assert torch.allclose(plain, fast, rtol=0.15)
     assert not torch.equal(plain, fast)
     tensors = [
         *other.state_dict().values(),
@@ -70,8 +84,11 @@ def test_bf16_keeps_weights_statistics_and_losses_in_float32():
 
 
 def test_bf16_measures_the_same_statistics():
-    """After one step: what later ones add depends on the order of sums, and so on the number of threads."""
-    before, after = (stepped(execution, network(), steps=1)[1].state_dict() for execution in (Execution(), BF16))
+    """After one step: what later ones add depends on the order of sums, and so on the number of
+    threads."""
+    before, after = (
+        stepped(execution, network(), steps=1)[1].state_dict() for execution in (Execution(), BF16)
+    )
     for name in [name.removesuffix("_var") for name in before if name.endswith("running_var")]:
         deviation = before[f"{name}_var"].sqrt()  # what a statistic is measured by
         assert ((before[f"{name}_mean"] - after[f"{name}_mean"]).abs() / deviation).median() < 0.01
@@ -98,7 +115,10 @@ def test_bf16_attacks_are_attacks():
 
 def test_compiled_steps_are_the_same_steps():
     """On a network small enough that rounding does not turn a step of the attack around."""
-    steps = [stepped(execution, toy.network().to(memory_format=torch.channels_last)) for execution in (Execution(), COMPILED)]
+    steps = [
+        stepped(execution, toy.network().to(memory_format=torch.channels_last))
+        for execution in (Execution(), COMPILED)
+    ]
     (plain, model, _), (fast, other, _) = steps
     assert torch.allclose(plain, fast, rtol=1e-5)
     before, after = model.state_dict(), other.state_dict()
@@ -119,28 +139,43 @@ def test_compiled_attacks_equal_the_oracle(attack, expected, dtype, golden):
 
 @pytest.fixture
 def compiled_graphs(monkeypatch):
-    """torch.compile with all its rules and none of its code: every graph that it would generate code for, as its input shapes."""
+    """torch.compile with all its rules and none of its code: every graph that it would generate
+    code for, as its input shapes."""
     graphs, original = [], torch.compile
 
     def backend(graph, inputs):
         graphs.append(tuple(inputs[-1].shape))
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda module, dynamic: original(module, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, dynamic: original(module, dynamic=dynamic, backend=backend)
+    )
     yield graphs
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_all_that_an_epoch_needs_is_compiled_before_it(compiled_graphs, channels):
-    """On a network of ours, which has no length; images with one channel come with two kinds of strides."""
+    """On a network of ours, which has no length; images with one channel come with two kinds of
+    strides."""
     mean = (0.5,) * channels
-    model = build_model("resnet18", 3, width=0.0625, mean=mean, std=mean).to(memory_format=torch.channels_last).train()
+    model = (
+        build_model("resnet18", 3, width=0.0625, mean=mean, std=mean)
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     forward = Forward(model, COMPILED, [16, EVAL_BATCH])
     loader = TrainLoader(toy.split(32, channels=channels), 16, Augmentation(1), seed=1)
-    assert forward.prepare(next(iter(loader.epoch(0))), True, True, EVAL_BATCH).startswith("compiled in ")
+    assert forward.prepare(next(iter(loader.epoch(0))), True, True, EVAL_BATCH).startswith(
+        "compiled in "
+    )
     assert len(compiled_graphs) == 4  # an attack's step and an update; a test, clean and attacked
-    options = {"attack": ATTACK, "attack_training": True, "key": (1, "attack", 0), "forward": forward}
+    options = {
+        "attack": ATTACK,
+        "attack_training": True,
+        "key": (1, "attack", 0),
+        "forward": forward,
+    }
     optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
     for batch in loader.epoch(1):
         train_step(model, optimizer, batch, **options)
@@ -178,7 +213,9 @@ def test_odd_batches_are_not_compiled_for(monkeypatch):
 def test_compiling_is_for_long_trainings(flops, compile):
     device = torch.device("cpu")
     assert Execution(compile=None).for_training(flops, device) == Execution(compile=compile)
-    assert Execution("bf16", compile=None).for_training(flops, torch.device("meta")) == Execution("bf16")
+    assert Execution("bf16", compile=None).for_training(flops, torch.device("meta")) == Execution(
+        "bf16"
+    )
     for asked in (True, False):
         assert Execution(compile=asked).for_training(flops, device).compile is asked
 
@@ -195,7 +232,9 @@ def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
     said = forward.prepare(next(iter(batches())), attacked=True, training=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
     if fails:
         assert said == "warning: torch.compile failed (no C++ compiler found); going on without"
         forward(toy.images(16)[0])
@@ -210,33 +249,43 @@ def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
 def test_a_run_says_and_keeps_its_precision(run_adv, tmp_path, monkeypatch):
     """Begun in bf16 with auto, it goes on in bf16 where auto would be float32."""
     flags = [flag for flag in toy.TOY_RUN if flag not in ("--precision", "float32")]
-    monkeypatch.setattr("utils.config.best_precision", lambda device: "bf16")
+    monkeypatch.setattr("utils.settings.common.best_precision", lambda device: "bf16")
     outcome = run_adv(*flags, "--save_dir", tmp_path)
     assert (outcome.code, "in bf16 on cpu" in outcome.out) == (0, True), outcome.err
     root = only_run(tmp_path).root
     content = load_checkpoint(root / "checkpoint.pth.tar")
     assert content["settings"]["precision"] == "bf16"
     again = run_adv(*flags, "--save_dir", tmp_path, "--precision", "bf16")
-    assert (again.code, f"{root} already holds a run" in again.err) == (2, True), "auto and what it means are one run"
-    monkeypatch.setattr("utils.config.best_precision", lambda device: "float32")
+    assert (again.code, f"{root} already holds a run" in again.err) == (2, True), (
+        "auto and what it means are one run"
+    )
+    monkeypatch.setattr("utils.settings.common.best_precision", lambda device: "float32")
     found = run_adv(*flags, "--save_dir", tmp_path, "--resume")
     assert (found.code, f"{root} is finished" in found.out) == (0, True), found.err
     grown = run_adv("--resume_dir", root, "--epochs", 3)
     assert (grown.code, "in bf16 on cpu" in grown.out) == (0, True), grown.err
     other = run_adv("--resume_dir", root, "--precision", "float32")
-    assert (other.code, "--precision float32 contradicts the checkpoint, which has bf16" in other.err) == (2, True)
+    assert (
+        other.code,
+        "--precision float32 contradicts the checkpoint, which has bf16" in other.err,
+    ) == (2, True)
 
 
 def test_precisions_give_other_bits_and_final_figures_are_float32(run_adv, tmp_path, monkeypatch):
     seen = {}
     for precision in ("float32", "bf16"):
-        assert run_adv(*toy.TOY_RUN, "--precision", precision, "--save_dir", tmp_path / precision).code == 0
-        seen[precision] = load_checkpoint(only_run(tmp_path / precision).checkpoint)["state_dict"]["conv1.weight"]
+        assert (
+            run_adv(*toy.TOY_RUN, "--precision", precision, "--save_dir", tmp_path / precision).code
+            == 0
+        )
+        seen[precision] = load_checkpoint(only_run(tmp_path / precision).checkpoint)["state_dict"][
+            "conv1.weight"
+        ]
     assert not torch.equal(seen["float32"], seen["bf16"])
 
 
 def test_the_figures_that_end_a_run_are_float32(run_adv, tmp_path, monkeypatch):
-    seen, ending, original = set(), [], utils.run.final_scores
+    seen, ending, original = set(), [], utils.training.run.final_scores
 
     def final(*arguments, **options):
         ending.append(1)
@@ -244,24 +293,54 @@ def test_the_figures_that_end_a_run_are_float32(run_adv, tmp_path, monkeypatch):
 
     class Watching(Forward):
         def _logits(self, module, x):
-            hook = self.model.register_forward_pre_hook(lambda *_: seen.add((bool(ending), torch.is_autocast_enabled("cpu"))))
+            hook = self.model.register_forward_pre_hook(
+                lambda *_: seen.add((bool(ending), torch.is_autocast_enabled("cpu")))
+            )
             try:
                 return super()._logits(module, x)
             finally:
                 hook.remove()
 
-    monkeypatch.setattr(utils.run, "final_scores", final)
-    monkeypatch.setattr(utils.run, "Forward", Watching)
-    monkeypatch.setattr(utils.evaluate, "Forward", Watching)
+    monkeypatch.setattr(utils.training.run, "final_scores", final)
+    monkeypatch.setattr(utils.training.stage, "Forward", Watching)
+    monkeypatch.setattr(utils.evaluation.scores, "Forward", Watching)
     assert run_adv(*toy.TOY_RUN, "--precision", "bf16", "--save_dir", tmp_path).code == 0
     assert seen == {(False, True), (True, False)}
 
 
 def test_both_stages_compile_their_network(run_eb, tmp_path, compiled_graphs):
-    flags = ["--dataset", "digits", "--width", 0.0625, "--stage1", "sgd", "--pruning", "channel", "--density", 0.5, "--compile", "on"]
-    short = ["--epochs1", 2, "--epochs2", 2, "--decreasing_lr", "0.5", "--train_step", 1, "--test_step", 1]
+    flags = [
+        "--dataset",
+        "digits",
+        "--width",
+        0.0625,
+        "--stage1",
+        "sgd",
+        "--pruning",
+        "channel",
+        "--density",
+        0.5,
+        "--compile",
+        "on",
+    ]
+    short = [
+        "--epochs1",
+        2,
+        "--epochs2",
+        2,
+        "--decreasing_lr",
+        "0.5",
+        "--train_step",
+        1,
+        "--test_step",
+        1,
+    ]
     outcome = run_eb(*flags, *short, "--save_dir", tmp_path)
-    assert (outcome.code, outcome.out.count("compiled in"), "going on without" in outcome.out) == (0, 2, False), outcome.err
+    assert (outcome.code, outcome.out.count("compiled in"), "going on without" in outcome.out) == (
+        0,
+        2,
+        False,
+    ), outcome.err
     assert len(compiled_graphs) == 2 + 4  # stage 1 is not attacked
 
 
@@ -275,14 +354,19 @@ def test_compiling_is_asked_for_and_may_fail(run_adv, tmp_path, monkeypatch, fai
     assert ("going on without" in outcome.out) == fails
     assert ("compiled in" in outcome.out) != fails
     assert (count.calls > 5) != fails
-    first, second = (load_checkpoint(only_run(tmp_path / name).checkpoint)["state_dict"] for name in ("plain", "fast"))
+    first, second = (
+        load_checkpoint(only_run(tmp_path / name).checkpoint)["state_dict"]
+        for name in ("plain", "fast")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_tests_may_be_thinned_out(run_adv, tmp_path):
     """Trained the same, measured less often, and after the last epoch in any case."""
     assert run_adv(*METHODS["fb"], "--save_dir", tmp_path / "all").code == 0
-    outcome = run_adv(*METHODS["fb"], "--eval_every", 2, "--test_every", 3, "--save_dir", tmp_path / "some")
+    outcome = run_adv(
+        *METHODS["fb"], "--eval_every", 2, "--test_every", 3, "--save_dir", tmp_path / "some"
+    )
     assert outcome.code == 0, outcome.err
     whole, rows = (read_epochs(only_run(tmp_path / name)) for name in ("all", "some"))
     assert [("val_ra" in row, "test_ra" in row) for row in rows] == [
@@ -294,10 +378,19 @@ def test_tests_may_be_thinned_out(run_adv, tmp_path):
     ]
     measured = "val_sa val_ra val_loss test_sa test_ra".split()
     for row, full in zip(rows, whole, strict=True):
-        assert {name: row[name] for name in measured if name in row} == {name: full[name] for name in measured if name in row}
-        assert (row["train_loss"], row["layer_densities"], row["updates"]) == (full["train_loss"], full["layer_densities"], full["updates"])
+        assert {name: row[name] for name in measured if name in row} == {
+            name: full[name] for name in measured if name in row
+        }
+        assert (row["train_loss"], row["layer_densities"], row["updates"]) == (
+            full["train_loss"],
+            full["layer_densities"],
+            full["updates"],
+        )
     best = read_summary(only_run(tmp_path / "some"))["best"]["epoch"]
-    assert best == max((row for row in rows if "val_ra" in row), key=lambda row: row["val_ra"])["epoch"]
+    assert (
+        best
+        == max((row for row in rows if "val_ra" in row), key=lambda row: row["val_ra"])["epoch"]
+    )
 
 
 def test_flying_bird_plus_must_see_every_epoch(run_adv, tmp_path):

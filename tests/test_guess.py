@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
+from data.guess import guess_data_set
 from tests.test_data import write_tinyimagenet
 from tests.toy import write_image_tree
-from utils.config import parse_settings
-from utils.guess import guess_data_set
-from utils.scripts import SETTINGS_OF
+from utils.settings.command_line import parse_settings
+from utils.settings.stored import SETTINGS_OF
 
 
 def touch(path):
@@ -67,10 +67,15 @@ def test_of_two_data_sets_in_a_folder_its_name_decides(tmp_path):
 
 @pytest.mark.parametrize("kind", SETTINGS_OF.values())
 def test_every_script_guesses_alike(kind, image_tree):
-    assert parse_settings(kind, ["--data", str(image_tree)], "", lambda given: {}).dataset == "imagefolder"
+    assert (
+        parse_settings(kind, ["--data", str(image_tree)], "", lambda given: {}).dataset
+        == "imagefolder"
+    )
 
 
 def test_shell_scripts_ask_the_same(image_tree, tmp_path):
     for path, answer in ((image_tree, (0, "imagefolder")), (tmp_path / "tiny", (1, ""))):
-        result = subprocess.run([sys.executable, "-m", "utils.guess", path], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-m", "data.guess", path], capture_output=True, text=True
+        )
         assert (result.returncode, result.stdout) == answer

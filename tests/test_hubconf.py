@@ -18,7 +18,8 @@ root, checkpoint = sys.argv[1:]
 def load(name, *given, **options):
     return torch.hub.load(root, name, *given, source="local", **options)
 images = torch.rand(2, 3, 32, 32)
-for model in (load("resnet18", width=0.0625), load("vgg16", 7, width=0.0625), load("wideresnet", depth_factor=10, width_factor=1),
+for model in (load("resnet18", width=0.0625), load("vgg16", 7, width=0.0625),
+              load("wideresnet", depth_factor=10, width_factor=1),
               load("build", "resnet34", 5, width=0.0625)):
     print(*model(images).shape)
 model = load("load", checkpoint, arch="resnet18", num_classes=10, width=0.0625)
@@ -38,7 +39,11 @@ def test_every_entry_point(tmp_path):
 
 def test_only_entry_points_are_public():
     """``torch.hub.list`` shows every callable whose name does not begin with an underscore."""
-    names = {name for name, value in vars(importlib.import_module("hubconf")).items() if callable(value) and not name.startswith("_")}
+    names = {
+        name
+        for name, value in vars(importlib.import_module("hubconf")).items()
+        if callable(value) and not name.startswith("_")
+    }
     assert names == {"load", "build", "resnet18", "vgg16", "wideresnet"}
 
 

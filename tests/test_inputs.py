@@ -5,13 +5,18 @@ import pytest
 from models import load_model
 from tests import toy
 from utils.errors import InputError
-from utils.inputs import read_checkpoint
+from utils.storage.inputs import read_checkpoint
 
 
 @pytest.fixture
 def run(run_adv, tmp_path):
     """The folder of a toy run."""
-    assert run_adv(*toy.TOY_RUN, "--epochs", 1, "--decreasing_lr", 0.5, "--save_dir", tmp_path / "runs").code == 0
+    assert (
+        run_adv(
+            *toy.TOY_RUN, "--epochs", 1, "--decreasing_lr", 0.5, "--save_dir", tmp_path / "runs"
+        ).code
+        == 0
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
@@ -25,9 +30,18 @@ def test_folders_and_files_are_named_as_what_they_are(run_adv, run_eb, run, tmp_
         (run_adv("--eval", "--pretrained", run), best),
         (run_adv("--eval", "--pretrained", run / "model_RA_best.pth.tar", "--source", run), best),
         (run_eb(*common, "--stage1_pretrained", run), best),
-        (run_adv("--eval", "--pretrained", tmp_path / "empty"), "is a folder; a checkpoint is a file, such as the model_RA_best.pth.tar"),
-        (run_adv("--resume_dir", run / "checkpoint.pth.tar"), f"is a file; the folder of its run is wanted: {run}"),
-        (run_adv("--resume_dir", run.parent), f"is a folder of 1 run(s); one of them is wanted, such as {run}"),
+        (
+            run_adv("--eval", "--pretrained", tmp_path / "empty"),
+            "is a folder; a checkpoint is a file, such as the model_RA_best.pth.tar",
+        ),
+        (
+            run_adv("--resume_dir", run / "checkpoint.pth.tar"),
+            f"is a file; the folder of its run is wanted: {run}",
+        ),
+        (
+            run_adv("--resume_dir", run.parent),
+            f"is a folder of 1 run(s); one of them is wanted, such as {run}",
+        ),
         (run_eb("--resume_dir", run.parent), f"such as {run}"),
         (run_adv("--resume_dir", tmp_path / "empty"), "no such checkpoint"),
     ):
@@ -39,7 +53,12 @@ def test_folders_and_files_are_named_as_what_they_are(run_adv, run_eb, run, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("m.onnx", "onnxruntime runs it"), ("m.pt2", "torch.export.load reads it"), ("m.safetensors", "load_model and")]
+    ("name", "words"),
+    [
+        ("m.onnx", "onnxruntime runs it"),
+        ("m.pt2", "torch.export.load reads it"),
+        ("m.safetensors", "load_model and"),
+    ],
 )
 def test_files_made_of_a_checkpoint_are_no_checkpoints(tmp_path, name, words):
     with pytest.raises(InputError, match="no such checkpoint"):

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from data.sources import default_cache
-from models import OWN, build_model, load_model
+from models import CUSTOM_ARCHITECTURES, build_model, load_model
 from models.loading import _hub_folder
 from tests import toy
-from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.export import export
+from utils.storage.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def hub(tmp_path, monkeypatch):
 
 def save_plain(path, prefix="", **options):
     """A state dict as the paper's code leaves it, and the network it is of."""
-    model = build_model("resnet18", 7, width=0.0625, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], seed=5)
+    model = build_model(
+        "resnet18", 7, width=0.0625, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], seed=5
+    )
     state = {prefix + name: value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "best_sa": 3.0, **options} if options else state, path)
     return model.eval()
@@ -41,7 +43,9 @@ def save_plain(path, prefix="", **options):
 DESCRIBED = {"arch": "resnet18", "num_classes": 7, "width": 0.0625}
 
 
-@pytest.mark.parametrize("name", ["model_RA_best.pth.tar", "model_SA_best.pth.tar", "checkpoint.pth.tar"])
+@pytest.mark.parametrize(
+    "name", ["model_RA_best.pth.tar", "model_SA_best.pth.tar", "checkpoint.pth.tar"]
+)
 def test_a_run_s_checkpoints(trained, name):
     model = load_model(trained / name)
     assert not model.training
@@ -53,7 +57,16 @@ def test_a_run_s_checkpoints(trained, name):
 
 
 def test_slim_checkpoints_and_their_safetensors(run_eb, tmp_path):
-    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5, "--save_dir", tmp_path]
+    flags = [
+        *toy.TOY_BIRD,
+        *toy.EASY_TICKET,
+        "--pruning",
+        "channel",
+        "--density",
+        0.5,
+        "--save_dir",
+        tmp_path,
+    ]
     assert run_eb(*flags).code == 0
     checkpoint = next(tmp_path.glob("*/model_RA_best.pth.tar"))
     path, _ = export(checkpoint, "safetensors")
@@ -62,24 +75,39 @@ def test_slim_checkpoints_and_their_safetensors(run_eb, tmp_path):
         assert torch.equal(load_model(path)(images), load_model(str(checkpoint))(images))
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix": "module."}, {"epoch": 3}, {"prefix": "module.", "epoch": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prefix": "module."}, {"epoch": 3}, {"prefix": "module.", "epoch": 3}]
+)
 def test_the_papers_state_dicts(options, tmp_path):
     model = save_plain(tmp_path / "paper.pth.tar", **options)
     images = torch.rand(3, 3, 8, 8)
     with torch.no_grad():
-        assert torch.allclose(load_model(tmp_path / "paper.pth.tar", **DESCRIBED)(images), model(images), atol=1e-6)
+        assert torch.allclose(
+            load_model(tmp_path / "paper.pth.tar", **DESCRIBED)(images), model(images), atol=1e-6
+        )
 
 
 def test_what_other_code_leaves_out_or_wraps(tmp_path):
-    """Without ``num_batches_tracked``, normalized by ``[1, 3, 1, 1]``, pruned by torch, in Lightning's names."""
+    """Without ``num_batches_tracked``, normalized by ``[1, 3, 1, 1]``, pruned by torch, in
+    Lightning's names."""
     model = save_plain(tmp_path / "plain.pth")
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
     state |= {name: state[name].reshape(1, 3, 1, 1) for name in ("normalize.mean", "normalize.std")}
     weight = state.pop("conv1.weight")
     mask = (torch.arange(weight.numel()) % 2).reshape(weight.shape).float()
     state |= {"conv1.weight_orig": weight, "conv1.weight_mask": mask}
-    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "other.pth")
-    with pytest.warns(UserWarning, match=r"other\.pth: stripped model\., multiplied 1 pruned weights by their masks$"):
+    torch.save(
+        {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        tmp_path / "other.pth",
+    )
+    with pytest.warns(
+        UserWarning,
+        match=r"other\.pth: stripped model\., multiplied 1 pruned weights by their masks$",
+    ):
         loaded = load_model(tmp_path / "other.pth", **DESCRIBED)
     assert torch.equal(loaded.conv1.weight, weight * mask)
     with torch.no_grad():
@@ -139,7 +167,11 @@ def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
         ("other.pth", DESCRIBED, "no normalize.mean"),
         ("code.pth", DESCRIBED, "could run code"),
         ("none.pth", DESCRIBED, "no such checkpoint"),
-        (trained / "model_RA_best.pth.tar", {"num_classes": 10}, "num_classes could not take effect"),
+        (
+            trained / "model_RA_best.pth.tar",
+            {"num_classes": 10},
+            "num_classes could not take effect",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             load_model(tmp_path / path, **given)
@@ -152,11 +184,18 @@ def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
 def plain(classes, normalize):
     """As in docs/extending.md."""
     convolution = nn.Conv2d(normalize.mean.numel(), 8, 3, padding=1)
-    return nn.Sequential(normalize, convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes))
+    return nn.Sequential(
+        normalize,
+        convolution,
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, classes),
+    )
 
 
 def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_path, monkeypatch):
-    monkeypatch.setitem(OWN, "plain", plain)
+    monkeypatch.setitem(CUSTOM_ARCHITECTURES, "plain", plain)
     flags = [flag for flag in toy.TOY_RUN if flag not in ("--width", "0.0625")]
     assert run_adv(*flags, "--arch", "plain", "--save_dir", tmp_path / "runs").code == 0
     (best,) = (tmp_path / "runs").glob("*/model_RA_best.pth.tar")
@@ -164,12 +203,16 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
     assert (outcome.code, "test RA (PGD-1, linf 8/255)" in outcome.out) == (0, True), outcome.err
     assert load_model(best)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     exported, _ = export(best, "safetensors", tmp_path / "m.safetensors")
-    monkeypatch.delitem(OWN, "plain")
+    monkeypatch.delitem(CUSTOM_ARCHITECTURES, "plain")
     outcome = run_adv("--eval", "--pretrained", best)
-    why = "the script that puts it into models.OWN, which must be the one to load it"
+    why = (
+        "the script that puts it into models.CUSTOM_ARCHITECTURES, which must be the one to load it"
+    )
     assert (outcome.code, outcome.err.count("\n"), why in outcome.err) == (2, 1, True)
     for path in (best, exported):
-        with pytest.raises(InputError, match=r"unknown architecture 'plain'.*must be the one to load it"):
+        with pytest.raises(
+            InputError, match=r"unknown architecture 'plain'.*must be the one to load it"
+        ):
             load_model(path)
 
 
@@ -181,15 +224,28 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
         ({"num_classes": 10**7}, r"describes a network of \d+ numbers and holds"),
         ({"width": 64.0}, r"describes a network of \d+ numbers and holds"),
         ({"width": float("inf")}, "cannot be: width inf"),
-        ({"arch": "wideresnet", "width": 1.0, "depth_factor": 1000, "width_factor": 100}, r"describes a network of \d+ numbers and holds"),
+        (
+            {"arch": "wideresnet", "width": 1.0, "depth_factor": 1000, "width_factor": 100},
+            r"describes a network of \d+ numbers and holds",
+        ),
         ({"mean": ["a", 0.5, 0.5]}, "mean and the standard deviation of its pixels"),
         ({"kept": {"bn1": [0.5]}}, "which channels its network kept"),
-        ({"num_classes": 10**7, "kept": {"bn1": [0]}}, r"describes a network of \d+ numbers and holds"),
+        (
+            {"num_classes": 10**7, "kept": {"bn1": [0]}},
+            r"describes a network of \d+ numbers and holds",
+        ),
     ],
 )
 def test_a_description_cannot_ask_for_more_than_its_file_holds(tmp_path, changed, reason):
     """Without trying: the memory is there for none of them, or the time."""
-    spec = {"arch": "resnet18", "num_classes": 10, "mean": [0.5] * 3, "std": [0.2] * 3, "width": 0.0625, "depth_factor": 34}
+    spec = {
+        "arch": "resnet18",
+        "num_classes": 10,
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "width": 0.0625,
+        "depth_factor": 34,
+    }
     spec |= {"width_factor": 10, "image_size": 32}
     state = build_model(**spec).state_dict()
     torch.save({"network": {**spec, **changed}, "state_dict": state}, tmp_path / "odd.pth.tar")

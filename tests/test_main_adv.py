@@ -13,19 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.engine
-import utils.run
+import utils.training.engine
+import utils.training.run
+import utils.training.stage
 from models import build_model
+from models.flops import layer_costs, paper_inference, real_inference
 from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
 from utils.attacks import PGD
-from utils.checkpoint import load_checkpoint
-from utils.flops import layer_costs, paper_inference, real_inference
-from utils.metrics import read_epochs, read_summary
-from utils.paths import RunPaths
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs, read_summary
 
 FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
-LONGER = ["--epochs", "5", "--decreasing_lr", "3"]  # Flying Bird+ compares epochs, so it takes some to have a verdict
+# Flying Bird+ compares epochs, so it takes some to have a verdict
+LONGER = ["--epochs", "5", "--decreasing_lr", "3"]
 
 
 def only_run(save_dir):
@@ -35,28 +37,52 @@ def only_run(save_dir):
 
 def files(root):
     """Every file below with its content's hash."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("method", [[], ["--fb", *toy.TOY_MASKS], FBP, ["--fix", "--density", "0.3"]])
+@pytest.mark.parametrize(
+    "method", [[], ["--fb", *toy.TOY_MASKS], FBP, ["--fix", "--density", "0.3"]]
+)
 def test_a_run_leaves_everything_the_specification_names(run_adv, tmp_path, method):
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *method)
     assert outcome.code == 0, outcome.err
     paths = only_run(tmp_path)
     assert sorted(os.listdir(paths.root)) == sorted(toy.RUN_FILES)
-    config, rows, summary = json.loads(paths.config.read_text()), read_epochs(paths), read_summary(paths)
+    config, rows, summary = (
+        json.loads(paths.config.read_text()),
+        read_epochs(paths),
+        read_summary(paths),
+    )
     assert config["settings"]["width"] == 0.0625
     (maker,) = config["made_by"]
     assert maker.keys() == {"when", "processes", "versions", "revision", "device", "hardware"}
     assert {"torch", "numpy"} <= maker["versions"].keys()
     assert summary["made_by"] == [maker]
-    assert config["digests"].keys() == {"classes", "training labels", "training pixels", "test labels", "test pixels"}
+    assert config["digests"].keys() == {
+        "classes",
+        "training labels",
+        "training pixels",
+        "test labels",
+        "test pixels",
+    }
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01])
-    assert {"best", "final", "diff", "robust_gap", "layer_densities", "flops", "seconds"} <= summary.keys()
+    assert {
+        "best",
+        "final",
+        "diff",
+        "robust_gap",
+        "layer_densities",
+        "flops",
+        "seconds",
+    } <= summary.keys()
     assert summary["diff"] == summary["best"]["test_ra"] - summary["final"]["test_ra"]
     assert summary["robust_gap"] == summary["final"]["train_ra"] - summary["final"]["test_ra"]
     assert paths.curves.read_bytes().startswith(b"\x89PNG")
@@ -81,7 +107,9 @@ def test_flying_bird_keeps_its_density_exactly_and_moves_its_masks(run_adv, tmp_
 
 
 def test_flying_bird_plus_ends_below_its_density(run_adv, tmp_path, monkeypatch):
-    monkeypatch.setattr(DensityController, "decide", lambda self, epoch: Verdict(prune=epoch >= self.start_epoch))
+    monkeypatch.setattr(
+        DensityController, "decide", lambda self, epoch: Verdict(prune=epoch >= self.start_epoch)
+    )
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *FBP)
     rows = read_epochs(only_run(tmp_path))
     assert f"{rows[0]['density']:.4f}" == "0.3000"
@@ -102,7 +130,10 @@ def test_flying_bird_plus_follows_the_verdict_of_its_own_metrics(run_adv, tmp_pa
     for epoch, row in enumerate(rows):
         verdict = controller.decide(epoch)
         seen += [verdict.prune or verdict.grow] * len(row["updates"])
-        assert all((update["prune"], update["grow"]) == (verdict.prune, verdict.grow) for update in row["updates"])
+        assert all(
+            (update["prune"], update["grow"]) == (verdict.prune, verdict.grow)
+            for update in row["updates"]
+        )
         controller.observe(train_ra=row["train_ra"], val_ra=row["val_ra"], val_loss=row["val_loss"])
     assert any(seen)
     assert rows[-1]["density"] != rows[0]["density"]
@@ -110,15 +141,18 @@ def test_flying_bird_plus_follows_the_verdict_of_its_own_metrics(run_adv, tmp_pa
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode):
-    original, seen = utils.run.train_epoch, []
+    original, seen = utils.training.stage.train_epoch, []
 
     def spy(model, optimizer, batches, **options):
         result = original(model, optimizer, batches, **options)
-        seen.append(({k: optimizer.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")}, options))
+        seen.append(
+            ({k: optimizer.param_groups[0][k] for k in ("lr", "momentum", "weight_decay")}, options)
+        )
         return result
 
-    monkeypatch.setattr(utils.run, "train_epoch", spy)
-    flags = "--train_eps 5 --train_step 2 --train_gamma 3 --lr 0.05 --momentum 0.8 --weight_decay 0.001".split()
+    monkeypatch.setattr(utils.training.stage, "train_epoch", spy)
+    attack, rate = "--train_eps 5 --train_step 2 --train_gamma 3", "--lr 0.05 --momentum 0.8"
+    flags = f"{attack} {rate} --weight_decay 0.001".split()
     outcome = run_adv(*toy.TOY_RUN, *flags, "--attack_mode", mode, "--save_dir", tmp_path)
     assert outcome.code == 0
     assert "PGD-1 tests at linf 8/255, PGD-2 training at linf 5/255, 2 epochs" in outcome.out
@@ -132,27 +166,47 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
 def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
     """Validation RA is best in epoch 2, validation SA in epoch 1, the test's in the last."""
     measured = ("val_sa", "val_ra", "val_loss", "test_sa", "test_ra")
-    scores = [dict(zip(measured, row, strict=True)) for row in ((90, 10, 2.0, 1, 1), (50, 40, 2.0, 2, 2), (60, 30, 2.0, 99, 99))]
+    scores = [
+        dict(zip(measured, row, strict=True))
+        for row in ((90, 10, 2.0, 1, 1), (50, 40, 2.0, 2, 2), (60, 30, 2.0, 99, 99))
+    ]
     remaining = iter(scores)
-    monkeypatch.setattr(utils.run, "epoch_scores", lambda *arguments, **options: next(remaining))
+    monkeypatch.setattr(
+        utils.training.run, "epoch_scores", lambda *arguments, **options: next(remaining)
+    )
     run_adv(*toy.TOY_RUN, "--epochs", 3, "--save_dir", tmp_path)
     paths = only_run(tmp_path)
     assert load_checkpoint(paths.best_ra)["epoch"] == 2
     assert load_checkpoint(paths.best_sa)["epoch"] == 1
     summary = read_summary(paths)
-    assert (summary["best"]["epoch"], summary["best"]["val_ra"], summary["final"]["epoch"]) == (2, 40, 3)
+    assert (summary["best"]["epoch"], summary["best"]["val_ra"], summary["final"]["epoch"]) == (
+        2,
+        40,
+        3,
+    )
 
 
 def test_the_summary_is_of_the_two_networks_it_names(run_adv, tmp_path):
     assert run_adv(*toy.TOY_RUN, *LONGER, "--save_dir", tmp_path, *FBP).code == 0
     paths = only_run(tmp_path)
-    rows, summary, masks = read_epochs(paths), read_summary(paths), load_checkpoint(paths.checkpoint)["masking"]["masks"]
+    rows, summary, masks = (
+        read_epochs(paths),
+        read_summary(paths),
+        load_checkpoint(paths.checkpoint)["masking"]["masks"],
+    )
     best, final = summary["best"], summary["final"]
     assert (final["test_ra"], final["test_sa"]) == (rows[-1]["test_ra"], rows[-1]["test_sa"])
     chosen = rows[best["epoch"] - 1]
-    assert (best["test_ra"], best["test_sa"], best["val_ra"]) == (chosen["test_ra"], chosen["test_sa"], max(r["val_ra"] for r in rows))
+    assert (best["test_ra"], best["test_sa"], best["val_ra"]) == (
+        chosen["test_ra"],
+        chosen["test_sa"],
+        max(r["val_ra"] for r in rows),
+    )
     model = build_model("resnet18", 10, width=0.0625, mean=[0.3], std=[0.3])
-    costs, live = layer_costs(model, (1, 8, 8)), {name: int(mask.sum()) for name, mask in masks.items()}
+    costs, live = (
+        layer_costs(model, (1, 8, 8)),
+        {name: int(mask.sum()) for name, mask in masks.items()},
+    )
     real, paper = summary["flops"]["real"], summary["flops"]["paper"]
     assert real["inference"] == real_inference(costs, live) == rows[-1]["inference_flops"]
     assert real["training"] == 3 * 2 * 100 * sum(row["inference_flops"] for row in rows)
@@ -163,7 +217,17 @@ def test_the_summary_is_of_the_two_networks_it_names(run_adv, tmp_path):
 
 @pytest.mark.parametrize("start", SPARSE_INITS)
 def test_every_start_trains_as_a_static_baseline(run_adv, tmp_path, start):
-    flags = ["--fix", "--density", "0.3", "--sparse_init", start, "--epochs", "1", "--decreasing_lr", "0"]
+    flags = [
+        "--fix",
+        "--density",
+        "0.3",
+        "--sparse_init",
+        start,
+        "--epochs",
+        "1",
+        "--decreasing_lr",
+        "0",
+    ]
     outcome = run_adv(*toy.TOY_RUN, *flags, "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
     content = load_checkpoint(only_run(tmp_path).checkpoint)
@@ -175,8 +239,22 @@ def test_every_start_trains_as_a_static_baseline(run_adv, tmp_path, start):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("arch", ["resnet50", "vgg11", "wideresnet"])
 def test_other_networks_and_norms_train_on_image_folders(run_adv, tmp_path, image_tree, arch, norm):
-    size = {"wideresnet": ["--depth_factor", 10, "--width_factor", 1]}.get(arch, ["--width", 0.0625])
-    flags = ["--dataset", "imagefolder", "--data", image_tree, "--image_size", 32, "--arch", arch, *size, "--norm", norm]
+    size = {"wideresnet": ["--depth_factor", 10, "--width_factor", 1]}.get(
+        arch, ["--width", 0.0625]
+    )
+    flags = [
+        "--dataset",
+        "imagefolder",
+        "--data",
+        image_tree,
+        "--image_size",
+        32,
+        "--arch",
+        arch,
+        *size,
+        "--norm",
+        norm,
+    ]
     flags += [
         "--epochs",
         1,
@@ -201,15 +279,24 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
         paths = only_run(save_dir)
         content, best = load_checkpoint(paths.checkpoint), load_checkpoint(paths.best_ra)
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
-        summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings", "made_by")}
-        return content["state_dict"], content["optimizer"], content["masking"], (rows, best["epoch"], summary)
+        summary = {
+            k: v
+            for k, v in read_summary(paths).items()
+            if k not in ("seconds", "settings", "made_by")
+        }
+        return (
+            content["state_dict"],
+            content["optimizer"],
+            content["masking"],
+            (rows, best["epoch"], summary),
+        )
 
     flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient", "--epochs", 3]
     assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
     owner, name = {
-        "between epochs": (utils.run.Run, "adversarial_epoch"),
-        "mid-epoch": (utils.engine, "train_step"),
-        "after the checkpoint": (utils.run.Run, "_save_best"),
+        "between epochs": (utils.training.run.Run, "adversarial_epoch"),
+        "mid-epoch": (utils.training.engine, "train_step"),
+        "after the checkpoint": (utils.training.run.Run, "_save_best"),
     }[moment]
     original, calls = getattr(owner, name), []
 
@@ -223,11 +310,16 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
     assert run_adv(*flags, "--save_dir", tmp_path / "cut").code == 130
     monkeypatch.setattr(owner, name, original)
     assert run_adv(*flags, "--save_dir", tmp_path / "cut", "--resume").code == 0
-    (weights, optimizer, masking, rest), (weights2, optimizer2, masking2, rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
+    (weights, optimizer, masking, rest), (weights2, optimizer2, masking2, rest2) = (
+        state(tmp_path / "whole"),
+        state(tmp_path / "cut"),
+    )
     assert all(torch.equal(weights[name], weights2[name]) for name in weights)
     momenta = [[s["momentum_buffer"] for s in o["state"].values()] for o in (optimizer, optimizer2)]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
-    assert all(torch.equal(masking["masks"][name], masking2["masks"][name]) for name in masking["masks"])
+    assert all(
+        torch.equal(masking["masks"][name], masking2["masks"][name]) for name in masking["masks"]
+    )
     assert masking["events"] == masking2["events"]
     assert rest == rest2
     makers = json.loads(only_run(tmp_path / "cut").config.read_text())["made_by"]
@@ -257,19 +349,39 @@ def test_eval_gives_the_numbers_the_run_printed(run_adv, tmp_path):
     paths = only_run(tmp_path)
     best = read_summary(paths)["best"]
     before = files(tmp_path)
-    evaluated = run_adv("--eval", "--pretrained", paths.best_ra, "--eval_dir", tmp_path.parent / "evaluations")
+    evaluated = run_adv(
+        "--eval", "--pretrained", paths.best_ra, "--eval_dir", tmp_path.parent / "evaluations"
+    )
     assert evaluated.code == 0, evaluated.err
-    printed = f"{best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
+    printed = (
+        f"{best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
+    )
     assert f"test RA {printed}" in outcome.out
-    assert f"test RA (PGD-1, linf 8/255) {printed}  robust generalization gap {best['robust_gap']:.2f}" in evaluated.out
+    assert (
+        f"test RA (PGD-1, linf 8/255) {printed}  robust generalization gap {best['robust_gap']:.2f}"
+        in evaluated.out
+    )
     assert files(tmp_path) == before
 
 
 def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, tmp_path):
     run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
     state = load_checkpoint(only_run(tmp_path / "runs").best_ra)["state_dict"]
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "paper.pth.tar")
-    common = ["--eval", "--pretrained", tmp_path / "paper.pth.tar", "--width", 0.0625, "--train_subset", 50, "--test_subset", 60]
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
+        tmp_path / "paper.pth.tar",
+    )
+    common = [
+        "--eval",
+        "--pretrained",
+        tmp_path / "paper.pth.tar",
+        "--width",
+        0.0625,
+        "--train_subset",
+        50,
+        "--test_subset",
+        60,
+    ]
     assert run_adv(*common, "--test_step", 2).code == 0
     outcome = run_adv(*common, "--test_step", 2, "--eval_attack", "cw")
     assert "CW-2" in outcome.out
@@ -302,18 +414,25 @@ def assert_refused(outcome, code, *parts):
         (["--unknown"], "unknown argument"),
         (["--width", "1000"], "cannot be built"),
         (["--save_dir", ""], "must not be empty"),
-        (["--fix", "--sparse_init", "magnitude", "--width", "0.0625", "--density", "1e-6"], "fewer weights"),
+        (
+            ["--fix", "--sparse_init", "magnitude", "--width", "0.0625", "--density", "1e-6"],
+            "fewer weights",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(run_adv, tmp_path, monkeypatch, flags, part):
     monkeypatch.chdir(tmp_path)
-    assert_refused(run_adv("--save_dir", "runs", *flags) if "--eval" not in flags else run_adv(*flags), 2, part)
+    assert_refused(
+        run_adv("--save_dir", "runs", *flags) if "--eval" not in flags else run_adv(*flags), 2, part
+    )
     assert not list(tmp_path.glob("runs"))
 
 
 def test_a_corrupt_image_is_named_and_nothing_is_written(run_adv, tmp_path, image_tree):
     (image_tree / "train" / "bee" / "007.png").write_bytes(b"\x89PNG broken")
-    outcome = run_adv("--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "runs")
+    outcome = run_adv(
+        "--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "runs"
+    )
     assert_refused(outcome, 2, "bee/007.png")
     assert not (tmp_path / "runs").exists()
 
@@ -321,31 +440,56 @@ def test_a_corrupt_image_is_named_and_nothing_is_written(run_adv, tmp_path, imag
 def test_a_run_is_never_overwritten(run_adv, tmp_path):
     run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     before = files(tmp_path)
-    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path), 2, "already holds a run", "--resume")
+    assert_refused(
+        run_adv(*toy.TOY_RUN, "--save_dir", tmp_path), 2, "already holds a run", "--resume"
+    )
     assert files(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_is_refused(run_adv, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "file"), 2, "cannot write the run folder")
+    assert_refused(
+        run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "file"), 2, "cannot write the run folder"
+    )
 
 
 def test_checkpoints_of_another_architecture_are_refused(run_adv, tmp_path):
     run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     path = only_run(tmp_path).best_ra
-    assert_refused(run_adv("--eval", "--pretrained", path, "--arch", "resnet34"), 2, "contradicts the checkpoint")
+    assert_refused(
+        run_adv("--eval", "--pretrained", path, "--arch", "resnet34"),
+        2,
+        "contradicts the checkpoint",
+    )
     content = load_checkpoint(path)
     content["network"]["arch"] = "resnet34"
     torch.save(content, tmp_path / "wrong.pth.tar")
-    assert_refused(run_adv("--eval", "--pretrained", tmp_path / "wrong.pth.tar"), 2, "not a checkpoint of this resnet34")
+    assert_refused(
+        run_adv("--eval", "--pretrained", tmp_path / "wrong.pth.tar"),
+        2,
+        "not a checkpoint of this resnet34",
+    )
 
 
 def test_eval_refuses_what_the_network_cannot_take(run_adv, tmp_path, image_tree):
-    flags = ["--dataset", "imagefolder", "--data", image_tree, "--image_size", 32, "--arch", "vgg11", "--width", 0.0625]
+    flags = [
+        "--dataset",
+        "imagefolder",
+        "--data",
+        image_tree,
+        "--image_size",
+        32,
+        "--arch",
+        "vgg11",
+        "--width",
+        0.0625,
+    ]
     flags += ["--epochs", 1, "--train_step", 1, "--test_step", 1, "--save_dir", tmp_path / "r"]
     assert run_adv(*flags).code == 0
     path = only_run(tmp_path / "r").best_ra
-    assert_refused(run_adv("--eval", "--pretrained", path, "--image_size", 16), 2, "vgg11 cannot take 16x16")
+    assert_refused(
+        run_adv("--eval", "--pretrained", path, "--image_size", 16), 2, "vgg11 cannot take 16x16"
+    )
 
 
 def test_checkpoints_with_odd_contents_are_refused(run_adv, tmp_path):
@@ -353,9 +497,17 @@ def test_checkpoints_with_odd_contents_are_refused(run_adv, tmp_path):
     paths = only_run(tmp_path / "runs")
     content = load_checkpoint(paths.checkpoint)
     torch.save({**content, "settings": "none"}, tmp_path / "odd.pth.tar")
-    assert_refused(run_adv("--eval", "--pretrained", tmp_path / "odd.pth.tar"), 2, "settings are not names and values")
+    assert_refused(
+        run_adv("--eval", "--pretrained", tmp_path / "odd.pth.tar"),
+        2,
+        "settings are not names and values",
+    )
     torch.save({k: v for k, v in content.items() if k != "optimizer"}, paths.checkpoint)
-    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", "--resume"), 2, "cannot be resumed from")
+    assert_refused(
+        run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", "--resume"),
+        2,
+        "cannot be resumed from",
+    )
 
 
 SMALL = "--dataset imagefolder --width 0.0625 --epochs 1 --train_step 1 --test_step 1".split()
@@ -369,7 +521,10 @@ def test_a_run_is_of_its_images_wherever_they_lie(run_adv, tmp_path, image_tree)
     assert_refused(run_adv(*flags, "--data", moved), 2, f"{first} already holds a run")
     other = toy.write_image_tree(tmp_path / "other", side=32)
     outcome = run_adv(*flags, "--data", other, "--resume")
-    assert (outcome.code, f"{first} has these settings and other data" in outcome.out) == (0, True), outcome.err
+    assert (outcome.code, f"{first} has these settings and other data" in outcome.out) == (
+        0,
+        True,
+    ), outcome.err
     assert len(list((tmp_path / "r").iterdir())) == 2
 
 
@@ -382,22 +537,34 @@ def test_resume_says_which_images_changed(run_adv, tmp_path, image_tree):
     Image.fromarray(255 - np.asarray(Image.open(changed))).save(changed)
     for more in (["--resume"], None):
         again = run_adv("--resume_dir", root) if more is None else run_adv(*flags, *more)
-        assert_refused(again, 2, str(root), f"trained on other data than {data} holds now: its test pixels differ")
+        assert_refused(
+            again,
+            2,
+            str(root),
+            f"trained on other data than {data} holds now: its test pixels differ",
+        )
     assert files(tmp_path / "r") == before
 
 
-def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_adv, tmp_path, monkeypatch):
-    original, steps = utils.engine.train_step, []
+def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(
+    run_adv, tmp_path, monkeypatch
+):
+    original, steps = utils.training.engine.train_step, []
 
     def poisoned(*arguments, **options):
         loss, right = original(*arguments, **options)
         steps.append(1)
         return (loss * float("nan") if len(steps) == 6 else loss), right
 
-    monkeypatch.setattr(utils.engine, "train_step", poisoned)
+    monkeypatch.setattr(utils.training.engine, "train_step", poisoned)
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     paths = only_run(tmp_path)
-    assert_refused(outcome, 3, "nan in epoch 2, step 2 of 4", f"last good checkpoint is {paths.checkpoint} (epoch 1)")
+    assert_refused(
+        outcome,
+        3,
+        "nan in epoch 2, step 2 of 4",
+        f"last good checkpoint is {paths.checkpoint} (epoch 1)",
+    )
     content = load_checkpoint(paths.checkpoint)
     assert content["epoch"] == 1
     assert all(value.isfinite().all() for value in content["state_dict"].values())
@@ -405,7 +572,12 @@ def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(run_
 
 
 def test_a_real_divergence_is_caught(run_adv, tmp_path):
-    assert_refused(run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--lr", "1e30"), 3, "the loss became nan", "no checkpoint yet")
+    assert_refused(
+        run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--lr", "1e30"),
+        3,
+        "the loss became nan",
+        "no checkpoint yet",
+    )
 
 
 def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
@@ -418,21 +590,21 @@ def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run_adv, tmp_path, monkeypatch):
     """A limit on the size of files meets a write as a full disk does."""
-    original = utils.run.Run.adversarial_epoch
+    original = utils.training.run.Run.adversarial_epoch
 
     def stop_after_one(self, epoch, title):
         if epoch == 1:
             raise KeyboardInterrupt
         original(self, epoch, title)
 
-    monkeypatch.setattr(utils.run.Run, "adversarial_epoch", stop_after_one)
+    monkeypatch.setattr(utils.training.run.Run, "adversarial_epoch", stop_after_one)
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 130
     paths = only_run(tmp_path)
     before = files(tmp_path)[paths.checkpoint]
     script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
-        "import main_adv; from utils.errors import run_command; sys.exit(run_command(main_adv.main))"
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        " resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); import"
+        " main_adv; from utils.errors import run_command; sys.exit(run_command(main_adv.main))"
     )
     command = [sys.executable, "-c", script, *toy.TOY_RUN, "--save_dir", str(tmp_path), "--resume"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -444,9 +616,34 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run_adv, tmp_path,
 
 
 def test_ctrl_c_is_one_line_and_can_be_resumed(tmp_path):
-    flags = ["--dataset", "digits", "--width", "0.0625", "--epochs", "400", "--train_subset", "60", "--test_subset", "20"]
-    flags += ["--train_step", "1", "--test_step", "1", "--save_dir", str(tmp_path), "--decreasing_lr", "200"]
-    process = subprocess.Popen([sys.executable, "main_adv.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = [
+        "--dataset",
+        "digits",
+        "--width",
+        "0.0625",
+        "--epochs",
+        "400",
+        "--train_subset",
+        "60",
+        "--test_subset",
+        "20",
+    ]
+    flags += [
+        "--train_step",
+        "1",
+        "--test_step",
+        "1",
+        "--save_dir",
+        str(tmp_path),
+        "--decreasing_lr",
+        "200",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "main_adv.py", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("epoch 2/"):
             break

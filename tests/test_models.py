@@ -40,17 +40,24 @@ def test_a_network_that_cannot_take_a_size_says_so_by_name(arch, side):
 
 
 def test_aliases_and_unknown_names():
-    assert build_model("vgg16_bn", 3, width=0.1).state_dict().keys() == build_model("vgg16", 3, width=0.1).state_dict().keys()
+    assert (
+        build_model("vgg16_bn", 3, width=0.1).state_dict().keys()
+        == build_model("vgg16", 3, width=0.1).state_dict().keys()
+    )
     with pytest.raises(ValueError, match="unknown architecture"):
         build_model("resnet19", 10)
 
 
-@pytest.mark.parametrize(("width", "share"), [(0.223, 0.05), (0.316, 0.10), (0.448, 0.20), (0.775, 0.60), (0.895, 0.80)])
+@pytest.mark.parametrize(
+    ("width", "share"), [(0.223, 0.05), (0.316, 0.10), (0.448, 0.20), (0.775, 0.60), (0.895, 0.80)]
+)
 def test_small_dense_widths_keep_the_share_of_weights_they_stand_for(width, share):
     def count(model):
         return sum(p.numel() for p in model.parameters())
 
-    assert count(build_model("resnet18", 10, width=width)) / count(build_model("resnet18", 10)) == pytest.approx(share, rel=0.03)
+    assert count(build_model("resnet18", 10, width=width)) / count(
+        build_model("resnet18", 10)
+    ) == pytest.approx(share, rel=0.03)
 
 
 @pytest.mark.parametrize("channels", [(4, 8), (15, 30), (16, 32)])
@@ -64,13 +71,13 @@ def test_a_strided_pointwise_convolution_is_the_plain_one(channels):
 
 
 def test_narrow_networks_train_on_odd_batches_in_channels_last():
-    """Plain strided 1x1 convolutions corrupt the heap here (torch 2.13 on a CPU with AVX-512); see models/resnet.py."""
+    """Plain strided 1x1 convolutions corrupt the heap here (torch 2.13 on a CPU with AVX-512); see
+    models/resnet.py."""
     script = (
-        "import torch; from models import build_model\n"
-        "model = build_model('resnet18', 10, width=0.0625).to(memory_format=torch.channels_last)\n"
-        "for batch in (15, 9, 127):\n"
-        "    for _ in range(5):\n"
-        "        model(torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()\n"
+        "import torch; from models import build_model\nmodel = build_model('resnet18', 10,"
+        " width=0.0625).to(memory_format=torch.channels_last)\nfor batch in (15, 9, 127):\n    for"
+        " _ in range(5):\n        model(torch.rand(batch, 3, 32,"
+        " 32).to(memory_format=torch.channels_last)).sum().backward()\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 

@@ -1,4 +1,5 @@
-"""Networks of one's own: trained through mask updates, resumed to the bit and evaluated, or refused before a step."""
+"""Networks of one's own: trained through mask updates, resumed to the bit and evaluated, or refused
+before a step."""
 
 import pytest
 import torch
@@ -10,20 +11,21 @@ import main_adv
 import models
 from data import Augmentation, TrainLoader, load_data
 from models import Normalize
+from models.flops import layer_costs, real_inference
 from sparse_core import Masking, MaskingConfig
 from tests import toy
 from tests.processes import in_processes
 from tests.test_resume import assert_equal, only_run, stop_at
-from utils.checkpoint import load_checkpoint
-from utils.config import parse_settings
-from utils.config_adv import AdversarialSettings
-from utils.distributed import ALONE
-from utils.engine import Plan, train_epoch
 from utils.errors import RunError
-from utils.flops import layer_costs, real_inference
-from utils.forward import PLAIN, Execution, Forward
-from utils.preflight import rehearse_step
+from utils.execution.distributed import ALONE
+from utils.execution.forward import PLAIN, Execution, Forward
 from utils.seeding import host_draws
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
+from utils.storage.checkpoint import load_checkpoint
+from utils.training.engine import train_epoch
+from utils.training.rehearsal import rehearse_step
+from utils.training.schedule import Plan
 
 
 class Tokens(nn.Module):
@@ -33,7 +35,10 @@ class Tokens(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.patches = nn.Conv2d(1, 8, 4, stride=4)
-        self.token, self.positions = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8) / 10)
+        self.token, self.positions = (
+            nn.Parameter(torch.zeros(1, 1, 8)),
+            nn.Parameter(torch.randn(1, 5, 8) / 10),
+        )
         self.norm, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
         self.attention = nn.MultiheadAttention(8, 2, dropout=drop, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -79,7 +84,12 @@ class Depth(nn.Module):
 
     def __init__(self, classes, normalize):
         super().__init__()
-        self.normalize, self.first, self.block, self.head = normalize, nn.Linear(64, 12), nn.Linear(12, 12), nn.Linear(12, classes)
+        self.normalize, self.first, self.block, self.head = (
+            normalize,
+            nn.Linear(64, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, classes),
+        )
 
     def forward(self, x):
         x = self.first(self.normalize(x).flatten(1)).relu()
@@ -88,14 +98,29 @@ class Depth(nn.Module):
 
 
 def plain(classes, normalize, *after):
-    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), *after, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, classes)]
+    layers = [
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        *after,
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, classes),
+    ]
     return nn.Sequential(normalize, *layers)
 
 
 def transposed(classes, normalize):
     up = nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2)
     return nn.Sequential(
-        normalize, nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), up, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, classes)
+        normalize,
+        nn.Conv2d(1, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        up,
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, classes),
     )
 
 
@@ -137,8 +162,8 @@ MASKED = [name for name in NETWORKS if name not in WEIGHT_NORMS]
 
 # Four steps an epoch, updates at steps 3, 6 and 9.
 RUN = (
-    "--dataset digits --epochs 3 --decreasing_lr 2 --batch_size 25 --train_subset 100 --test_subset 60 --lr 0.05 "
-    "--train_step 2 --test_step 1 --precision float32 --device cpu"
+    "--dataset digits --epochs 3 --decreasing_lr 2 --batch_size 25 --train_subset 100 --test_subset"
+    " 60 --lr 0.05 --train_step 2 --test_step 1 --precision float32 --device cpu"
 ).split()
 METHODS = {
     "dense": [],
@@ -150,7 +175,7 @@ METHODS = {
 @pytest.fixture
 def run(run_adv, monkeypatch):
     for name, build in NETWORKS.items():
-        monkeypatch.setitem(models.OWN, name, build)
+        monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, name, build)
     return lambda name, method, *flags: run_adv(*RUN, "--arch", name, *METHODS[method], *flags)
 
 
@@ -168,7 +193,9 @@ def test_trains_resumes_to_the_bit_and_evaluates(run, run_adv, tmp_path, monkeyp
     assert run(name, method, "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
     best = only_run(tmp_path / "whole").best_ra
-    outcome = run_adv("--eval", "--pretrained", best, "--test_step", 1, "--test_subset", 60, "--device", "cpu")
+    outcome = run_adv(
+        "--eval", "--pretrained", best, "--test_step", 1, "--test_subset", 60, "--device", "cpu"
+    )
     assert outcome.code == 0, outcome.err
 
 
@@ -208,7 +235,11 @@ class Outside(nn.Module):
 
     def __init__(self, classes, normalize):
         super().__init__()
-        self.normalize, self.projection, self.head = normalize, torch.randn(64, 12), nn.Linear(12, classes)
+        self.normalize, self.projection, self.head = (
+            normalize,
+            torch.randn(64, 12),
+            nn.Linear(12, classes),
+        )
 
     def forward(self, x):
         return self.head((self.normalize(x).flatten(1) @ self.projection).relu())
@@ -228,9 +259,18 @@ def wrapped(**parts):
 
 REFUSED = {
     "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained so: RuntimeError in"),
-    "other classes": (wrapped(after=lambda logits: logits[:, 1:]), "with [2, 9] and not with logits [2, 10]"),
-    "squeezes one image": (wrapped(after=lambda logits: logits.squeeze(0)), "with [10] and not with logits [1, 10]"),
-    "gives two": (wrapped(after=lambda logits: (logits, logits)), "with a tuple and not with logits [2, 10]"),
+    "other classes": (
+        wrapped(after=lambda logits: logits[:, 1:]),
+        "with [2, 9] and not with logits [2, 10]",
+    ),
+    "squeezes one image": (
+        wrapped(after=lambda logits: logits.squeeze(0)),
+        "with [10] and not with logits [1, 10]",
+    ),
+    "gives two": (
+        wrapped(after=lambda logits: (logits, logits)),
+        "with a tuple and not with logits [2, 10]",
+    ),
     "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities and not logits"),
     "always drops": (wrapped(after=lambda logits: F.dropout(logits, 0.5)), "is not deterministic"),
     "batch statistics": (batch_statistics, "depends on the images beside it"),
@@ -238,18 +278,27 @@ REFUSED = {
     "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
     "still": (still, "none of the network's parameters is trained"),
     "outside": (Outside, "outside of its state_dict"),
-    "lazy": (lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)), "size only a first image gives"),
+    "lazy": (
+        lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)),
+        "size only a first image gives",
+    ),
     "no network": (lambda classes, normalize: None, "a NoneType and not a torch.nn.Module"),
     "no builder": (lambda classes: None, "cannot be trained so: TypeError"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_train_is_refused_before_anything_is_written(run_adv, tmp_path, monkeypatch, name):
+def test_what_cannot_train_is_refused_before_anything_is_written(
+    run_adv, tmp_path, monkeypatch, name
+):
     build, reason = REFUSED[name]
-    monkeypatch.setitem(models.OWN, name, build)
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, name, build)
     outcome = run_adv(*RUN, "--arch", name, "--save_dir", tmp_path / "out")
-    assert (outcome.code, reason in outcome.err, len(outcome.err.strip().splitlines())) == (2, True, 1), outcome.err
+    assert (outcome.code, reason in outcome.err, len(outcome.err.strip().splitlines())) == (
+        2,
+        True,
+        1,
+    ), outcome.err
     assert name in outcome.err
     assert not (tmp_path / "out").exists()
 
@@ -292,12 +341,23 @@ def noted(world):
     torch.manual_seed(0)
     model = Noting()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    masking = Masking(model, optimizer, MaskingConfig(0.5, 6, growth="gradient", update_frequency=2))
+    masking = Masking(
+        model, optimizer, MaskingConfig(0.5, 6, growth="gradient", update_frequency=2)
+    )
     loader = TrainLoader(toy.split(12), 4, Augmentation(), seed=1, world=world)
     forward = Forward(model, Execution(world=world), has_idle=True)
     plan = Plan(2, None, attack_training=False, seed=1, lr=0.1, milestones=())
     for epoch in range(2):
-        train_epoch(model, optimizer, loader.epoch(epoch), plan=plan, epoch=epoch, steps=len(loader), masking=masking, forward=forward)
+        train_epoch(
+            model,
+            optimizer,
+            loader.epoch(epoch),
+            plan=plan,
+            epoch=epoch,
+            steps=len(loader),
+            masking=masking,
+            forward=forward,
+        )
     return {"noted": model.noted, "state": model.state_dict(), "updates": len(masking.events)}
 
 
@@ -336,8 +396,13 @@ def test_a_layer_that_is_used_in_some_steps_is_said_in_a_line(tmp_path):
 
 
 def own_run(world, save_dir):
-    models.OWN["unused"] = Unused
-    settings = parse_settings(AdversarialSettings, [*RUN, "--arch", "unused", *METHODS["fb"], "--save_dir", save_dir], "", lambda given: {})
+    models.CUSTOM_ARCHITECTURES["unused"] = Unused
+    settings = parse_settings(
+        AdversarialSettings,
+        [*RUN, "--arch", "unused", *METHODS["fb"], "--save_dir", save_dir],
+        "",
+        lambda given: {},
+    )
     main_adv.AdversarialRun(settings, torch.device("cpu"), world).train()
     return {}
 
@@ -349,4 +414,6 @@ def test_several_processes_train_a_network_with_an_unused_layer(tmp_path):
 
 def test_a_shared_weight_costs_its_live_weights_each_time():
     model = Tied(10, Normalize((0.0,), (1.0,)))
-    assert real_inference(layer_costs(model, (1, 8, 8)), {"twice.weight": 5}) == 2 * (64 * 12 + 3 * 5 + 12 * 10)
+    assert real_inference(layer_costs(model, (1, 8, 8)), {"twice.weight": 5}) == 2 * (
+        64 * 12 + 3 * 5 + 12 * 10
+    )

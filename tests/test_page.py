@@ -5,16 +5,18 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.test_groups import write_run
-from tests.test_report import write_evaluation
-from utils.checkpoint import writable_folder
+from tests.test_runs import write_run
+from tests.test_tables import write_evaluation
 from utils.errors import InputError
-from utils.figures import gap_bars
-from utils.groups import find_runs, grouped
-from utils.page import command_of, svg_uri, write_report
+from utils.report.figures import gap_bars
+from utils.report.page import command_of, svg_uri, write_report
+from utils.report.runs import find_runs, grouped
+from utils.storage.files import writable_folder
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 VOID = {"meta", "img", "br", "link", "input"}
 
 
@@ -65,15 +67,27 @@ def test_the_page_is_whole_and_needs_nothing_else(page_path):
     assert {"charset": "utf-8"} in page.all("meta")
     assert "5 runs" in re.search("<title>(.*)</title>", text)[1]
     assert not page.all("link") + page.all("script") + page.all("iframe")
-    assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in page.all("img"))
+    assert all(
+        image["src"].startswith("data:image/svg+xml;base64,") and image["alt"]
+        for image in page.all("img")
+    )
     assert not re.search(r"(src|href)\s*=\s*[\"']?(http|//)|url\(|@import", text)
-    assert len(page.all("img")) == len(list(page_path.parent.glob("*.png"))) == 5  # curves, sparsity, gaps, densities, distances
+    # curves, sparsity, gaps, densities, distances
+    assert len(page.all("img")) == len(list(page_path.parent.glob("*.png"))) == 5
     assert len(page.all("figcaption")) == 5
 
 
 def test_the_page_shows_tables_and_how_each_run_was_made(page_path):
     page = Page(page_path.read_text())
-    for words in ("Strong evaluations", "90 % sparsity", "51.50 ± 0.71", "ours - paper", "all settings", "a machine", "revision"):
+    for words in (
+        "Strong evaluations",
+        "90 % sparsity",
+        "51.50 ± 0.71",
+        "ours - paper",
+        "all settings",
+        "a machine",
+        "revision",
+    ):
         assert words in page.text, words
     assert len(page.all("details")) == 2 * 5
     assert "python main_adv.py --dataset cifar10 --seed 2 --fbp --density 0.1" in page.text
@@ -100,7 +114,10 @@ def test_the_same_runs_give_the_same_page(page_path, tmp_path):
 def test_a_command_says_what_is_not_at_its_default(tmp_path):
     write_run(tmp_path, "rb-channel", 3, data="a b", train_randinit=False, save_dir="elsewhere")
     (group,), _ = grouped(find_runs([tmp_path])[0])
-    expected = "python Robust-Bird/train_eb.py --dataset cifar10 --data 'a b' --seed 3 --no-train_randinit --pruning channel"
+    expected = (
+        "python Robust-Bird/train_eb.py --dataset cifar10 --data 'a b' --seed 3 --no-train_randinit"
+        " --pruning channel"
+    )
     assert command_of(group.first) == expected
 
 
@@ -114,8 +131,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_shows_the_page(page_path, tmp_path, width):
     picture = tmp_path / "screenshot.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *flags, f"--window-size={width},3000", f"--screenshot={picture}", page_path.as_uri()]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [
+        CHROMIUM,
+        *flags,
+        f"--window-size={width},3000",
+        f"--screenshot={picture}",
+        page_path.as_uri(),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert picture.stat().st_size > 20_000, result.stderr
     assert "CONSOLE" not in result.stderr

@@ -3,25 +3,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_groups import write_run
-from utils import paper
-from utils.groups import find_runs, grouped
+from tests.test_runs import write_run
+from utils.report.runs import find_runs, grouped
+from utils.report.tables import paper
 
 STORED = Path(__file__).parent.parent / "results" / "paper"
 
 
 def group(root, method, **flags):
-    return grouped(find_runs([write_run(root, method, 1, name=f"{method}{len(list(root.iterdir()))}", **flags)])[0])[0][0]
+    return grouped(
+        find_runs(
+            [write_run(root, method, 1, name=f"{method}{len(list(root.iterdir()))}", **flags)]
+        )[0]
+    )[0][0]
 
 
 def test_a_row_is_chosen_by_method_and_data(tmp_path):
-    for dataset, method, ra in (("cifar10", "dense", 51.10), ("cifar100", "rb", 25.54), ("tinyimagenet", "fbp", 20.36)):
+    for dataset, method, ra in (
+        ("cifar10", "dense", 51.10),
+        ("cifar100", "rb", 25.54),
+        ("tinyimagenet", "fbp", 20.36),
+    ):
         assert paper.table1(group(tmp_path, method, dataset=dataset))["ra_best"] == ra
 
 
 def test_flops_are_unscaled(tmp_path):
     row = paper.table1(group(tmp_path, "dense"))
-    assert (row["train_flops"], row["inference_flops"]) == (pytest.approx(772.41e17), pytest.approx(260.07e9))
+    assert (row["train_flops"], row["inference_flops"]) == (
+        pytest.approx(772.41e17),
+        pytest.approx(260.07e9),
+    )
 
 
 def test_other_methods_networks_densities_and_data_have_none(tmp_path):
@@ -35,7 +46,8 @@ def test_other_methods_networks_densities_and_data_have_none(tmp_path):
         assert paper.table1(group(tmp_path, method, **flags)) == {}, (method, flags)
     assert paper.table1(group(tmp_path, "fb", width=0.5))["ra_best"] == 51.62
     assert paper.table1(group(tmp_path, "fb", dataset="digits"), "cifar100")["ra_best"] == 26.64
-    assert paper.table1(group(tmp_path, "fb"), "cifar100")["ra_best"] == 51.62  # its own data set goes first
+    # its own data set goes first
+    assert paper.table1(group(tmp_path, "fb"), "cifar100")["ra_best"] == 51.62
 
 
 def test_the_benchmark_has_ten_methods_at_each_sparsity():
@@ -53,7 +65,15 @@ def test_the_papers_own_set_up_differs_in_nothing(tmp_path):
 
 
 def test_differences_in_plain_words(tmp_path):
-    run = group(tmp_path, "fb", epochs=16, decreasing_lr="0.5,0.75", test_step=50, train_randinit=False, attack_mode="eval")
+    run = group(
+        tmp_path,
+        "fb",
+        epochs=16,
+        decreasing_lr="0.5,0.75",
+        test_step=50,
+        train_randinit=False,
+        attack_mode="eval",
+    )
     assert paper.differences(run, "cifar100") == [
         "data set cifar10",
         "classes 10 (paper: 100)",
@@ -63,11 +83,16 @@ def test_differences_in_plain_words(tmp_path):
         "16 epochs (paper: 200)",
     ]
     milestones = group(tmp_path, "fb", epochs=16, decreasing_lr="8,14")
-    assert "learning rate falls at epochs 8,14 (paper: 100,150)" in paper.differences(milestones, "cifar10")
+    assert "learning rate falls at epochs 8,14 (paper: 100,150)" in paper.differences(
+        milestones, "cifar10"
+    )
 
 
 def test_the_stored_tables_are_whole():
-    counts = {name: len(list(csv.DictReader((STORED / name).open()))) for name in ("table1.csv", "adversarial_pruning_benchmark.csv")}
+    counts = {
+        name: len(list(csv.DictReader((STORED / name).open())))
+        for name in ("table1.csv", "adversarial_pruning_benchmark.csv")
+    }
     assert counts == {"table1.csv": 12, "adversarial_pruning_benchmark.csv": 60}
     text = (STORED / "README.md").read_text()
     assert all(name in text for name in (*counts, "arXiv 2202.09844", "arXiv 2409.01249"))

@@ -16,22 +16,41 @@ import torch
 
 from main_adv import AdversarialRun
 from tests import toy
-from utils.checkpoint import load_checkpoint
-from utils.config import parse_settings
-from utils.config_adv import AdversarialSettings
 from utils.errors import InputError, Stopped
-from utils.metrics import read_epochs, read_summary
-from utils.paths import RunPaths
-from utils.preemption import Interruption
+from utils.execution.interruption import Interruption
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs, read_summary
 
 LONGER = [*toy.TOY_RUN, "--epochs", "5", "--decreasing_lr", "3"]
 FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
 METHODS = {
     "dense": LONGER,
     "fb": [*LONGER, "--fb", *toy.TOY_MASKS, "--growth", "gradient"],
-    "fb by momentum in bf16": [*LONGER, "--fb", *toy.TOY_MASKS, "--growth", "momentum", "--attack_mode", "eval", "--precision", "bf16"],
+    "fb by momentum in bf16": [
+        *LONGER,
+        "--fb",
+        *toy.TOY_MASKS,
+        "--growth",
+        "momentum",
+        "--attack_mode",
+        "eval",
+        "--precision",
+        "bf16",
+    ],
     "fbp": [*LONGER, *FBP],
-    "static, seldom tested": [*LONGER, "--fix", "--density", "0.3", "--eval_every", "2", "--test_every", "3"],
+    "static, seldom tested": [
+        *LONGER,
+        "--fix",
+        "--density",
+        "0.3",
+        "--eval_every",
+        "2",
+        "--test_every",
+        "3",
+    ],
     "rb": [*toy.TOY_BIRD, *toy.EASY_TICKET],
     "rb-channel": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5"],
     "rb fast": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--stage1", "fast"],
@@ -48,13 +67,26 @@ def state(save_dir):
     paths = only_run(save_dir)
     content = load_checkpoint(paths.checkpoint)
     tensors = {f"weight {name}": value for name, value in content["state_dict"].items()}
-    tensors |= {f"momentum {i}": s["momentum_buffer"] for i, s in content["optimizer"]["state"].items()}
+    tensors |= {
+        f"momentum {i}": s["momentum_buffer"] for i, s in content["optimizer"]["state"].items()
+    }
     masking = content["masking"] or {"masks": {}, "explored": {}}
-    tensors |= {f"{kind} {name}": mask for kind in ("masks", "explored") for name, mask in masking[kind].items()}
+    tensors |= {
+        f"{kind} {name}": mask
+        for kind in ("masks", "explored")
+        for name, mask in masking[kind].items()
+    }
     for path in (paths.best_ra, paths.best_sa):
-        tensors |= {f"{path.name} {name}": value for name, value in load_checkpoint(path)["state_dict"].items()}
+        tensors |= {
+            f"{path.name} {name}": value
+            for name, value in load_checkpoint(path)["state_dict"].items()
+        }
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
-    summary = {k: v for k, v in read_summary(paths).items() if k not in ("seconds", "settings", "stage1", "made_by")}
+    summary = {
+        k: v
+        for k, v in read_summary(paths).items()
+        if k not in ("seconds", "settings", "stage1", "made_by")
+    }
     plain = {k: v for k, v in masking.items() if k not in ("masks", "explored")}
     return tensors, (rows, summary, plain, content["epoch"])
 
@@ -68,11 +100,14 @@ def assert_equal(one, other):
 
 @pytest.fixture
 def run(run_adv, run_eb):
-    return lambda method, *flags: (run_eb if method.startswith("rb") else run_adv)(*METHODS[method], *flags)
+    return lambda method, *flags: (run_eb if method.startswith("rb") else run_adv)(
+        *METHODS[method], *flags
+    )
 
 
 def stop_at(monkeypatch, opportunity):
-    """Ask for a stop from some chance on, counted from 1: after a step, or within a test. None never asks."""
+    """Ask for a stop from some chance on, counted from 1: after a step, or within a test. None
+    never asks."""
     chances = []
 
     def asked(self):
@@ -85,7 +120,8 @@ def stop_at(monkeypatch, opportunity):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_again_and_again(run, tmp_path, monkeypatch, method):
-    """At each third chance from the start or the last stop, until the run is done; a test that was cut begins anew."""
+    """At each third chance from the start or the last stop, until the run is done; a test that was
+    cut begins anew."""
     chances = stop_at(monkeypatch, None)
     assert run(method, "--save_dir", tmp_path / "whole").code == 0
     codes = []
@@ -112,14 +148,15 @@ def test_the_best_model_is_of_its_epoch_and_not_of_a_later_step(run, tmp_path, m
 
 
 def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
-    """The negative control of these tests: one draw changed in one epoch after a stop, and the comparison fails."""
+    """The negative control of these tests: one draw changed in one epoch after a stop, and the
+    comparison fails."""
     assert run("fb", "--save_dir", tmp_path / "whole").code == 0
     stop_at(monkeypatch, 7)
     assert run("fb", "--save_dir", tmp_path / "cut").code == 75
     monkeypatch.undo()
-    import utils.engine
+    import utils.training.engine
 
-    original = utils.engine.attack_draws
+    original = utils.training.engine.attack_draws
 
     def changed(attack, indices, shape, *key):
         draws = original(attack, indices, shape, *key)
@@ -127,7 +164,7 @@ def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
             draws[0] = 1 - draws[0]
         return draws
 
-    monkeypatch.setattr(utils.engine, "attack_draws", changed)
+    monkeypatch.setattr(utils.training.engine, "attack_draws", changed)
     assert run("fb", "--save_dir", tmp_path / "cut", "--resume").code == 0
     with pytest.raises(AssertionError):
         assert_equal(tmp_path / "whole", tmp_path / "cut")
@@ -135,10 +172,14 @@ def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--save_every", "3"], ["--save_minutes", "1e-9"]])
 def test_saving_within_an_epoch_changes_nothing(run, tmp_path, monkeypatch, flags):
-    from utils.run import Run
+    from utils.training.run import Run
 
     saved, original = [], Run._save_checkpoint
-    monkeypatch.setattr(Run, "_save_checkpoint", lambda self, tally: saved.append(tally and tally.step) or original(self, tally))
+    monkeypatch.setattr(
+        Run,
+        "_save_checkpoint",
+        lambda self, tally: saved.append(tally and tally.step) or original(self, tally),
+    )
     assert run("fbp", "--save_dir", tmp_path / "plain").code == 0
     assert saved == [None] * 5
     saved.clear()
@@ -160,7 +201,11 @@ LONG = [*toy.TOY_RUN, "--epochs", "300", "--decreasing_lr", "100"]
 
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGUSR1, 138, "terminated")],
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGUSR1, 138, "terminated"),
+    ],
 )
 def test_a_signal_saves_and_leaves(tmp_path, number, code, word):
     process = start(*LONG, "--save_dir", tmp_path)
@@ -171,7 +216,11 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, word):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (code, word)
-    assert re.search(rf"{word}; the last good checkpoint is .* \(epoch \d+(, and (step \d of 4|all steps) of the next)?\); --resume", out)
+    assert re.search(
+        rf"{word}; the last good checkpoint is .* \(epoch \d+(, and (step \d of 4|all steps) of the"
+        r" next)?\); --resume",
+        out,
+    )
     assert load_checkpoint(only_run(tmp_path).checkpoint)["epoch"] >= 2
     assert not [name for name in os.listdir(only_run(tmp_path).root) if name.startswith(".")]
 
@@ -183,7 +232,8 @@ def test_a_second_ctrl_c_does_not_wait(run, tmp_path, monkeypatch):
         time.sleep(0.01)  # pragma: no cover - the second signal arrives before
 
     monkeypatch.setattr(Interruption, "asked", twice)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background are started without
+    # tests in a shell's background are started without
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outcome = run("dense", "--save_dir", tmp_path)
     assert outcome.code == 130
     assert "no checkpoint yet" in outcome.out
@@ -203,13 +253,29 @@ def test_a_time_limit_saves_and_says_that_there_is_more(run, tmp_path):
 
 
 def test_a_limit_that_is_over_at_once_still_gets_somewhere(run, tmp_path):
-    """One step or one test at a time: a test that was cut begins anew, and is then let to its end."""
+    """One step or one test at a time: a test that was cut begins anew, and is then let to its
+    end."""
     codes = []
     while not codes or codes[-1] == 75:
-        codes.append(run("dense", "--epochs", 2, "--decreasing_lr", 1, "--save_dir", tmp_path, "--resume", "--time_limit", 1e-9).code)
+        codes.append(
+            run(
+                "dense",
+                "--epochs",
+                2,
+                "--decreasing_lr",
+                1,
+                "--save_dir",
+                tmp_path,
+                "--resume",
+                "--time_limit",
+                1e-9,
+            ).code
+        )
         assert len(codes) < 40
     assert codes[-1] == 0
-    assert len(codes) == 4 + 4 + 2  # the first test goes on into the fifth step; the second is cut from the summary, which then is made
+    # the first test goes on into the fifth step; the second is cut from the summary, which then is
+    # made
+    assert len(codes) == 4 + 4 + 2
 
 
 def test_another_run_that_may_have_been_meant_is_named(run, tmp_path):
@@ -218,7 +284,10 @@ def test_another_run_that_may_have_been_meant_is_named(run, tmp_path):
     alone = run("fb", "--save_dir", tmp_path, "--resume")
     assert "nothing to resume there, this run starts anew\n" in alone.out
     (folder,) = tmp_path.glob("fb_*")
-    assert f"this run starts anew; {folder} has --density 0.3\n" in run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume").out
+    assert (
+        f"this run starts anew; {folder} has --density 0.3\n"
+        in run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume").out
+    )
 
 
 def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
@@ -227,12 +296,25 @@ def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
     assert "asked; the last good checkpoint is" in stopped.out
     assert "(step 2 of 4 of epoch 1)" in stopped.out
     monkeypatch.undo()
-    assert "going on after step 2 of 4 of epoch 1" in run("dense", "--save_dir", tmp_path, "--resume").out
+    assert (
+        "going on after step 2 of 4 of epoch 1"
+        in run("dense", "--save_dir", tmp_path, "--resume").out
+    )
 
 
 def test_a_broken_network_is_not_saved_within_an_epoch(run_adv, tmp_path):
     """One step and the loss is still finite; the weights are not."""
-    outcome = run_adv(*toy.TOY_RUN, "--lr", "1e30", "--weight_decay", "1e12", "--save_every", 1, "--save_dir", tmp_path)
+    outcome = run_adv(
+        *toy.TOY_RUN,
+        "--lr",
+        "1e30",
+        "--weight_decay",
+        "1e12",
+        "--save_every",
+        1,
+        "--save_dir",
+        tmp_path,
+    )
     assert outcome.code == 3
     assert "no longer finite after epoch 1, step 1 of 4" in outcome.err
     assert not only_run(tmp_path).checkpoint.exists()
@@ -251,7 +333,9 @@ def damage(path, how):
         path.unlink()
         return
     else:  # a bit of a weight
-        weights = load_checkpoint(path)["state_dict"]["layer4.1.bn2.running_var"].numpy().tobytes()[:64]
+        weights = (
+            load_checkpoint(path)["state_dict"]["layer4.1.bn2.running_var"].numpy().tobytes()[:64]
+        )
         place = bytes(content).find(weights)
         assert place > 0
         content[place + 5] ^= 1
@@ -261,14 +345,20 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "gone"])
 @pytest.mark.parametrize("by", ["--resume", "--resume_dir"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, run_adv, tmp_path, monkeypatch, how, by):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    run, run_adv, tmp_path, monkeypatch, how, by
+):
     assert run("dense", "--save_dir", tmp_path / "whole").code == 0
     stop_at(monkeypatch, 18)  # in the third epoch: two whole checkpoints lie there
     assert run("dense", "--save_dir", tmp_path / "cut").code == 75
     monkeypatch.undo()
     paths = only_run(tmp_path / "cut")
     damage(paths.checkpoint, how)
-    outcome = run("dense", "--save_dir", tmp_path / "cut", "--resume") if by == "--resume" else run_adv("--resume_dir", paths.root)
+    outcome = (
+        run("dense", "--save_dir", tmp_path / "cut", "--resume")
+        if by == "--resume"
+        else run_adv("--resume_dir", paths.root)
+    )
     assert outcome.code == 0, outcome.err
     assert "warning: " in outcome.out
     assert "going on from checkpoint_previous.pth.tar, the one before" in outcome.out
@@ -276,7 +366,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, run_adv, tmp_pat
 
 
 def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_path, monkeypatch):
-    """The damaged checkpoint never takes the place of the good one, and a message names the good one."""
+    """The damaged checkpoint never takes the place of the good one, and a message names the good
+    one."""
     assert run("dense", "--save_dir", tmp_path / "whole").code == 0
     stop_at(monkeypatch, 18)
     assert run("dense", "--save_dir", tmp_path / "cut").code == 75
@@ -285,7 +376,8 @@ def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_
     damage(paths.checkpoint, "cut")
     replace = os.replace
 
-    def refused(source, target):  # the moment of a kill: the new file is written and has no name yet
+    # the moment of a kill: the new file is written and has no name yet
+    def refused(source, target):
         if Path(target) == paths.checkpoint:
             raise OSError(28, "No space left on device")
         replace(source, target)
@@ -294,7 +386,9 @@ def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_
         patch.setattr(os, "replace", refused)
         outcome = run("dense", "--save_dir", tmp_path / "cut", "--resume")
     assert outcome.code == 3
-    assert re.search(r"the last good checkpoint is \S*checkpoint_previous\.pth\.tar \(epoch 2", outcome.err), outcome.err
+    assert re.search(
+        r"the last good checkpoint is \S*checkpoint_previous\.pth\.tar \(epoch 2", outcome.err
+    ), outcome.err
     assert run("dense", "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
     assert load_checkpoint(paths.previous)["epoch"] == 4  # the two good ones take turns again
@@ -311,7 +405,10 @@ def test_a_run_that_another_process_has_taken_further_is_left_alone(run, tmp_pat
     assert run("dense", "--save_dir", tmp_path, "--resume").code == 0
     paths = only_run(tmp_path)
     before = paths.stamps(), paths.config.read_bytes()
-    with pytest.raises(InputError, match=r"another process has trained in .* in the meantime; --resume goes on from there"):
+    with pytest.raises(
+        InputError,
+        match=r"another process has trained in .* in the meantime; --resume goes on from there",
+    ):
         slow.train()
     assert (paths.stamps(), paths.config.read_bytes()) == before
 
@@ -324,8 +421,15 @@ def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypat
     paths = only_run(tmp_path)
     damage(paths.checkpoint, "flipped")
     damage(paths.previous, "cut")
-    outcome = run("dense", "--save_dir", tmp_path, "--resume") if by == "--resume" else run_adv("--resume_dir", paths.root)
-    assert (outcome.code, "nothing is left to go on from, another --save_dir starts anew" in outcome.err) == (2, True)
+    outcome = (
+        run("dense", "--save_dir", tmp_path, "--resume")
+        if by == "--resume"
+        else run_adv("--resume_dir", paths.root)
+    )
+    assert (
+        outcome.code,
+        "nothing is left to go on from, another --save_dir starts anew" in outcome.err,
+    ) == (2, True)
     assert len(read_epochs(paths)) == 2
     paths.checkpoint.unlink()
     paths.previous.unlink()
@@ -344,10 +448,10 @@ def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monk
 
 
 def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypatch):
-    import utils.metrics
+    import utils.storage.run_folder
 
     assert run("fbp", "--save_dir", tmp_path / "whole").code == 0
-    original = utils.metrics.save_checkpoint
+    original = utils.storage.run_folder.save_checkpoint
 
     def full(path, content, keep=None):
         if content["epoch"] == 3:
@@ -355,10 +459,14 @@ def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypat
         original(path, content, keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.metrics, "save_checkpoint", full)
+        patch.setattr(utils.storage.run_folder, "save_checkpoint", full)
         outcome = run("fbp", "--save_dir", tmp_path / "cut")
     assert outcome.code == 3
-    assert re.search(r"error: cannot write .*checkpoint.pth.tar \(No space left.*the last good checkpoint is .* \(epoch 2\)", outcome.err)
+    assert re.search(
+        r"error: cannot write .*checkpoint.pth.tar \(No space left.*the last good checkpoint is .*"
+        r" \(epoch 2\)",
+        outcome.err,
+    )
     assert len(read_epochs(only_run(tmp_path / "cut"))) == 2
     assert run("fbp", "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
@@ -374,8 +482,14 @@ def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_
         fcntl.flock(first, fcntl.LOCK_EX)
         for flags in (["--resume"], []):
             outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *flags)
-            assert (outcome.code, outcome.err) == (2, f"error: another process is training in {paths.root}\n")
-    assert "has epochs and no checkpoint" in run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--resume").err
+            assert (outcome.code, outcome.err) == (
+                2,
+                f"error: another process is training in {paths.root}\n",
+            )
+    assert (
+        "has epochs and no checkpoint"
+        in run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--resume").err
+    )
 
 
 # ---------------------------------------------------------------- more epochs
@@ -383,9 +497,14 @@ def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_
 
 @pytest.mark.parametrize("by", ["fb", "rb"])
 def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
-    """With milestones and schedules that do not hang on the length, it is the longer run from the start."""
+    """With milestones and schedules that do not hang on the length, it is the longer run from the
+    start."""
     run, name = (run_eb, "--epochs2") if by == "rb" else (run_adv, "--epochs")
-    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET] if by == "rb" else [*toy.TOY_RUN, "--fb", *toy.TOY_MASKS, "--decay-schedule", "constant"]
+    flags = (
+        [*toy.TOY_BIRD, *toy.EASY_TICKET]
+        if by == "rb"
+        else [*toy.TOY_RUN, "--fb", *toy.TOY_MASKS, "--decay-schedule", "constant"]
+    )
     assert run(*flags, name, 4, "--save_dir", tmp_path / "whole").code == 0
     assert run(*flags, name, 2, "--save_dir", tmp_path / "grown").code == 0
     root = only_run(tmp_path / "grown").root
@@ -399,11 +518,17 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
     )
     assert all(torch.equal(tensors[name], tensors2[name]) for name in tensors)
     assert (rows, plain, epoch) == (rows2, plain2, epoch2)
-    assert {k: v for k, v in summary.items() if k != "run"} == {k: v for k, v in summary2.items() if k != "run"}
+    assert {k: v for k, v in summary.items() if k != "run"} == {
+        k: v for k, v in summary2.items() if k != "run"
+    }
     assert "is finished" in run("--resume_dir", root).out
     before = RunPaths(root).stamps(), RunPaths(root).config.read_bytes()
-    shorter = run(*flags, name, 2, "--save_dir", tmp_path / "grown", "--resume")  # its figures would be those of 4 epochs
-    assert (shorter.code, f"has grown to {name} 4; --resume_dir goes on with it" in shorter.err) == (2, True)
+    # its figures would be those of 4 epochs
+    shorter = run(*flags, name, 2, "--save_dir", tmp_path / "grown", "--resume")
+    assert (
+        shorter.code,
+        f"has grown to {name} 4; --resume_dir goes on with it" in shorter.err,
+    ) == (2, True)
     assert (RunPaths(root).stamps(), RunPaths(root).config.read_bytes()) == before
 
 
@@ -426,7 +551,8 @@ def killed_and_resumed(tmp_path, kills):
     for _ in range(kills):
         tried += 1
         process = start(*flags)
-        if moments.random() < 0.9:  # most of them while it trains, tests and saves; the others while it starts
+        # most of them while it trains, tests and saves; the others while it starts
+        if moments.random() < 0.9:
             for line in process.stdout:
                 if line.startswith("writing to"):
                     break
@@ -473,14 +599,22 @@ def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, tm
     finally:
         os.umask(before)
     assert grown.code == 0, grown.err
-    assert (theirs.exists(), ours.exists(), (paths.root / ".Trash-1000").is_dir()) == (True, False, True)
+    assert (theirs.exists(), ours.exists(), (paths.root / ".Trash-1000").is_dir()) == (
+        True,
+        False,
+        True,
+    )
     assert oct(paths.config.stat().st_mode & 0o777) == oct(0o660)
 
 
 ODD_JSON = [
-    b"{}", b"[]", b"3", b"null", b'"text"', b"{", b"", b"\xff\xfe\x00", b"[" * 100_000, b'{"settings": ' * 100_000,
-    b'{"settings": {"seed": "one"}}', b'{"settings": {"arch": []}}', b'{"settings": {"epochs": null}}', b'{"settings": {"norm": "l7"}}',
-    b'{"settings": {"density": 1' + b"0" * 400 + b"}}", b'{"settings": {"decreasing_lr": 3}}', b'{"settings": {"lr": NaN}}',
+    b"{}", b"[]", b"3", b"null", b'"text"', b"{", b"", b"\xff\xfe\x00", b"[" * 100_000,
+    b'{"settings": ' * 100_000,
+    b'{"settings": {"seed": "one"}}', b'{"settings": {"arch": []}}',
+    b'{"settings": {"epochs": null}}',
+    b'{"settings": {"norm": "l7"}}',
+    b'{"settings": {"density": 1' + b"0" * 400 + b"}}",
+    b'{"settings": {"decreasing_lr": 3}}', b'{"settings": {"lr": NaN}}',
 ]  # fmt: skip
 
 
@@ -499,7 +633,9 @@ def test_odd_neighbours_are_skipped(run, tmp_path):
     assert f"this run starts anew; {like_it} has --density 0.3\n" in outcome.out
 
 
-def test_a_finished_run_with_an_odd_summary_is_one_line(run, run_adv, monkeypatch, capsys, tmp_path):
+def test_a_finished_run_with_an_odd_summary_is_one_line(
+    run, run_adv, monkeypatch, capsys, tmp_path
+):
     assert run("dense", "--save_dir", tmp_path).code == 0
     paths = only_run(tmp_path)
     whole = paths.summary.read_bytes()
@@ -509,8 +645,16 @@ def test_a_finished_run_with_an_odd_summary_is_one_line(run, run_adv, monkeypatc
     odd = {**json.loads(whole), "flops": {"real": [], "paper": 3}}
     for content in [*ODD_JSON, json.dumps(lacking).encode(), json.dumps(odd).encode()]:
         paths.summary.write_bytes(content)
-        for outcome in (run("dense", "--save_dir", tmp_path, "--resume"), run_adv("--resume_dir", paths.root), report(paths.root)):
-            assert (outcome.code, outcome.err.count("\n"), "summary.json" in outcome.err) == (2, 1, True), outcome.err
+        for outcome in (
+            run("dense", "--save_dir", tmp_path, "--resume"),
+            run_adv("--resume_dir", paths.root),
+            report(paths.root),
+        ):
+            assert (outcome.code, outcome.err.count("\n"), "summary.json" in outcome.err) == (
+                2,
+                1,
+                True,
+            ), outcome.err
     assert "flops.real is a list; without that file, --resume writes it anew" in outcome.err
     paths.summary.unlink()
     assert run("dense", "--save_dir", tmp_path, "--resume").code == 0

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils.engine
-import utils.run
+import utils.training.engine
+import utils.training.run
+import utils.training.stage
 from models import build_model
+from models.flops import layer_costs, paper_inference, real_inference
+from models.loading import build_network
+from models.slimming import kept_channels, slim
 from sparse_core import initial_masks
 from tests import toy
-from utils.checkpoint import load_checkpoint
 from utils.early_bird import EarlyBird
-from utils.flops import layer_costs, paper_inference, real_inference
-from utils.metrics import read_epochs, read_summary
-from utils.network import build_network
-from utils.paths import RunPaths
-from utils.slimming import kept_channels, slim
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_epochs, read_summary
 
 ROOT = Path(__file__).parent.parent
 BIRD = [*toy.TOY_BIRD, *toy.EASY_TICKET]
@@ -33,7 +34,11 @@ def only_run(save_dir):
 
 
 def files(root):
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def fresh():
@@ -53,8 +58,21 @@ def stage1_network(paths):
 @pytest.mark.parametrize("inside", [True, False])
 def test_the_scripts_run_from_their_folder_and_from_the_root(tmp_path, pruning, inside):
     """The seed's command, small: a ticket and stage-2 results."""
-    where, script = (ROOT / "Robust-Bird", "train_eb.py") if inside else (ROOT, "Robust-Bird/train_eb.py")
-    flags = ["--stage1", "sgd", "--stage2", "pgd", "--arch", "resnet18", "--pruning", pruning, "--density", "0.5"]
+    where, script = (
+        (ROOT / "Robust-Bird", "train_eb.py") if inside else (ROOT, "Robust-Bird/train_eb.py")
+    )
+    flags = [
+        "--stage1",
+        "sgd",
+        "--stage2",
+        "pgd",
+        "--arch",
+        "resnet18",
+        "--pruning",
+        pruning,
+        "--density",
+        "0.5",
+    ]
     command = [sys.executable, script, *BIRD, *flags, "--save_dir", str(tmp_path)]
     result = subprocess.run(command, cwd=where, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -62,7 +80,9 @@ def test_the_scripts_run_from_their_folder_and_from_the_root(tmp_path, pruning, 
     assert "the ticket emerged after epoch 2" in result.stdout
     assert re.search(r"stage 2 epoch 2/2 .* test RA", result.stdout)
     paths = only_run(tmp_path)
-    assert sorted(os.listdir(paths.root)) == sorted([*toy.RUN_FILES, "model_stage1.pth.tar", "mask_distances.png"])
+    assert sorted(os.listdir(paths.root)) == sorted(
+        [*toy.RUN_FILES, "model_stage1.pth.tar", "mask_distances.png"]
+    )
 
 
 def test_both_stages_are_in_the_metrics_and_the_second_in_the_summary(run_eb, tmp_path):
@@ -81,7 +101,12 @@ def test_both_stages_are_in_the_metrics_and_the_second_in_the_summary(run_eb, tm
     assert summary["best"]["val_ra"] == max(row["val_ra"] for row in rows[2:])
     assert summary["final"]["epoch"] == 2
     first = summary["stage1"]
-    assert (first["kind"], first["epochs"], first["emerged"], first["val_sa"]) == ("sgd", 2, True, rows[1]["val_sa"])
+    assert (first["kind"], first["epochs"], first["emerged"], first["val_sa"]) == (
+        "sgd",
+        2,
+        True,
+        rows[1]["val_sa"],
+    )
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     config = json.loads(paths.config.read_text())
     assert config["settings"]["epochs1"] == 4
@@ -90,7 +115,12 @@ def test_both_stages_are_in_the_metrics_and_the_second_in_the_summary(run_eb, tm
 
 @pytest.mark.parametrize("stage1", ["sgd", "pgd", "fast"])
 def test_flops_add_what_stage_1_took(run_eb, tmp_path, stage1):
-    assert run_eb(*BIRD, "--train_step", 3, "--stage1", stage1, "--save_dir", tmp_path, "--density", 0.3).code == 0
+    assert (
+        run_eb(
+            *BIRD, "--train_step", 3, "--stage1", stage1, "--save_dir", tmp_path, "--density", 0.3
+        ).code
+        == 0
+    )
     paths = only_run(tmp_path)
     costs, summary = layer_costs(fresh(), (1, 8, 8)), read_summary(paths)
     masks = load_checkpoint(paths.checkpoint)["masking"]["masks"]
@@ -99,14 +129,22 @@ def test_flops_add_what_stage_1_took(run_eb, tmp_path, stage1):
     for count, inference in (("real", real_inference), ("paper", paper_inference)):
         ticket, dense = inference(costs, live), inference(costs)
         assert summary["flops"][count]["inference"] == ticket
-        assert summary["flops"][count]["training"] == 3 * 4 * 100 * 2 * ticket + 3 * passes * 100 * 2 * dense
+        assert (
+            summary["flops"][count]["training"]
+            == 3 * 4 * 100 * 2 * ticket + 3 * passes * 100 * 2 * dense
+        )
 
 
 def test_an_unstructured_ticket_is_the_global_magnitude_mask_of_stage_1(run_eb, tmp_path):
     assert run_eb(*BIRD, "--save_dir", tmp_path, "--density", 0.3).code == 0
     paths = only_run(tmp_path)
-    expected, content = initial_masks(stage1_network(paths), 0.3, "magnitude"), load_checkpoint(paths.checkpoint)
-    assert all(torch.equal(mask, expected[name]) for name, mask in content["masking"]["masks"].items())
+    expected, content = (
+        initial_masks(stage1_network(paths), 0.3, "magnitude"),
+        load_checkpoint(paths.checkpoint),
+    )
+    assert all(
+        torch.equal(mask, expected[name]) for name, mask in content["masking"]["masks"].items()
+    )
     assert content["masking"]["events"] == []
     for name, mask in expected.items():
         assert not content["state_dict"][name][~mask].any()
@@ -116,16 +154,26 @@ def test_stage_2_goes_on_from_the_weights_of_stage_1(run_eb, tmp_path, monkeypat
     """No rewinding, a fresh optimizer, and for channels the slim network's weights."""
     for pruning in ("unstructured", "channel"):
         seen = []
-        original = utils.run.Run.adversarial_epoch
+        original = utils.training.run.Run.adversarial_epoch
 
         def spy(self, epoch, title, original=original, seen=seen):
             if epoch == 0:
-                seen.append(({k: v.clone() for k, v in self.stage.model.state_dict().items()}, dict(self.stage.optimizer.state)))
+                seen.append(
+                    (
+                        {k: v.clone() for k, v in self.stage.model.state_dict().items()},
+                        dict(self.stage.optimizer.state),
+                    )
+                )
             original(self, epoch, title)
 
-        monkeypatch.setattr(utils.run.Run, "adversarial_epoch", spy)
-        assert run_eb(*BIRD, "--save_dir", tmp_path / pruning, "--density", 0.5, "--pruning", pruning).code == 0
-        monkeypatch.setattr(utils.run.Run, "adversarial_epoch", original)
+        monkeypatch.setattr(utils.training.run.Run, "adversarial_epoch", spy)
+        assert (
+            run_eb(
+                *BIRD, "--save_dir", tmp_path / pruning, "--density", 0.5, "--pruning", pruning
+            ).code
+            == 0
+        )
+        monkeypatch.setattr(utils.training.run.Run, "adversarial_epoch", original)
         ((state, momenta),) = seen
         assert momenta == {}
         first = stage1_network(only_run(tmp_path / pruning))
@@ -134,7 +182,10 @@ def test_stage_2_goes_on_from_the_weights_of_stage_1(run_eb, tmp_path, monkeypat
             expected = slim(first, kept_channels(first, 0.5, floor=0.1)[0]).state_dict()
         else:
             masks = initial_masks(first, 0.5, "magnitude")
-            expected = {name: value * masks[name] if name in masks else value for name, value in expected.items()}
+            expected = {
+                name: value * masks[name] if name in masks else value
+                for name, value in expected.items()
+            }
         assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
@@ -150,13 +201,17 @@ def test_channels_are_gone_and_the_checkpoint_knows_its_widths(run_eb, run_adv, 
     assert rows[-1]["density"] == summary["density"] == small / dense < 0.6
     channels = sum(m.num_features for m in fresh().modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert sum(summary["channels"].values()) == round(0.5 * channels)
-    assert summary["flops"]["real"]["inference"] == real_inference(layer_costs(model, (1, 8, 8))) == rows[-1]["inference_flops"]
+    assert (
+        summary["flops"]["real"]["inference"]
+        == real_inference(layer_costs(model, (1, 8, 8)))
+        == rows[-1]["inference_flops"]
+    )
     evaluated = run_adv("--eval", "--pretrained", paths.best_ra)
     assert evaluated.code == 0, evaluated.err
     best = summary["best"]
     assert (
-        f"test RA (PGD-1, linf 8/255) {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA {best['train_ra']:.2f}"
-        in evaluated.out
+        f"test RA (PGD-1, linf 8/255) {best['test_ra']:.2f}  test SA {best['test_sa']:.2f} "
+        f" training RA {best['train_ra']:.2f}" in evaluated.out
     )
     assert summary["method"] == "rb-channel"
     assert json.loads(paths.config.read_text())["network"] == content["network"]
@@ -164,9 +219,26 @@ def test_channels_are_gone_and_the_checkpoint_knows_its_widths(run_eb, run_adv, 
 
 @pytest.mark.parametrize("arch", ["resnet50", "vgg11", "wideresnet"])
 def test_other_networks_lose_channels_too(run_eb, tmp_path, image_tree, arch):
-    size = {"wideresnet": ["--depth_factor", 10, "--width_factor", 1]}.get(arch, ["--width", 0.0625])
-    flags = "--dataset imagefolder --image_size 32 --epochs1 1 --epochs2 1 --train_step 1 --test_step 1 --batch_size 27".split()
-    flags += ["--data", image_tree, "--arch", arch, *size, "--pruning", "channel", "--density", 0.5, "--save_dir", tmp_path / "runs"]
+    size = {"wideresnet": ["--depth_factor", 10, "--width_factor", 1]}.get(
+        arch, ["--width", 0.0625]
+    )
+    flags = (
+        "--dataset imagefolder --image_size 32 --epochs1 1 --epochs2 1 --train_step 1 --test_step 1"
+        " --batch_size 27".split()
+    )
+    flags += [
+        "--data",
+        image_tree,
+        "--arch",
+        arch,
+        *size,
+        "--pruning",
+        "channel",
+        "--density",
+        0.5,
+        "--save_dir",
+        tmp_path / "runs",
+    ]
     outcome = run_eb(*flags)
     assert outcome.code == 0, outcome.err
     assert read_summary(only_run(tmp_path / "runs"))["density"] < 0.6
@@ -178,8 +250,19 @@ def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
     state = load_checkpoint(only_run(tmp_path / "dense").checkpoint)["state_dict"]
     state["bn.weight"] *= 1e-6
     torch.save({"state_dict": state}, tmp_path / "dense.pth.tar")
-    flags = "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100 --test_subset 60 --train_step 1 --test_step 1"
-    flags = [*flags.split(), "--stage1_pretrained", tmp_path / "dense.pth.tar", "--pruning", "channel", "--density", 0.5]
+    flags = (
+        "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100"
+        " --test_subset 60 --train_step 1 --test_step 1"
+    )
+    flags = [
+        *flags.split(),
+        "--stage1_pretrained",
+        tmp_path / "dense.pth.tar",
+        "--pruning",
+        "channel",
+        "--density",
+        0.5,
+    ]
     outcome = run_eb(*flags, "--channel_floor", 0, "--save_dir", tmp_path / "one")
     assert "note: bn would have kept 0 of its channels and keeps its 1 largest" in outcome.out
     outcome = run_eb(*flags, "--save_dir", tmp_path / "tenth")
@@ -192,7 +275,10 @@ def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
 def test_no_ticket_in_time_is_a_warning_and_the_last_mask_is_taken(run_eb, tmp_path):
     outcome = run_eb(*toy.TOY_BIRD, "--eb_window", 3, "--eb_tolerance", 0, "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
-    assert "warning: no ticket emerged within --epochs1 4; going on with the mask of its last epoch" in outcome.out
+    assert (
+        "warning: no ticket emerged within --epochs1 4; going on with the mask of its last epoch"
+        in outcome.out
+    )
     paths = only_run(tmp_path)
     assert [row["stage"] for row in read_epochs(paths)] == [1, 1, 1, 1, 2, 2]
     assert read_summary(paths)["stage1"]["emerged"] is False
@@ -206,7 +292,11 @@ def test_a_window_of_one_is_a_ticket_after_the_first_epoch(run_eb, tmp_path):
 
 
 def test_the_base_script_draws_after_exactly_its_epochs(run_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(EarlyBird, "observe", lambda self, model, original=EarlyBird.observe: original(self, model) or True)
+    monkeypatch.setattr(
+        EarlyBird,
+        "observe",
+        lambda self, model, original=EarlyBird.observe: original(self, model) or True,
+    )
     outcome = run_base(*toy.TOY_BIRD, "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
     assert "the ticket is drawn after epoch 4" in outcome.out
@@ -231,10 +321,24 @@ def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, tmp_path):
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
     path = only_run(tmp_path / "dense").checkpoint
     state = load_checkpoint(path)["state_dict"]
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "paper.pth.tar")
-    flags = "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100 --test_subset 60 --train_step 1 --test_step 1"
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+        tmp_path / "paper.pth.tar",
+    )
+    flags = (
+        "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100"
+        " --test_subset 60 --train_step 1 --test_step 1"
+    )
     for number, source in enumerate((path, tmp_path / "paper.pth.tar")):
-        outcome = run_eb(*flags.split(), "--stage1_pretrained", source, "--save_dir", tmp_path / str(number), "--density", 0.3)
+        outcome = run_eb(
+            *flags.split(),
+            "--stage1_pretrained",
+            source,
+            "--save_dir",
+            tmp_path / str(number),
+            "--density",
+            0.3,
+        )
         assert outcome.code == 0, outcome.err
         assert "stage 1 epoch" not in outcome.out
     one, two = (only_run(tmp_path / str(number)) for number in range(2))
@@ -246,12 +350,21 @@ def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, tmp_path):
     assert one.root.name != two.root.name
     (path.rename(tmp_path / "moved.pth.tar"))
     again = run_eb(
-        *flags.split(), "--stage1_pretrained", tmp_path / "moved.pth.tar", "--save_dir", tmp_path / "0", "--density", 0.3, "--resume"
+        *flags.split(),
+        "--stage1_pretrained",
+        tmp_path / "moved.pth.tar",
+        "--save_dir",
+        tmp_path / "0",
+        "--density",
+        0.3,
+        "--resume",
     )
     assert "is finished" in again.out
     summary = read_summary(one)
     assert (summary["stage1"]["epochs"], summary["stage1"]["kind"]) == (0, None)
-    assert summary["flops"]["real"]["training"] == 3 * 2 * 100 * summary["flops"]["real"]["inference"]
+    assert (
+        summary["flops"]["real"]["training"] == 3 * 2 * 100 * summary["flops"]["real"]["inference"]
+    )
 
 
 def test_robust_accuracy_in_stage_1_on_request(run_eb, tmp_path):
@@ -262,16 +375,24 @@ def test_robust_accuracy_in_stage_1_on_request(run_eb, tmp_path):
 
 def test_fast_is_one_large_step_in_eval_mode_on_a_cycle(run_eb, tmp_path, monkeypatch):
     plans = []
-    original = utils.run.train_epoch
+    original = utils.training.stage.train_epoch
 
     def spy(*arguments, **options):
         plans.append(options["plan"])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(utils.run, "train_epoch", spy)
-    assert run_eb(*BIRD, "--stage1", "fast", "--attack_mode", "train", "--save_dir", tmp_path).code == 0
+    monkeypatch.setattr(utils.training.stage, "train_epoch", spy)
+    assert (
+        run_eb(*BIRD, "--stage1", "fast", "--attack_mode", "train", "--save_dir", tmp_path).code
+        == 0
+    )
     attack = plans[0].attack
-    assert (attack.eps, attack.step_size, attack.steps, attack.random_start) == (8 / 255, 10 / 255, 1, True)
+    assert (attack.eps, attack.step_size, attack.steps, attack.random_start) == (
+        8 / 255,
+        10 / 255,
+        1,
+        True,
+    )
     assert not plans[0].attack_training
     assert (plans[0].milestones, plans[0].lr, plans[0].epochs) == (None, 0.2, 4)
     assert plans[-1].attack_training
@@ -298,13 +419,17 @@ def state(save_dir):
     summary["stage1"].pop("seconds", None)
     summary.pop("made_by")
     first = load_checkpoint(paths.stage1)["state_dict"] if paths.stage1.exists() else {}
-    return {**content["state_dict"], **{f"stage 1 {name}": value for name, value in first.items()}}, (content["network"], rows, summary)
+    return {
+        **content["state_dict"],
+        **{f"stage 1 {name}": value for name, value in first.items()},
+    }, (content["network"], rows, summary)
 
 
 def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
-    """The flags as they are, and cut after some epochs and resumed; both must end alike. Returns what the cut run said."""
+    """The flags as they are, and cut after some epochs and resumed; both must end alike. Returns
+    what the cut run said."""
     assert run(*flags, "--save_dir", tmp_path / "whole").code == 0
-    original, calls = utils.run.Run.train_epoch, []
+    original, calls = utils.training.run.Run.train_epoch, []
 
     def cut(self, epoch, title):
         calls.append(1)
@@ -312,10 +437,10 @@ def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
             raise KeyboardInterrupt
         return original(self, epoch, title)
 
-    monkeypatch.setattr(utils.run.Run, "train_epoch", cut)
+    monkeypatch.setattr(utils.training.run.Run, "train_epoch", cut)
     stopped = run(*flags, "--save_dir", tmp_path / "cut")
     assert stopped.code == 130
-    monkeypatch.setattr(utils.run.Run, "train_epoch", original)
+    monkeypatch.setattr(utils.training.run.Run, "train_epoch", original)
     resumed = run("--resume_dir", only_run(tmp_path / "cut").root)
     assert resumed.code == 0, resumed.err
     (weights, rest), (weights2, rest2) = state(tmp_path / "whole"), state(tmp_path / "cut")
@@ -330,17 +455,22 @@ def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
 
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("cut_after", [1, 2, 3])
-def test_resume_equals_the_run_that_was_never_stopped(run_eb, tmp_path, monkeypatch, kind, cut_after):
-    """Cut within stage 1, between the stages (the ticket drawn, nothing of stage 2 saved) and within stage 2."""
+def test_resume_equals_the_run_that_was_never_stopped(
+    run_eb, tmp_path, monkeypatch, kind, cut_after
+):
+    """Cut within stage 1, between the stages (the ticket drawn, nothing of stage 2 saved) and
+    within stage 2."""
     said = cut_and_resume(run_eb, [*BIRD, *RESUMED[kind]], tmp_path, monkeypatch, cut_after)
     assert f"(stage {1 if cut_after < 3 else 2}, epoch {cut_after if cut_after < 3 else 1})" in said
 
 
 def test_the_last_checkpoint_of_stage_1_may_be_damaged(run_eb, tmp_path, monkeypatch):
-    """The ticket was drawn; the checkpoint before it is resumed, finds its masks and draws the same."""
+    """The ticket was drawn; the checkpoint before it is resumed, finds its masks and draws the
+    same."""
     assert run_eb(*BIRD, "--save_dir", tmp_path / "whole").code == 0
     monkeypatch.setattr(
-        "utils.robust_bird.RobustBirdRun.adversarial_epoch", lambda self, *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+        "utils.training.robust_bird.RobustBirdRun.adversarial_epoch",
+        lambda self, *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     assert run_eb(*BIRD, "--save_dir", tmp_path / "cut").code == 130
     monkeypatch.undo()
@@ -359,28 +489,42 @@ def test_the_base_script_resumes_too(run_base, tmp_path, monkeypatch):
     cut_and_resume(run_base, toy.TOY_BIRD, tmp_path, monkeypatch, 2)
 
 
-def test_a_pruned_network_resumes_without_the_file_it_came_from(run_eb, run_adv, tmp_path, monkeypatch):
+def test_a_pruned_network_resumes_without_the_file_it_came_from(
+    run_eb, run_adv, tmp_path, monkeypatch
+):
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
-    flags = "--dataset digits --width 0.0625 --epochs2 3 --batch_size 25 --train_subset 100 --test_subset 60 --train_step 1 --test_step 1"
+    flags = (
+        "--dataset digits --width 0.0625 --epochs2 3 --batch_size 25 --train_subset 100"
+        " --test_subset 60 --train_step 1 --test_step 1"
+    )
     source = tmp_path / "dense.pth.tar"
     source.write_bytes(only_run(tmp_path / "dense").checkpoint.read_bytes())
-    cut_and_resume(run_eb, [*flags.split(), "--stage1_pretrained", source, "--density", 0.3], tmp_path, monkeypatch, 1)
+    cut_and_resume(
+        run_eb,
+        [*flags.split(), "--stage1_pretrained", source, "--density", 0.3],
+        tmp_path,
+        monkeypatch,
+        1,
+    )
     source.unlink()
     assert "is finished" in run_eb("--resume_dir", only_run(tmp_path / "cut").root).out
 
 
 def test_a_mask_that_is_gone_is_missed_at_once(run_eb, tmp_path, monkeypatch):
-    original = utils.run.Run.train_epoch
+    original = utils.training.run.Run.train_epoch
 
     def cut(self, epoch, title):
         if epoch == 2:
             raise KeyboardInterrupt
         return original(self, epoch, title)
 
-    monkeypatch.setattr(utils.run.Run, "train_epoch", cut)
+    monkeypatch.setattr(utils.training.run.Run, "train_epoch", cut)
     assert run_eb(*toy.TOY_BIRD, "--save_dir", tmp_path).code == 130
     paths = only_run(tmp_path)
-    assert [path.name for path in sorted(paths.mask(1).parent.iterdir())] == ["epoch_0001.pth.tar", "epoch_0002.pth.tar"]
+    assert [path.name for path in sorted(paths.mask(1).parent.iterdir())] == [
+        "epoch_0001.pth.tar",
+        "epoch_0002.pth.tar",
+    ]
     paths.mask(1).unlink()
     outcome = run_eb("--resume_dir", paths.root)
     assert (outcome.code, "epoch_0001.pth.tar" in outcome.err) == (2, True)
@@ -393,7 +537,10 @@ def test_a_mask_that_is_gone_is_missed_at_once(run_eb, tmp_path, monkeypatch):
     ("flags", "part"),
     [
         (["--density", "1e-6"], "fewer weights than the network has layers"),
-        (["--density", "1e-6", "--pruning", "channel"], "fewer channels than the network has batch norms"),
+        (
+            ["--density", "1e-6", "--pruning", "channel"],
+            "fewer channels than the network has batch norms",
+        ),
         (["--dataset", "imagefolder", "--data", "nowhere"], "no such folder"),
         (["--data", "nowhere"], "names no data set"),
         (["--stage1_pretrained", "nowhere.pth.tar"], "cannot be read"),
@@ -412,21 +559,41 @@ def test_bad_input_is_one_line_and_writes_nothing(run_eb, tmp_path, monkeypatch,
 
 
 def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
-    assert run_eb(*BIRD, "--save_dir", tmp_path / "slim", "--density", 0.5, "--pruning", "channel").code == 0
+    assert (
+        run_eb(
+            *BIRD, "--save_dir", tmp_path / "slim", "--density", 0.5, "--pruning", "channel"
+        ).code
+        == 0
+    )
     path = only_run(tmp_path / "slim").best_ra
     common = ["--dataset", "digits", "--epochs2", 1, "--save_dir", tmp_path / "runs"]
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", path)
     assert (outcome.code, "channels were already removed" in outcome.err) == (2, True)
-    outcome = run_eb(*common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "slim").stage1)
-    assert (outcome.code, "it was trained with --width 0.0625, this run has --width 0.125" in outcome.err) == (2, True)
+    outcome = run_eb(
+        *common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "slim").stage1
+    )
+    assert (
+        outcome.code,
+        "it was trained with --width 0.0625, this run has --width 0.125" in outcome.err,
+    ) == (2, True)
     sparse = load_checkpoint(only_run(tmp_path / "slim").stage1)
     for value in sparse["state_dict"].values():
         if value.dim() > 1:
             value[torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) < 0.8] = 0
     torch.save(sparse, tmp_path / "sparse.pth.tar")
-    outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "sparse.pth.tar", "--density", 0.5)
+    outcome = run_eb(
+        *common,
+        "--width",
+        0.0625,
+        "--stage1_pretrained",
+        tmp_path / "sparse.pth.tar",
+        "--density",
+        0.5,
+    )
     assert (outcome.code, "is sparse already" in outcome.err) == (2, True)
-    assert re.search(r"0\.(19|20)\d\d of its weights are not zero, fewer than --density 0\.5 keeps", outcome.err)
+    assert re.search(
+        r"0\.(19|20)\d\d of its weights are not zero, fewer than --density 0\.5 keeps", outcome.err
+    )
     sparse["state_dict"]["conv1.weight"][0] = float("nan")
     torch.save(sparse, tmp_path / "nan.pth.tar")
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", tmp_path / "nan.pth.tar")
@@ -441,7 +608,16 @@ def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv,
     content["network"] = {**content["network"], **network} if network == {"kept": []} else network
     torch.save(content, tmp_path / "odd.pth.tar")
     for outcome in (
-        run_eb("--dataset", "digits", "--width", 0.0625, "--stage1_pretrained", tmp_path / "odd.pth.tar", "--save_dir", tmp_path / "no"),
+        run_eb(
+            "--dataset",
+            "digits",
+            "--width",
+            0.0625,
+            "--stage1_pretrained",
+            tmp_path / "odd.pth.tar",
+            "--save_dir",
+            tmp_path / "no",
+        ),
         run_adv("--eval", "--pretrained", tmp_path / "odd.pth.tar"),
     ):
         assert outcome.code == 2
@@ -451,23 +627,28 @@ def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv,
 
 def test_eval_takes_what_it_needs_of_a_robust_bird_run(run_eb, run_adv, tmp_path):
     """Its milestones make no sense in the epochs of main_adv.py, and are not asked for."""
-    assert run_eb(*BIRD, "--decreasing_lr", "0.5,3", "--epochs2", 4, "--save_dir", tmp_path).code == 0
+    assert (
+        run_eb(*BIRD, "--decreasing_lr", "0.5,3", "--epochs2", 4, "--save_dir", tmp_path).code == 0
+    )
     path = only_run(tmp_path).best_ra
     assert run_adv("--eval", "--pretrained", path).code == 0
     assert run_adv("--eval", "--pretrained", path, "--lr", 0.1).code == 2
 
 
 def test_a_failure_names_its_stage(run_eb, tmp_path, monkeypatch):
-    original = utils.engine.train_step
+    original = utils.training.engine.train_step
 
     def poisoned(*arguments, attack, **options):
         loss, right = original(*arguments, attack=attack, **options)
         return (loss if attack is None else loss * float("nan")), right
 
-    monkeypatch.setattr(utils.engine, "train_step", poisoned)
+    monkeypatch.setattr(utils.training.engine, "train_step", poisoned)
     outcome = run_eb(*BIRD, "--save_dir", tmp_path)
     assert outcome.code == 3
-    assert "stage 2: the loss became nan in epoch 1, step 1 of 4; the last good checkpoint is" in outcome.err
+    assert (
+        "stage 2: the loss became nan in epoch 1, step 1 of 4; the last good checkpoint is"
+        in outcome.err
+    )
 
 
 def test_a_run_is_resumed_by_the_script_that_made_it(run_eb, run_base, run_adv, tmp_path):

@@ -4,7 +4,7 @@ from torch import nn
 
 from tests import toy
 from utils.errors import InputError
-from utils.sanity import check_network
+from utils.evaluation.sanity import check_network
 
 X, Y = toy.images(12)
 
@@ -28,7 +28,9 @@ def test_a_sound_network_passes_and_is_left_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert check_network(model, X, Y) == []
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def test_a_sound_network_passes_and_is_left_alone():
         (lambda inner, x: inner(x) * float("nan"), "not finite"),
         (lambda inner, x: inner((x * 4).round() / 4), "zero at all 12 images"),
         (lambda inner, x: inner(x.detach()).detach(), "no gradient to its images"),
-        (lambda inner, x: inner(x) + 0 * (x.flatten(1).sum(1, keepdim=True) * 0).sqrt(), "gradient at some images is not finite"),
+        (
+            lambda inner, x: inner(x) + 0 * (x.flatten(1).sum(1, keepdim=True) * 0).sqrt(),
+            "gradient at some images is not finite",
+        ),
     ],
 )
 def test_each_check_fires(change, message):

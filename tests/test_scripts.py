@@ -1,4 +1,5 @@
-"""The shell scripts of tables and figures: what they would run, at toy size what they leave, cut and gone on with, on a cluster."""
+"""The shell scripts of tables and figures: what they would run, at toy size what they leave, cut
+and gone on with, on a cluster."""
 
 import json
 import os
@@ -30,12 +31,16 @@ RUNS = {
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Five classes of 32x32 images: enough for VGG-16 and for AutoAttack."""
-    return toy.write_image_tree(tmp_path_factory.mktemp("data") / "images", per_class=(20, 8), side=32, classes=5)
+    return toy.write_image_tree(
+        tmp_path_factory.mktemp("data") / "images", per_class=(20, 8), side=32, classes=5
+    )
 
 
 @pytest.fixture
 def environment(tmp_path):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
 
 
@@ -52,18 +57,36 @@ def planned(result):
 
 def names_in(result):
     assert result.returncode == 0, result.stderr
-    return [line.split()[0] for line in result.stderr.splitlines() if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)]
+    return [
+        line.split()[0]
+        for line in result.stderr.splitlines()
+        if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_each_script_would_run(name, images, environment):
-    result = script(name, images, environment, PLAN=1, SMOKE=1, DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "")
+    result = script(
+        name,
+        images,
+        environment,
+        PLAN=1,
+        SMOKE=1,
+        DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "",
+    )
     expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # at toy size one density
     assert planned(result) == expected
     assert len(set(names_in(result))) == len(expected)
     if name == "fig1":
-        sparse = [part for run in names_in(result)[1:] for part in run.split("_") if re.fullmatch(r"d0\.\d+", part)]
-        assert sparse == [density for d in "0.8 0.6 0.4 0.2 0.1 0.05".split() for density in [f"d{d}"] * 2]
+        sparse = [
+            part
+            for run in names_in(result)[1:]
+            for part in run.split("_")
+            if re.fullmatch(r"d0\.\d+", part)
+        ]
+        assert sparse == [
+            density for d in "0.8 0.6 0.4 0.2 0.1 0.05".split() for density in [f"d{d}"] * 2
+        ]
     if name in ("architectures", "benchmark"):
         assert [run.split("_")[1] for run in names_in(result)].count("vgg16") == len(expected) / 2
     assert f"{len(expected)} of {len(expected)} runs to train, about" in result.stderr
@@ -71,22 +94,33 @@ def test_what_each_script_would_run(name, images, environment):
 
 
 def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
-    """Nothing is shortened where nobody asks for it: the names are those of the README's commands."""
+    """Nothing is shortened where nobody asks for it: the names are those of the README's
+    commands."""
     from data import load_data
-    from utils.config import parse_settings
-    from utils.config_adv import AdversarialSettings
-    from utils.config_rb import EarlyBirdSettings
-    from utils.run import placed
+    from utils.settings.adversarial import AdversarialSettings
+    from utils.settings.applied import placed
+    from utils.settings.command_line import parse_settings
+    from utils.settings.robust_bird import EarlyBirdSettings
 
     result = script("table1", "digits", environment, PLAN=1, CHANNELS=0, SEEDS="1 2")
     names = [line.split()[0] for line in result.stderr.splitlines()[:-1]]
     sparse = ["--density", "0.2", "--dynamic_fre"]
-    paper = [AdversarialSettings, [], EarlyBirdSettings, ["--density", "0.2"], AdversarialSettings, [*sparse, "--fb"], AdversarialSettings]
+    paper = [
+        AdversarialSettings,
+        [],
+        EarlyBirdSettings,
+        ["--density", "0.2"],
+        AdversarialSettings,
+        [*sparse, "--fb"],
+        AdversarialSettings,
+    ]
     paper.append([*sparse, "--fbp"])
     device = torch.device("cpu")
     digits = load_data("digits")
     expected = [
-        placed(parse_settings(kind, [*flags, "--seed", seed], "", lambda given: {}), digits, device)[1].root.name
+        placed(
+            parse_settings(kind, [*flags, "--seed", seed], "", lambda given: {}), digits, device
+        )[1].root.name
         for seed in ("1", "2")
         for kind, flags in zip(paper[::2], paper[1::2], strict=True)
     ]
@@ -97,7 +131,14 @@ def test_a_table_from_nothing_again_and_after_a_kill(images, environment):
     out = Path(environment["OUT"])
     command = ["bash", "scripts/table1.sh", str(images)]
     given = {**environment, "SMOKE": "1", "JOBS": "2", "EPOCHS": "3", "PAPER": "cifar10"}
-    process = subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     while not list(out.glob("*/checkpoint.pth.tar")):
         assert process.poll() is None, process.stdout.read().decode()
         time.sleep(0.05)
@@ -108,7 +149,12 @@ def test_a_table_from_nothing_again_and_after_a_kill(images, environment):
     first = script("table1", images, given)
     assert first.returncode == 0, first.stderr
     assert len(list(out.glob("*/summary.json"))) == 5
-    assert {path.name for path in (out / "report").iterdir()} >= {"table.md", "table.csv", "index.html", "curves.png"}
+    assert {path.name for path in (out / "report").iterdir()} >= {
+        "table.md",
+        "table.csv",
+        "index.html",
+        "curves.png",
+    }
     table = (out / "report" / "table.md").read_text()
     assert "the paper" in table.lower()
 
@@ -119,7 +165,8 @@ def test_a_table_from_nothing_again_and_after_a_kill(images, environment):
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(images, environment):
-    # A folder where the dense run's checkpoint should be cannot be resumed from, and Flying Bird does not mind.
+    # A folder where the dense run's checkpoint should be cannot be resumed from, and Flying Bird
+    # does not mind.
     plan = script("fig1", images, environment, PLAN=1, SMOKE=1, METHODS="fb", DENSITIES="0.5")
     dense = Path(environment["OUT"]) / plan.stderr.split()[0]
     dense.mkdir(parents=True)
@@ -138,13 +185,23 @@ def test_a_time_limit_stops_the_script_and_the_next_call_goes_on(images, environ
     assert script("fb", images, environment, SMOKE=1).returncode == 0
 
 
-@pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_a_signal_stops_the_script_once_its_runs_have_saved(images, environment, number, whole_group):
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_stops_the_script_once_its_runs_have_saved(
+    images, environment, number, whole_group
+):
     """Ctrl-C reaches every process, kill the script alone."""
     out, given = Path(environment["OUT"]), {**environment, "SMOKE": "1", "JOBS": "2"}
     command = ["bash", "scripts/table1.sh", str(images), "--train_step", "5"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=given,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not list(out.glob("*/checkpoint.pth.tar")):
         assert process.poll() is None
@@ -178,7 +235,8 @@ while [ $# -gt 0 ]; do
     shift
 done
 for number in ${numbers//,/ }; do
-    if [ -n "${array:-}" ]; then export SLURM_ARRAY_TASK_ID=$number; else unset SLURM_ARRAY_TASK_ID; fi
+    unset SLURM_ARRAY_TASK_ID
+    [ -z "${array:-}" ] || export SLURM_ARRAY_TASK_ID=$number
     bash -c "$wrap" >> "$CALLS.out" 2>&1 || exit
 done
 echo 77
@@ -190,8 +248,23 @@ def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path)
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text(SBATCH)
     sbatch.chmod(0o755)
-    given = {**environment, "PATH": f"{sbatch.parent}:{environment['PATH']}", "CALLS": str(tmp_path / "calls")}
-    result = script("dense", images, given, "--lr", "0.05", SLURM=1, SMOKE=1, SEEDS="1 2", JOBS=4, SBATCH="--gres=gpu:1 --time=1:00:00")
+    given = {
+        **environment,
+        "PATH": f"{sbatch.parent}:{environment['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+    }
+    result = script(
+        "dense",
+        images,
+        given,
+        "--lr",
+        "0.05",
+        SLURM=1,
+        SMOKE=1,
+        SEEDS="1 2",
+        JOBS=4,
+        SBATCH="--gres=gpu:1 --time=1:00:00",
+    )
     assert result.returncode == 0, result.stderr + (tmp_path / "calls.out").read_text()
     array, report = (tmp_path / "calls").read_text().splitlines()
     assert "--array 0,1%4" in array
@@ -206,7 +279,11 @@ def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path)
     [
         ([], {}, "the folder of the data is missing"),
         (["/nowhere"], {}, "DATASET=... says what it is"),
-        (["digits"], {"SEEDS": "1,2"}, "SEEDS are numbers with spaces between, as in \"1 2 3\", not '1,2'"),
+        (
+            ["digits"],
+            {"SEEDS": "1,2"},
+            "SEEDS are numbers with spaces between, as in \"1 2 3\", not '1,2'",
+        ),
         (["digits"], {"EPOCHS": "two"}, "EPOCHS is a number"),
         (["digits", "--densty", "2"], {}, "did you mean --density"),
         (["digits"], {"JOBS": "0"}, "--jobs must be at least 1"),
@@ -214,7 +291,14 @@ def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path)
 )
 def test_bad_calls_are_one_line(environment, arguments, variables, message):
     command = ["bash", "scripts/fb.sh", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -222,19 +306,36 @@ def test_bad_calls_are_one_line(environment, arguments, variables, message):
 
 
 def test_help_is_what_stands_at_the_top(environment):
-    result = subprocess.run(["bash", "scripts/fig1.sh", "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", "scripts/fig1.sh", "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0
     assert "Fig. 1" in result.stdout
     assert "JOBS=1" in result.stdout
     assert "table_begin" not in result.stdout
 
 
-SHELL = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.sh") if path.stem not in ("table", "help"))
+SHELL = sorted(
+    str(path.relative_to(ROOT))
+    for path in ROOT.glob("*/*.sh")
+    if path.stem not in ("table", "help")
+)
 
 
 @pytest.mark.parametrize("name", SHELL)
 def test_help_starts_nothing(name, environment):
-    result = subprocess.run(["bash", name, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(
+        ["bash", name, "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert f"bash {name}" in result.stdout
     assert "set -" not in result.stdout
@@ -251,14 +352,29 @@ def test_setting_up_says_what_to_do_next(environment):
     """By people called it does; by scripts it is quiet."""
     for quiet, said in (("", "source .venv/bin/activate"), ("1", "")):
         given = {**environment, "QUIET": quiet}
-        result = subprocess.run(["bash", "scripts/setup.sh"], cwd=ROOT, env=given, capture_output=True, text=True, timeout=600, check=True)
+        result = subprocess.run(
+            ["bash", "scripts/setup.sh"],
+            cwd=ROOT,
+            env=given,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=True,
+        )
         assert result.stdout.strip().endswith(said)
         assert bool(result.stdout) == bool(said)
 
 
 @pytest.mark.parametrize(("name", "argument"), [("setup", "nothing.txt"), ("quickstart", "digits")])
 def test_arguments_that_mean_nothing(name, argument, environment):
-    result = subprocess.run(["bash", f"scripts/{name}.sh", argument], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(
+        ["bash", f"scripts/{name}.sh", argument],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert f"'{argument}'" in result.stderr
 

@@ -34,12 +34,20 @@ def test_uniform_lies_strictly_inside_and_is_flat():
 
 
 def test_largest_draw_is_below_one(monkeypatch):
-    monkeypatch.setattr("sparse_core.random_bits", lambda key, counter: torch.full_like(counter, -1))
+    monkeypatch.setattr(
+        "sparse_core.random_bits", lambda key, counter: torch.full_like(counter, -1)
+    )
     assert uniform(0, torch.arange(3)).tolist() == [1 - 2.0**-24] * 3
 
 
 def test_streams_differ_by_every_part():
-    keys = {stream(1, "a", 0), stream(2, "a", 0), stream(1, "b", 0), stream(1, "a", 1), stream(1, "a")}
+    keys = {
+        stream(1, "a", 0),
+        stream(2, "a", 0),
+        stream(1, "b", 0),
+        stream(1, "a", 1),
+        stream(1, "a"),
+    }
     assert len(keys) == 5
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from models import build_model
+from models.flops import layer_costs, real_inference
+from models.slimming import for_channels_first, full_size_state, kept_channels, mask_channels, slim
 from tests import toy
-from utils.flops import layer_costs, real_inference
-from utils.slimming import for_channels_first, full_size_state, kept_channels, mask_channels, slim
 
 NETWORKS = {
     "resnet18": {"width": 0.25},
@@ -18,7 +18,8 @@ NETWORKS = {
 
 
 def network(arch):
-    """Scales and shifts away from their start and statistics to go with them, so that a channel in a wrong place shows."""
+    """Scales and shifts away from their start and statistics to go with them, so that a channel in
+    a wrong place shows."""
     model = build_model(arch, 10, **NETWORKS[arch])
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -51,7 +52,9 @@ def test_the_slim_network_computes_what_the_masked_one_does(arch, density):
 def test_the_slim_network_is_smaller_and_trains(arch):
     model = network(arch)
     small = slim(model, kept_channels(model, 0.5)[0])
-    assert real_inference(layer_costs(small, (3, 32, 32))) < 0.6 * real_inference(layer_costs(model, (3, 32, 32)))
+    assert real_inference(layer_costs(small, (3, 32, 32))) < 0.6 * real_inference(
+        layer_costs(model, (3, 32, 32))
+    )
     assert list(small.state_dict()) == list(model.state_dict())
     x, y = torch.rand(6, 3, 32, 32), torch.randint(0, 10, (6,))
     nn.functional.cross_entropy(small(x), y).backward()
@@ -75,9 +78,13 @@ def test_the_largest_scales_stay_and_the_full_network_is_left_alone():
     kept, helped = kept_channels(model, 0.3)
     slim(model, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    scales = {name: m.weight.abs() for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    scales = {
+        name: m.weight.abs() for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)
+    }
     stay = torch.cat([scales[name][channels] for name, channels in kept.items()])
-    gone = torch.cat([s[[c not in kept[name] for c in range(len(s))]] for name, s in scales.items()])
+    gone = torch.cat(
+        [s[[c not in kept[name] for c in range(len(s))]] for name, s in scales.items()]
+    )
     assert not helped
     assert len(stay) == round(0.3 * sum(len(s) for s in scales.values()))
     assert stay.min() >= gone.max()
@@ -139,7 +146,10 @@ def test_in_full_size_the_slim_network_computes_the_same(arch, density):
     for name, value in small.state_dict().items():
         live = state[name] != (1 if name.endswith("running_var") else 0)
         assert int(live.sum()) <= value.numel()
-        assert torch.equal(state[name][live].sort().values, value[value != (1 if name.endswith("running_var") else 0)].sort().values)
+        assert torch.equal(
+            state[name][live].sort().values,
+            value[value != (1 if name.endswith("running_var") else 0)].sort().values,
+        )
     if density == 1.0:
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
 

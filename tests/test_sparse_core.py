@@ -40,7 +40,11 @@ def read(path):
 
 
 def shapes_of(arch, golden):
-    return {name: shape for name, shape in read(golden / "state_dict_shapes.json")[arch] if len(shape) in (2, 4)}
+    return {
+        name: shape
+        for name, shape in read(golden / "state_dict_shapes.json")[arch]
+        if len(shape) in (2, 4)
+    }
 
 
 # ---------------------------------------------------------------- densities
@@ -56,7 +60,9 @@ def test_igq_equals_the_oracle(arch, golden):
 def test_erk_equals_the_oracle(golden):
     for arch, by_density in read(golden / "erk_densities.json").items():
         for density, expected in by_density.items():
-            assert layer_densities(shapes_of(arch, golden), float(density), "erk") == pytest.approx(expected, abs=1e-6)
+            assert layer_densities(shapes_of(arch, golden), float(density), "erk") == pytest.approx(
+                expected, abs=1e-6
+            )
 
 
 def test_er_by_hand():
@@ -107,7 +113,8 @@ def test_drop_lowest_by_hand():
     mask = torch.tensor([True, True, False, True, True])
     score = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0])
     assert drop_lowest(score, mask, 2).tolist() == [True, False, False, True, False]
-    assert drop_lowest(score, mask, 1).tolist() == [True, False, False, True, True]  # the tie goes to the lower index
+    # the tie goes to the lower index
+    assert drop_lowest(score, mask, 1).tolist() == [True, False, False, True, True]
     assert drop_lowest(score, mask, 0).tolist() == mask.tolist()
     assert mask.tolist() == [True, True, False, True, True]
 
@@ -119,7 +126,9 @@ def test_grow_highest_by_hand():
     assert grow_highest(score, mask, 3).tolist() == [True] * 5
 
 
-@pytest.mark.parametrize(("function", "n"), [(drop_lowest, 4), (drop_lowest, -1), (grow_highest, 3)])
+@pytest.mark.parametrize(
+    ("function", "n"), [(drop_lowest, 4), (drop_lowest, -1), (grow_highest, 3)]
+)
 def test_impossible_counts_are_refused(function, n):
     mask = torch.tensor([True, True, True, False, False])
     with pytest.raises(ValueError, match="cannot choose"):
@@ -138,12 +147,19 @@ def test_drop_and_grow_equal_a_stable_sort(seed):
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(0, 6, (6, 5, 3, 3), generator=generator).float()  # many ties
     mask = torch.rand(score.shape, generator=generator) < 0.5
-    live, dead = mask.flatten().nonzero().squeeze(1).tolist(), (~mask).flatten().nonzero().squeeze(1).tolist()
+    live, dead = (
+        mask.flatten().nonzero().squeeze(1).tolist(),
+        (~mask).flatten().nonzero().squeeze(1).tolist(),
+    )
     flat = score.flatten().tolist()
     dropped = drop_lowest(score, mask, 17).flatten()
-    assert sorted(live, key=lambda i: flat[i])[17:] == sorted(dropped.nonzero().squeeze(1).tolist(), key=lambda i: (flat[i], i))
+    assert sorted(live, key=lambda i: flat[i])[17:] == sorted(
+        dropped.nonzero().squeeze(1).tolist(), key=lambda i: (flat[i], i)
+    )
     grown = grow_highest(score, mask, 17) & ~mask
-    assert set(grown.flatten().nonzero().squeeze(1).tolist()) == set(sorted(dead, key=lambda i: -flat[i])[:17])
+    assert set(grown.flatten().nonzero().squeeze(1).tolist()) == set(
+        sorted(dead, key=lambda i: -flat[i])[:17]
+    )
 
 
 def test_counts_hold_with_nan_and_infinite_scores():
@@ -167,7 +183,8 @@ def test_one_layer_updates_equal_the_oracle(golden):
     arrays = np.load(golden / "prune_grow.npz")
     for case in read(golden / "prune_grow.json"):
         weight, gradient, before, after = (
-            torch.from_numpy(arrays[f"{case['case']}_{part}"]) for part in ("weight", "grad", "mask_before", "mask_after")
+            torch.from_numpy(arrays[f"{case['case']}_{part}"])
+            for part in ("weight", "grad", "mask_before", "mask_after")
         )
         layer = nn.Linear(1, 1, bias=False)
         layer.weight = nn.Parameter(weight.clone())
@@ -182,7 +199,9 @@ def test_one_layer_updates_equal_the_oracle(golden):
             prune_ratio=case["prune_ratio"],
             growth_ratio=case["growth_ratio"],
         )
-        masking = Masking(layer, torch.optim.SGD(layer.parameters(), 0.1), config, masks={"weight": before.bool()})
+        masking = Masking(
+            layer, torch.optim.SGD(layer.parameters(), 0.1), config, masks={"weight": before.bool()}
+        )
         verdict = Verdict(case["extra_prune"], case["extra_grow"])
         masking.controller.decide = lambda epoch, verdict=verdict: verdict
         layer.weight.grad = gradient.clone()
@@ -203,7 +222,9 @@ def test_drop_fraction_equals_the_oracle(golden):
 
 def test_other_schedules():
     linear = DropFractionSchedule(0.5, 10, "linear")
-    assert [linear.at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.5, 0.2525, 0.005, 0.005])
+    assert [linear.at(step) for step in (0, 5, 10, 99)] == pytest.approx(
+        [0.5, 0.2525, 0.005, 0.005]
+    )
     assert DropFractionSchedule(0.5, 10, "constant").at(7) == 0.5
     assert DropFractionSchedule(0.001, 10).at(10) == 0.001  # never above where it began
 
@@ -216,9 +237,16 @@ def test_bad_schedules_are_refused(arguments):
 
 def test_verdicts_equal_the_oracle(golden):
     for series in read(golden / "fbp_decisions.json"):
-        controller = DensityController(series["epoch_range"], series["update_threshold"], series["dynamic_epoch"])
+        controller = DensityController(
+            series["epoch_range"], series["update_threshold"], series["dynamic_epoch"]
+        )
         for epoch, (gap, loss, expected) in enumerate(
-            zip(series["gap_train_ra_minus_val_ra"], series["val_loss"], series["extra_prune_extra_grow_by_epoch"], strict=True)
+            zip(
+                series["gap_train_ra_minus_val_ra"],
+                series["val_loss"],
+                series["extra_prune_extra_grow_by_epoch"],
+                strict=True,
+            )
         ):
             verdict = controller.decide(epoch)
             assert [verdict.prune, verdict.grow] == expected
@@ -255,7 +283,9 @@ def test_scores_by_data_need_data(method):
 
 
 def test_random_starts_follow_the_seed():
-    first, again, other = (initial_masks(toy.network(), 0.3, "igq", seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        initial_masks(toy.network(), 0.3, "igq", seed=seed) for seed in (1, 1, 2)
+    )
     assert mask_hash(first) == mask_hash(again) != mask_hash(other)
 
 
@@ -280,7 +310,9 @@ def test_snip_by_hand():
     layer, x, y = linear_pair()
     gradient = (torch.softmax(x @ layer.weight.T, 1) - F.one_hot(y, 2)).T @ x
     expected = global_masks({"weight": (layer.weight * gradient).abs().detach()}, 0.5)
-    assert torch.equal(initial_masks(layer, 0.5, "snip", batches=[(x, y)])["weight"], expected["weight"])
+    assert torch.equal(
+        initial_masks(layer, 0.5, "snip", batches=[(x, y)])["weight"], expected["weight"]
+    )
     in_two = initial_masks(layer, 0.5, "snip", batches=[(x[:1], y[:1]), (x[1:], y[1:])])
     assert torch.equal(in_two["weight"], expected["weight"])
 
@@ -300,7 +332,8 @@ def test_grasp_by_hand():
 
 
 def test_synflow_keeps_the_strongest_path():
-    """Two linear layers: at 3 of 8 weights, what is left must be one path from input to output, and a weight of the other output."""
+    """Two linear layers: at 3 of 8 weights, what is left must be one path from input to output, and
+    a weight of the other output."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
@@ -404,7 +437,10 @@ def test_momentum_growth_sees_the_momentum_before_it_is_masked():
     x, y = toy.images()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    raw = {name: optimizer.state[w]["momentum_buffer"].abs().clone() for name, w in prunable(model).items()}
+    raw = {
+        name: optimizer.state[w]["momentum_buffer"].abs().clone()
+        for name, w in prunable(model).items()
+    }
     before = {name: mask.clone() for name, mask in masking.masks.items()}
     masking.step()
     for name in raw:
@@ -443,9 +479,17 @@ def test_fixed_masks_stay():
 
 def test_a_fully_dense_layer_is_left_alone():
     model = toy.network()
-    masks = {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.bool), "5.weight": torch.rand(3, 64) < 0.2}
+    masks = {
+        "0.weight": torch.ones(4, 3, 3, 3, dtype=torch.bool),
+        "5.weight": torch.rand(3, 64) < 0.2,
+    }
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    masking = Masking(model, optimizer, MaskingConfig(0.5, 8, update_frequency=1, adaptive=True, start_epoch=0), masks=masks)
+    masking = Masking(
+        model,
+        optimizer,
+        MaskingConfig(0.5, 8, update_frequency=1, adaptive=True, start_epoch=0),
+        masks=masks,
+    )
     for _ in range(3):
         masking.observe(train_ra=len(masking.controller.gaps), val_ra=0, val_loss=-masking.epoch)
     train(model, optimizer, masking, 3)
@@ -458,7 +502,9 @@ def test_growing_stops_at_a_full_layer():
     model = toy.network()
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model).items()}
     masks["5.weight"][0, 0] = False
-    config = MaskingConfig(0.9, 8, update_frequency=1, adaptive=True, start_epoch=0, growth_ratio=5.0)
+    config = MaskingConfig(
+        0.9, 8, update_frequency=1, adaptive=True, start_epoch=0, growth_ratio=5.0
+    )
     masking = Masking(model, torch.optim.SGD(model.parameters(), 0.1), config, masks=masks)
     for loss in (1.0, 2.0):
         masking.observe(train_ra=0, val_ra=0, val_loss=loss)
@@ -476,7 +522,9 @@ def test_second_frequency_begins_past_half_the_run():
 
 
 def test_flying_bird_plus_prunes_and_grows_by_the_counts():
-    _, _, masking = start(density=0.3, adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.25)
+    _, _, masking = start(
+        density=0.3, adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.25
+    )
     before = masking.live_counts()
     for gap, loss in ((1.0, 1.0), (2.0, 2.0)):
         masking.observe(train_ra=gap, val_ra=0, val_loss=loss)
@@ -507,7 +555,9 @@ def test_resume_is_exact_to_the_bit():
     assert mask_hash(whole[2].masks) == mask_hash(second[2].masks)
     assert whole[2].events == second[2].events
     assert whole[2].explored_fraction() == second[2].explored_fraction()
-    for ours, theirs in zip(whole[0].state_dict().values(), second[0].state_dict().values(), strict=True):
+    for ours, theirs in zip(
+        whole[0].state_dict().values(), second[0].state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -549,21 +599,30 @@ def test_other_optimizers_have_their_state_masked_too():
 
 
 def test_float64_trajectory_equals_the_oracle(golden):
-    """Attack, batch norm, optimizer, masks and two gradient-growth updates, 8 steps, digit for digit."""
+    """Attack, batch norm, optimizer, masks and two gradient-growth updates, 8 steps, digit for
+    digit."""
     arrays = np.load(golden / "trajectory.npz")
 
     def part(prefix):
-        return {name.removeprefix(prefix): torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): torch.from_numpy(arrays[name])
+            for name in arrays.files
+            if name.startswith(prefix)
+        }
 
     model = build_model("resnet18", 10, width=0.125)
     model.load_state_dict(part("init/"))
     model.double().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     config = MaskingConfig(density=0.5, total_steps=8, growth="gradient", update_frequency=3)
-    masking = Masking(model, optimizer, config, masks={name: mask.bool() for name, mask in part("mask0/").items()})
+    masking = Masking(
+        model, optimizer, config, masks={name: mask.bool() for name, mask in part("mask0/").items()}
+    )
     attack = PGD(8 / 255, 2 / 255, 2, random_start=False)
     losses = []
-    for x, y in zip(torch.from_numpy(arrays["x"]).double() / 255, torch.from_numpy(arrays["y"]), strict=True):
+    for x, y in zip(
+        torch.from_numpy(arrays["x"]).double() / 255, torch.from_numpy(arrays["y"]), strict=True
+    ):
         adversarial = pgd_attack(model, x, y, attack, training=True)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(adversarial), y)
@@ -604,7 +663,11 @@ class Attentive(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv3, self.up = nn.Conv1d(3, 8, 3), nn.Conv3d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3)
+        self.conv1, self.conv3, self.up = (
+            nn.Conv1d(3, 8, 3),
+            nn.Conv3d(2, 4, 3),
+            nn.ConvTranspose2d(4, 6, 3),
+        )
         self.attention = nn.MultiheadAttention(8, 2)
         self.embedding, self.norm = nn.Embedding(10, 8), nn.LayerNorm([8, 8])
         self.positions = nn.Parameter(torch.rand(5, 8))
@@ -613,11 +676,21 @@ class Attentive(nn.Module):
 
 def test_prunable_are_the_weights_of_layers_and_not_what_has_their_shape():
     attention = ["attention.in_proj_weight", "attention.out_proj.weight"]
-    assert list(prunable(Attentive())) == ["conv1.weight", "conv3.weight", "up.weight", *attention, "head.weight"]
+    assert list(prunable(Attentive())) == [
+        "conv1.weight",
+        "conv3.weight",
+        "up.weight",
+        *attention,
+        "head.weight",
+    ]
 
 
 def masking_of(model, **settings):
-    return Masking(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), MaskingConfig(0.2, 10, update_frequency=1, **settings))
+    return Masking(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+        MaskingConfig(0.2, 10, update_frequency=1, **settings),
+    )
 
 
 @pytest.mark.parametrize(
@@ -636,7 +709,9 @@ def test_computed_weights_are_refused_by_name(change, helps):
 
 
 def test_a_spectral_norm_has_the_density_that_was_asked_for():
-    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(20, 20)), nn.Linear(20, 20))
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(20, 20)), nn.Linear(20, 20)
+    )
     masking_of(model)
     live = sum(int(layer.weight.count_nonzero()) for layer in model)
     assert live == round(0.2 * 800)
@@ -675,7 +750,10 @@ OPTIMIZERS = {
 MOMENTUM = MaskingConfig(0.2, 10, update_frequency=1, growth="momentum")
 
 
-@pytest.mark.parametrize(("optimizer", "key"), [("sgd", "momentum_buffer"), ("adam", "exp_avg"), ("rmsprop", "momentum_buffer")])
+@pytest.mark.parametrize(
+    ("optimizer", "key"),
+    [("sgd", "momentum_buffer"), ("adam", "exp_avg"), ("rmsprop", "momentum_buffer")],
+)
 def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
     model = nn.Sequential(nn.Linear(20, 20))
     made = OPTIMIZERS[optimizer](model.parameters())
@@ -688,7 +766,9 @@ def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
     assert masking.live_counts() == {"0.weight": 80}
 
 
-@pytest.mark.parametrize("optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "rprop", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "rprop", "adafactor"]
+)
 def test_momentum_growth_without_momentum_is_refused_at_once(optimizer):
     model = nn.Sequential(nn.Linear(20, 20))
     with pytest.raises(ValueError, match=r"optimizer with momentum.* 0\.weight has none"):
@@ -715,8 +795,16 @@ class Foreign(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("key", "kept", "message"),
     [
-        ("exp_avg", lambda g: g.mean(dim=1), r"momentum shaped like 0\.weight, in floats; .* \(20,\)"),
-        ("exp_avg", lambda g: g.to(torch.uint8), r"momentum shaped like 0\.weight, in floats; .*uint8"),
+        (
+            "exp_avg",
+            lambda g: g.mean(dim=1),
+            r"momentum shaped like 0\.weight, in floats; .* \(20,\)",
+        ),
+        (
+            "exp_avg",
+            lambda g: g.to(torch.uint8),
+            r"momentum shaped like 0\.weight, in floats; .*uint8",
+        ),
         ("state1", lambda g: g.to(torch.uint8), "optimizer with momentum"),
     ],
 )
@@ -745,7 +833,9 @@ def test_momentum_growth_waits_for_the_first_step():
     """A scaler skips the first ones, and then there is no momentum yet."""
     model = nn.Sequential(nn.Linear(20, 20))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="momentum"))
+    masking = Masking(
+        model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="momentum")
+    )
     before = masking.masks["0.weight"].clone()
     masking.step()
     masking.step()
@@ -758,7 +848,8 @@ def test_momentum_growth_waits_for_the_first_step():
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Wraps an optimizer and remembers slow weights: in its own state, nested, or in a list of its own."""
+    """Wraps an optimizer and remembers slow weights: in its own state, nested, or in a list of its
+    own."""
 
     def __init__(self, optimizer, where):
         self.inner, self.where, self.slow = optimizer, where, []
@@ -842,7 +933,9 @@ def test_a_computed_projection_of_an_attention_is_refused():
 def test_an_update_that_falls_on_useless_gradients_is_put_off(useless):
     model = nn.Sequential(nn.Linear(20, 20))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"))
+    masking = Masking(
+        model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient")
+    )
     weight, before = model[0].weight, masking.masks["0.weight"].clone()
     for step in range(1, 4):
         weight.grad = torch.rand_like(weight) if step != 2 else torch.full_like(weight, useless)
@@ -869,7 +962,9 @@ def test_a_layer_without_a_gradient_keeps_its_mask():
 @pytest.mark.parametrize("method", ["magnitude", "snip", "grasp"])
 def test_a_scored_start_leaves_every_layer_and_every_output_a_weight(method):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3)
+    )
     with torch.no_grad():
         model[3].weight.mul_(1e-6)
         model[5].weight.mul_(1e-6)
@@ -889,7 +984,10 @@ def test_an_emptied_convolution_in_channels_last_is_given_a_weight():
     plain = toy.network()
     plain.load_state_dict(model.state_dict())
     masks = initial_masks(model, 0.05, "magnitude")
-    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 1, "5.weight": 14}
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {
+        "0.weight": 1,
+        "5.weight": 14,
+    }
     assert mask_hash(masks) == mask_hash(initial_masks(plain, 0.05, "magnitude"))
 
 
@@ -908,8 +1006,13 @@ def test_ties_of_a_growth_are_drawn():
     assert (int(first.sum()), int(first.any(dim=1).sum())) == (30, 10)
     tied = torch.cat([torch.arange(30), torch.arange(40, 100)])
     expected = tied[random_bits(1, tied).argsort()[:20]]  # of the position's number alone
-    assert set((first & (score == 0)).flatten().nonzero().squeeze(1).tolist()) == set(expected.tolist())
-    last = [part[None, :, :, None].to(memory_format=torch.channels_last) for part in (score.view(10, 10), mask)]
+    assert set((first & (score == 0)).flatten().nonzero().squeeze(1).tolist()) == set(
+        expected.tolist()
+    )
+    last = [
+        part[None, :, :, None].to(memory_format=torch.channels_last)
+        for part in (score.view(10, 10), mask)
+    ]
     assert torch.equal(grow_highest(*last, 30, tie_key=1).view(10, 10), first)
 
 
@@ -921,7 +1024,15 @@ def test_equal_scores_grow_where_the_seed_says(growth):
         masks = {"0.weight": torch.zeros(40, 40, dtype=torch.bool)}
         masks["0.weight"][:4] = True
         optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)
-        config = MaskingConfig(0.1, 9, update_frequency=1, growth=growth, seed=seed, drop_schedule="constant", drop_fraction=0.25)
+        config = MaskingConfig(
+            0.1,
+            9,
+            update_frequency=1,
+            growth=growth,
+            seed=seed,
+            drop_schedule="constant",
+            drop_fraction=0.25,
+        )
         masking = Masking(model, optimizer, config, masks=masks)
         for _ in range(steps):
             before = masking.masks["0.weight"].clone()
@@ -933,7 +1044,8 @@ def test_equal_scores_grow_where_the_seed_says(growth):
     before, after = grown(1)
     new = after & ~before
     assert int(after.sum()) == 160
-    assert int(new.any(dim=1).sum()) > 18  # about 35 in 36 rows that were dead; by index they would lie in one
+    # about 35 in 36 rows that were dead; by index they would lie in one
+    assert int(new.any(dim=1).sum()) > 18
     assert torch.equal(after, grown(1)[1])
     assert not torch.equal(after, grown(2)[1])
     assert not torch.equal(after, grown(1, 2)[1])
@@ -946,7 +1058,9 @@ def test_equal_scores_of_a_start_are_drawn(method):
         model[0].weight.fill_(0.5)
         model[1].weight.copy_(torch.arange(1.0, 5).view(4, 1).expand(4, 20))
     batches = [(torch.ones(2, 20), torch.tensor([0, 1]))]
-    first, again, other = (initial_masks(model, 0.3, method, seed=seed, batches=batches) for seed in (1, 1, 2))
+    first, again, other = (
+        initial_masks(model, 0.3, method, seed=seed, batches=batches) for seed in (1, 1, 2)
+    )
     assert mask_hash(first) == mask_hash(again) != mask_hash(other)
     live = int(first["0.weight"].sum())
     assert live > 20
@@ -976,7 +1090,9 @@ def test_scores_without_use_are_refused(method):
 @pytest.mark.parametrize("density", [0.02, 0.06])
 def test_synflow_leaves_every_layer_and_every_output_a_weight(density):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 6))
+    model = nn.Sequential(
+        nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 6)
+    )
     with torch.no_grad():
         model[4].weight[2:].mul_(1e-6)
     masks = initial_masks(model, density, "synflow", batches=[(torch.zeros(1, 30), torch.zeros(1))])
@@ -987,7 +1103,10 @@ def test_synflow_leaves_every_layer_and_every_output_a_weight(density):
 
 def dead_start(growth, dense=False, fixed=False, **options):
     model = toy.network()
-    masks = {"0.weight": torch.zeros(4, 3, 3, 3, dtype=torch.bool), "5.weight": torch.ones(3, 64, dtype=torch.bool)}
+    masks = {
+        "0.weight": torch.zeros(4, 3, 3, 3, dtype=torch.bool),
+        "5.weight": torch.ones(3, 64, dtype=torch.bool),
+    }
     if not dense:
         masks["5.weight"][:, 20:] = False
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -1024,7 +1143,9 @@ def test_a_layer_that_dies_later_is_said_and_regrows():
 
 
 def test_a_dead_layer_regrows_under_the_verdicts_too():
-    model, optimizer, masking = dead_start("random", adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.5)
+    model, optimizer, masking = dead_start(
+        "random", adaptive=True, start_epoch=0, drop_schedule="constant", drop_fraction=0.5
+    )
     for gap, loss in ((1.0, 1.0), (2.0, 2.0)):
         masking.observe(train_ra=gap, val_ra=0, val_loss=loss)
     train(model, optimizer, masking, 1)
@@ -1037,7 +1158,12 @@ def test_a_regrown_layer_learns_again():
     masks = {"0.weight": torch.zeros(10, 10, dtype=torch.bool), "2.weight": torch.rand(3, 10) < 0.5}
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.warns(UserWarning, match=r"without a live weight"):
-        masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"), masks=masks)
+        masking = Masking(
+            model,
+            optimizer,
+            MaskingConfig(0.2, 10, update_frequency=2, growth="gradient"),
+            masks=masks,
+        )
     x, y = torch.rand(12, 10), torch.arange(12) % 3
     for _ in range(3):
         optimizer.zero_grad()
@@ -1056,7 +1182,11 @@ def test_fixed_masks_say_that_a_dead_layer_stays():
 class Chosen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.norm, self.head = nn.Embedding(10, 8), nn.LayerNorm([8, 8]), nn.Linear(8, 4)
+        self.embedding, self.norm, self.head = (
+            nn.Embedding(10, 8),
+            nn.LayerNorm([8, 8]),
+            nn.Linear(8, 4),
+        )
         self.positions = nn.Parameter(torch.rand(5, 8))
 
     def forward(self, x):
@@ -1070,38 +1200,62 @@ def test_prunable_chooses_otherwise(by, method):
     named = dict(model.named_parameters())
     chosen = {
         "mapping": {"positions": model.positions, "embedding.weight": model.embedding.weight},
-        "predicate": lambda name, layer, parameter: isinstance(layer, nn.Embedding) or name == "positions",
+        "predicate": lambda name, layer, parameter: (
+            isinstance(layer, nn.Embedding) or name == "positions"
+        ),
     }[by]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [(torch.randint(0, 10, (6, 3)), torch.randint(0, 4, (6,)))]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    masking = Masking(model, optimizer, MaskingConfig(0.25, 9, sparse_init=method, update_frequency=2), batches=batches, prunable=chosen)
+    masking = Masking(
+        model,
+        optimizer,
+        MaskingConfig(0.25, 9, sparse_init=method, update_frequency=2),
+        batches=batches,
+        prunable=chosen,
+    )
     assert list(masking.masks) == ["positions", "embedding.weight"]
     assert sum(masking.live_counts().values()) == round(0.25 * 120)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name not in masking.masks)
-    assert all(int(named[name].count_nonzero()) == live for name, live in masking.live_counts().items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in model.state_dict().items()
+        if name not in masking.masks
+    )
+    assert all(
+        int(named[name].count_nonzero()) == live for name, live in masking.live_counts().items()
+    )
     assert set(initial_masks(model, 0.25, "erk", prunable=chosen)) == set(masking.masks)
 
 
 def test_the_choice_of_the_documentation(capsys):
     page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
-    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prunable=" in part]
+    (snippet,) = [
+        part for part in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prunable=" in part
+    ]
     exec(compile(snippet, "extending.md", "exec"), {})
     assert eval(capsys.readouterr().out).keys() == {"0.weight", "2.weight"}
 
 
 def test_a_predicate_sees_the_layer_that_computes():
     model = nn.Sequential(
-        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Bilinear(2, 2, 2)
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+        nn.utils.spectral_norm(nn.Linear(8, 8)),
+        nn.Bilinear(2, 2, 2),
     )
     seen = {}
     masking = Masking(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
         MaskingConfig(0.5, 900),
-        prunable=lambda name, layer, parameter: seen.setdefault(name, type(layer)) is not nn.Bilinear,
+        prunable=lambda name, layer, parameter: (
+            seen.setdefault(name, type(layer)) is not nn.Bilinear
+        ),
     )
-    assert [kind.__name__.removeprefix("Parametrized") for kind in seen.values()] == ["Linear", "Linear", "Bilinear"]
+    assert [kind.__name__.removeprefix("Parametrized") for kind in seen.values()] == [
+        "Linear",
+        "Linear",
+        "Bilinear",
+    ]
     assert list(masking.masks) == ["0.parametrizations.weight.original", "1.weight_orig"]
     assert issubclass(seen["0.parametrizations.weight.original"], nn.Linear)
 
@@ -1111,7 +1265,10 @@ def test_a_predicate_sees_the_layer_that_computes():
     [
         (["head.weight_"], "prunable names head.weight_, which is no parameter"),
         (["head.bias"], r"head\.bias has the shape \(4,\)"),
-        (["normed.parametrizations.weight.original1"], "normed has a weight computed by WeightNorm"),
+        (
+            ["normed.parametrizations.weight.original1"],
+            "normed has a weight computed by WeightNorm",
+        ),
         (["older.weight_v"], "older has a weight_norm"),
         (["pruned.weight_orig"], "pruned is masked by torch.nn.utils.prune"),
         ([], "none is chosen"),
@@ -1119,21 +1276,36 @@ def test_a_predicate_sees_the_layer_that_computes():
 )
 def test_choices_that_cannot_be_masked_are_refused(names, message):
     model = Chosen()
-    model.normed, model.pruned = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    model.normed, model.pruned = (
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4),
+    )
     model.older = nn.utils.weight_norm(nn.Linear(4, 4))
     prune.random_unstructured(model.pruned, "weight", 0.5)
     named = dict(model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match=message):
-        Masking(model, optimizer, MaskingConfig(0.5, 900), prunable={name: named.get(name, model.positions) for name in names})
+        Masking(
+            model,
+            optimizer,
+            MaskingConfig(0.5, 900),
+            prunable={name: named.get(name, model.positions) for name in names},
+        )
     if names and names != ["head.bias"] and names[0] in named:
         with pytest.raises(ValueError, match=message):
-            Masking(model, optimizer, MaskingConfig(0.5, 900), prunable=lambda name, layer, parameter: name in names)
+            Masking(
+                model,
+                optimizer,
+                MaskingConfig(0.5, 900),
+                prunable=lambda name, layer, parameter: name in names,
+            )
 
 
 def test_a_parameter_of_another_model_is_refused_as_prunable():
     model, other = Chosen(), Chosen()
-    with pytest.raises(ValueError, match=r"prunable names head\.weight, which is no parameter of this model"):
+    with pytest.raises(
+        ValueError, match=r"prunable names head\.weight, which is no parameter of this model"
+    ):
         initial_masks(model, 0.5, prunable={"head.weight": other.head.weight})
 
 
@@ -1141,7 +1313,12 @@ def test_chosen_frozen_weights_are_left_alone_and_named():
     model = Chosen()
     model.positions.requires_grad_(False)
     with pytest.warns(UserWarning, match=r"frozen .*: positions$"):
-        masking = Masking(model, torch.optim.SGD(model.parameters(), 0.1), MaskingConfig(0.5, 900), prunable=lambda *given: True)
+        masking = Masking(
+            model,
+            torch.optim.SGD(model.parameters(), 0.1),
+            MaskingConfig(0.5, 900),
+            prunable=lambda *given: True,
+        )
     assert list(masking.masks) == ["embedding.weight", "norm.weight", "norm.bias", "head.weight"]
 
 
@@ -1154,16 +1331,21 @@ def test_a_spectral_norm_on_an_attention_is_right_or_refused(leaf):
 
     model = attention(nn.utils.parametrizations.spectral_norm)
     masking = masking_of(model)
-    assert sum(int(weight.count_nonzero()) for weight in (model.in_proj_weight, model.out_proj.weight)) == round(0.2 * 256)
+    assert sum(
+        int(weight.count_nonzero()) for weight in (model.in_proj_weight, model.out_proj.weight)
+    ) == round(0.2 * 256)
     assert sum(masking.live_counts().values()) == round(0.2 * 256)
     older = nn.Sequential(attention(nn.utils.spectral_norm))
-    if leaf == "out_proj":  # whose forward, which computes the older norm, an attention does not call
+    # whose forward, which computes the older norm, an attention does not call
+    if leaf == "out_proj":
         with pytest.raises(ValueError, match=r"^0\.out_proj has the older spectral_norm"):
             masking_of(older)
         return
     masking_of(older)
     older[0](*[torch.rand(3, 8)] * 3)
-    assert int(older[0].in_proj_weight.count_nonzero()) + int(older[0].out_proj.weight.count_nonzero()) == round(0.2 * 256)
+    assert int(older[0].in_proj_weight.count_nonzero()) + int(
+        older[0].out_proj.weight.count_nonzero()
+    ) == round(0.2 * 256)
 
 
 def test_a_start_is_scored_after_a_forward_pass_with_the_older_spectral_norm():
@@ -1184,7 +1366,9 @@ def test_a_lazy_layer_is_refused_before_its_first_batch():
 
 @pytest.mark.parametrize("method", ["snip", "grasp"])
 def test_scores_of_a_network_with_dropout_are_of_the_seed(method):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.Dropout(0.5), nn.Tanh(), nn.Linear(20, 3))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 20), nn.Dropout(0.5), nn.Tanh(), nn.Linear(20, 3)
+    )
     starts = []
     for _ in range(2):
         torch.rand(3)  # whatever the host program draws

@@ -10,15 +10,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests import toy
 from tests.toy import TOY_BIRD, TOY_MASKS, TOY_RUN
-from utils.metrics import RunFolder, read_epochs
-from utils.paths import RunPaths
-from utils.tensorboard import flattened
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import RunFolder, read_epochs
+from utils.storage.tensorboard import flattened
 
 ROW = {
     "epoch": 1,
     "test_ra": 40.0,
     "layer_densities": {"conv1.weight": 0.5, "linear.weight": 0.25},
-    "updates": [{"step": 2, "prune": True, "grow": False}, {"step": 4, "prune": True, "grow": True}],
+    "updates": [
+        {"step": 2, "prune": True, "grow": False},
+        {"step": 4, "prune": True, "grow": True},
+    ],
     "mask_distances": [0.3, 0.1],
     "ticket": False,
 }
@@ -28,7 +31,9 @@ def events_of(run):
     """Everything TensorBoard would show of a run, nothing thinned out or purged."""
     folder = RunPaths(run).tensorboard
     assert len(list(folder.iterdir())) == 1
-    read = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=False)
+    read = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=False
+    )
     return read.Reload()
 
 
@@ -46,15 +51,23 @@ def test_a_line_without_nesting():
         "epoch": 1, "test_ra": 40.0, "density/conv1.weight": 0.5, "density/linear.weight": 0.25,
         "updates": 2, "updates/prune": 2, "updates/grow": 1, "mask_distance": 0.1, "ticket": 0,
     }  # fmt: skip
-    assert flattened({"mask_distances": [], "updates": []}) == {"updates": 0, "updates/prune": 0, "updates/grow": 0}
+    assert flattened({"mask_distances": [], "updates": []}) == {
+        "updates": 0,
+        "updates/prune": 0,
+        "updates/grow": 0,
+    }
 
 
 def test_every_figure_of_every_epoch_and_the_picture(run_adv, tmp_path):
     assert run_adv(*TOY_RUN, "--fb", *TOY_MASKS, "--save_dir", tmp_path, "--tensorboard").code == 0
     run = only_run(tmp_path)
     rows, shown = read_epochs(RunPaths(run)), events_of(run).Tags()
-    assert scalars(run, "accuracy/test_ra") == [(row["epoch"], pytest.approx(row["test_ra"])) for row in rows]
-    assert scalars(run, "loss/val_loss") == [(row["epoch"], pytest.approx(row["val_loss"])) for row in rows]
+    assert scalars(run, "accuracy/test_ra") == [
+        (row["epoch"], pytest.approx(row["test_ra"])) for row in rows
+    ]
+    assert scalars(run, "loss/val_loss") == [
+        (row["epoch"], pytest.approx(row["val_loss"])) for row in rows
+    ]
     assert scalars(run, "updates/all") == [(1, 2.0), (2, 2.0)]
     for layer, density in rows[-1]["layer_densities"].items():
         assert scalars(run, f"density/{layer}")[-1] == (2, pytest.approx(density))
@@ -64,7 +77,8 @@ def test_every_figure_of_every_epoch_and_the_picture(run_adv, tmp_path):
 
 
 def test_a_resumed_run_has_every_step_once(run_adv, tmp_path):
-    """Begun without events and gone on with them, then for longer: the flag need not be given again."""
+    """Begun without events and gone on with them, then for longer: the flag need not be given
+    again."""
     common = ["--save_dir", tmp_path]
     assert run_adv(*TOY_RUN, *common).code == 0
     run = only_run(tmp_path)
@@ -91,8 +105,8 @@ def test_without_the_library_it_is_one_line_and_nothing_is_written(run_adv, tmp_
 
 
 def test_a_failing_disk_is_a_failed_run(tmp_path, monkeypatch):
-    from utils import tensorboard
     from utils.errors import RunError
+    from utils.storage import tensorboard
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -111,8 +125,8 @@ import errno, sys, threading
 from pathlib import Path
 from tensorboard.summary.writer import record_writer
 from utils.errors import run_command
-from utils.metrics import RunFolder
-from utils.paths import RunPaths
+from utils.storage.run_folder import RunFolder
+from utils.storage.paths import RunPaths
 def full(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 def command():
@@ -127,7 +141,12 @@ other = threading.Thread(target=full)
 other.start(); other.join()
 sys.exit(code)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("error: cannot write") == 1
     assert done.stderr.count("Traceback") == 1
@@ -147,7 +166,9 @@ def test_the_csv_has_a_line_an_epoch(run_eb, metrics_csv, tmp_path, to_file):
     run = only_run(tmp_path / "runs")
     outcome = metrics_csv(run, *(["--out", tmp_path / "m.csv"] if to_file else []))
     assert outcome.code == 0, outcome.err
-    table = list(csv.DictReader(io.StringIO((tmp_path / "m.csv").read_text() if to_file else outcome.out)))
+    table = list(
+        csv.DictReader(io.StringIO((tmp_path / "m.csv").read_text() if to_file else outcome.out))
+    )
     rows = read_epochs(RunPaths(run))
     assert len(table) == len(rows) == 4
     assert float(table[-1]["test_ra"]) == rows[-1]["test_ra"]
@@ -157,6 +178,10 @@ def test_the_csv_has_a_line_an_epoch(run_eb, metrics_csv, tmp_path, to_file):
 
 def test_no_run_and_no_place_are_one_line(metrics_csv, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    for arguments in ([tmp_path / "nothing"], [tmp_path, "--out", tmp_path / "no" / "m.csv"], [tmp_path, "--output", "x"]):
+    for arguments in (
+        [tmp_path / "nothing"],
+        [tmp_path, "--out", tmp_path / "no" / "m.csv"],
+        [tmp_path, "--output", "x"],
+    ):
         outcome = metrics_csv(*arguments)
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)

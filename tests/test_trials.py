@@ -5,8 +5,15 @@ from torch import nn
 from data import plain_batches
 from tests import processes, toy
 from utils.attacks import PGD, AutoAttack
-from utils.evaluate import evaluate
-from utils.trials import Outcomes, Trial, autoattack_trials, clean_trial, pgd_trials, run_trials
+from utils.evaluation.scores import evaluate
+from utils.evaluation.trials import (
+    Outcomes,
+    Trial,
+    autoattack_trials,
+    clean_trial,
+    pgd_trials,
+    run_trials,
+)
 
 ATTACK = PGD(26 / 255, 6 / 255, 8)
 
@@ -18,7 +25,10 @@ class Cut(Exception):
 def fitted(classes=5, n=12):
     """A linear network that knows its images, so that there is something to break."""
     torch.manual_seed(0)
-    model, split = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)), toy.split(n, classes=classes)
+    model, split = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, classes)),
+        toy.split(n, classes=classes),
+    )
     pixels = split.images.permute(0, 3, 1, 2).float().flatten(1) / 255
     with torch.no_grad():
         targets = nn.functional.one_hot(split.labels, classes).float()
@@ -64,7 +74,8 @@ def test_restarts_need_a_random_start():
 
 
 def cut_and_continued(model, split, trials, rounds):
-    """The same trials, stopped after every ``rounds`` batches and gone on with from what a file would hold."""
+    """The same trials, stopped after every ``rounds`` batches and gone on with from what a file
+    would hold."""
     labels = {"test": split.labels[split.indices]}
     state, cuts = Outcomes(labels).state_dict(), 0
     while True:
@@ -88,7 +99,10 @@ def cut_and_continued(model, split, trials, rounds):
 def test_cut_and_continued_is_uncut_for_pgd(rounds):
     model, split = fitted(n=40)
     attack = PGD(26 / 255, 26 / 255, 1)
-    trials = [Trial(t.name, t.craft, t.part, t.spares, batch=7) for t in [clean_trial(), *pgd_trials(model, attack, 1, restarts=3)]]
+    trials = [
+        Trial(t.name, t.craft, t.part, t.spares, batch=7)
+        for t in [clean_trial(), *pgd_trials(model, attack, 1, restarts=3)]
+    ]
     whole = run_trials(model, {"test": split}, trials)
     outcomes, cuts = cut_and_continued(model, split, trials, rounds)
     assert cuts >= 4
@@ -97,12 +111,16 @@ def test_cut_and_continued_is_uncut_for_pgd(rounds):
 
 def test_cut_and_continued_is_uncut_for_autoattack():
     model, split = fitted(n=40)
-    trials = [clean_trial(), *autoattack_trials(model, AutoAttack(26 / 255), 5, split.device, seed=1)]
+    trials = [
+        clean_trial(),
+        *autoattack_trials(model, AutoAttack(26 / 255), 5, split.device, seed=1),
+    ]
     trials = [Trial(t.name, t.craft, t.part, t.spares, batch=16) for t in trials]
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     whole = run_trials(model, {"test": split}, trials)
-    assert torch.equal(torch.random.get_rng_state(), before)  # the library seeds the global generator
+    # the library seeds the global generator
+    assert torch.equal(torch.random.get_rng_state(), before)
     outcomes, cuts = cut_and_continued(model, split, trials, 1)
     assert cuts >= 5
     assert answers(outcomes, trials) == answers(whole, trials)
@@ -124,7 +142,10 @@ def test_autoattack_stays_in_the_ball(norm, eps):
 def test_the_estimate_is_a_share_of_what_was_shown_or_a_bound():
     labels = {"test": torch.tensor([0, 1, 2, 3])}
     outcomes = Outcomes(labels)
-    first, second = Trial("a", lambda batch: batch.x), Trial("b", lambda batch: batch.x, spares=("a",))
+    first, second = (
+        Trial("a", lambda batch: batch.x),
+        Trial("b", lambda batch: batch.x, spares=("a",)),
+    )
     rows = outcomes.rows(first, [first, second])
     outcomes.add(first, rows[:2], torch.tensor([0, 0], dtype=torch.int16), 1)
     assert outcomes.estimate(first, rows) == 50.0
@@ -156,7 +177,7 @@ def in_process(world):
 
 
 def test_several_processes_find_what_one_finds(tmp_path):
-    from utils.distributed import ALONE
+    from utils.execution.distributed import ALONE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Small things whose answers are known: a two-layer network, tiny data, a command run in this process."""
+"""Small things whose answers are known: a two-layer network, tiny data, a command run in this
+process."""
 
 from __future__ import annotations
 
@@ -19,38 +20,48 @@ from utils.errors import run_command
 
 # A run of a few seconds on digits: 100 training images in 4 steps an epoch.
 TOY_RUN = (
-    "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
-    "--train_step 1 --test_step 1 --precision float32"
+    "--dataset digits --width 0.0625 --epochs 2 --decreasing_lr 1 --batch_size 25 --train_subset"
+    " 100 --test_subset 60 --train_step 1 --test_step 1 --precision float32"
 ).split()
 # What a finished run leaves.
 RUN_FILES = (
-    "config.json metrics.jsonl result.log checkpoint.pth.tar checkpoint_previous.pth.tar model_RA_best.pth.tar model_SA_best.pth.tar "
-    "net_train.png summary.json"
+    "config.json metrics.jsonl result.log checkpoint.pth.tar checkpoint_previous.pth.tar"
+    " model_RA_best.pth.tar model_SA_best.pth.tar net_train.png summary.json"
 ).split()
-# Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained for two epochs.
+# Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained
+# for two epochs.
 TOY_BIRD = (
-    "--dataset digits --width 0.0625 --epochs1 4 --epochs2 2 --decreasing_lr 1 --batch_size 25 --train_subset 100 --test_subset 60 "
-    "--train_step 1 --test_step 1 --precision float32"
+    "--dataset digits --width 0.0625 --epochs1 4 --epochs2 2 --decreasing_lr 1 --batch_size 25"
+    " --train_subset 100 --test_subset 60 --train_step 1 --test_step 1 --precision float32"
 ).split()
 EASY_TICKET = "--eb_window 2 --eb_tolerance 1".split()
 TOY_MASKS = "--density 0.3 --update_frequency 2".split()
 
 
 def network(classes: int = 3) -> nn.Module:
-    """Convolution, batch norm, linear on 3x8x8 images; two prunable layers of 4*3*9 = 108 and 64*classes weights."""
+    """Convolution, batch norm, linear on 3x8x8 images; two prunable layers of 4*3*9 = 108 and
+    64*classes weights."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, classes)
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, classes),
     )
 
 
 def images(n: int = 12, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(0, classes, (n,), generator=generator)
+    return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(
+        0, classes, (n,), generator=generator
+    )
 
 
 def split(n: int = 12, classes: int = 3, side: int = 8, seed: int = 0, channels: int = 3) -> Split:
-    """``n`` random uint8 images; labels 0, 1, 2, 0, ...; the channel of its class (modulo 3) is brighter, if it is there."""
+    """``n`` random uint8 images; labels 0, 1, 2, 0, ...; the channel of its class (modulo 3) is
+    brighter, if it is there."""
     generator = torch.Generator().manual_seed(seed)
     stored = torch.randint(0, 200, (n, side, side, 3), generator=generator, dtype=torch.uint8)
     labels = torch.arange(n) % classes
@@ -63,8 +74,11 @@ def data(n: int = 12) -> Data:
     return Data(*parts, ["a", "b", "c"], (0.0,) * 3, (1.0,) * 3, Augmentation())
 
 
-def write_image_tree(root: Path, per_class: tuple[int, int] = (20, 8), side: int = 16, classes: int = 3) -> Path:
-    """Each class has a colour of its own, so that it can be learned; of more than three, some share one."""
+def write_image_tree(
+    root: Path, per_class: tuple[int, int] = (20, 8), side: int = 16, classes: int = 3
+) -> Path:
+    """Each class has a colour of its own, so that it can be learned; of more than three, some share
+    one."""
     rng = np.random.RandomState(0)
     for part, count in zip(("train", "test"), per_class, strict=True):
         for number, name in enumerate(("ant", "bee", "cow", "dog", "emu")[:classes]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -11,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.modes import in_mode, without_parameter_gradients
 from utils.seeding import random_bits, stream, uniform
 
 NORMS = ("linf", "l2")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _LEAST_STEP = 1e-3  # of a pixel's value that is no rounding; 8-bit images have steps of 1/255
-_looked_at: WeakSet[nn.Module] = WeakSet()  # networks whose images lay in [0, 1] at their first attack
+# networks whose images lay in [0, 1] at their first attack
+_passes_per_test_image: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class PGD:
     """The settings of one attack, in pixel units of [0, 1].
 
     Attributes:
-        eps: radius of the ball; step_size: length of one step; steps: how many (0 leaves the start).
+        eps: radius of the ball; step_size: length of one step; steps: how many (0 leaves the
+            start).
         norm: ``linf`` or ``l2``.
         random_start: start uniformly in the ball instead of at the image.
         loss: ``ce`` (cross-entropy) or ``margin`` (Carlini and Wagner's), summed over the batch.
@@ -49,7 +51,8 @@ class PGD:
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """The standard ensemble of Croce and Hein (2020), whose four attacks have no settings but the ball (``eps`` in [0, 1])."""
+    """The standard ensemble of Croce and Hein (2020), whose four attacks have no settings but the
+    ball (``eps`` in [0, 1])."""
 
     eps: float
     norm: str = "linf"
@@ -60,7 +63,8 @@ class AutoAttack:
 
 
 def fgsm_rs(eps: float) -> PGD:
-    """One step of 1.25 eps from a uniform start, projected (Wong, Rice and Kolter, "Fast is better than free", 2020)."""
+    """One step of 1.25 eps from a uniform start, projected (Wong, Rice and Kolter, "Fast is better
+    than free", 2020)."""
     return PGD(eps, 1.25 * eps, 1, "linf", random_start=True)
 
 
@@ -70,7 +74,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the true one, summed (Carlini and Wagner, 2017, without confidence)."""
+    """Best wrong logit minus the true one, summed (Carlini and Wagner, 2017, without
+    confidence)."""
     true = logits.gather(1, y[:, None]).squeeze(1)
     wrong = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
     return (wrong - true).sum()
@@ -93,63 +98,85 @@ def pgd_attack(
     """Adversarial images for ``x``.
 
     Args:
-        model: maps images to logits. Parameters get no gradient, flags and modes are left as found; in
-            train mode its batch-norm statistics move, as in any forward pass.
+        model: maps images to logits. Parameters get no gradient, flags and modes are left as found;
+            in train mode its batch-norm statistics move, as in any forward pass.
         x: images ``[N, C, H, W]``, or inputs of any other shape ``[N, ...]``; floating, in [0, 1].
         y: labels ``[N]``, int64.
         attack: the settings.
         training: craft in train mode (as the paper's training does) instead of eval mode.
         draws: what ``attack_draws`` gave; needed if and only if ``attack.random_start``.
-        forward: how the model's logits are computed (``utils.forward.Forward``), if not by calling it.
-        targets: classes ``[N]``, int64, that the images shall be taken for: the attack descends the loss of these
-            instead of ascending that of ``y`` (the targeted form).
+        forward: how the model's logits are computed (``utils.execution.forward.Forward``), if not
+            by calling it.
+        targets: classes ``[N]``, int64, that the images shall be taken for: the attack descends the
+            loss of these instead of ascending that of ``y`` (the targeted form).
 
     Returns:
         Detached images like ``x``, within ``eps`` of it and in [0, 1].
 
     Raises:
-        ValueError: draws that do not fit ``attack.random_start``; a call under ``torch.inference_mode``, which has no gradients;
-            images that are not floating, or lie outside of [0, 1] at a network's first attack: later ones are not looked at.
+        ValueError: draws that do not fit ``attack.random_start``; a call under
+            ``torch.inference_mode``, which has no gradients; images that are not floating, or lie
+            outside of [0, 1] at a network's first attack: later ones are not looked at.
     """
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise ValueError(
-            "pgd_attack needs gradients, which torch.inference_mode() does not record; call it outside, or use torch.no_grad()"
+            "pgd_attack needs gradients, which torch.inference_mode() does not record; call it"
+            " outside, or use torch.no_grad()"
         )
     if attack.random_start != (draws is not None):
         raise ValueError("a random start needs draws, and draws need a random start")
     x = x.detach()
     _refuse_other_ranges(model, x)
-    adversarial = x if draws is None else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
-    loss_function, goal, direction = LOSSES[attack.loss], y if targets is None else targets, 1 if targets is None else -1
+    adversarial = (
+        x
+        if draws is None
+        else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
+    )
+    loss_function, goal, direction = (
+        LOSSES[attack.loss],
+        y if targets is None else targets,
+        1 if targets is None else -1,
+    )
     forward = model if forward is None else forward
     with in_mode(model, training), without_parameter_gradients(model), torch.enable_grad():
         for _ in range(attack.steps):
             adversarial = adversarial.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss_function(forward(adversarial), goal), adversarial)
-            adversarial = _project(adversarial.detach() + direction * _step(gradient, attack), x, attack)
+            (gradient,) = torch.autograd.grad(
+                loss_function(forward(adversarial), goal), adversarial
+            )
+            adversarial = _project(
+                adversarial.detach() + direction * _step(gradient, attack), x, attack
+            )
     return adversarial.detach()
 
 
 def _refuse_other_ranges(model: nn.Module, x: Tensor) -> None:
-    """Once for each network, because the look waits for the device; never while a graph is compiled or captured."""
+    """Once for each network, because the look waits for the device; never while a graph is compiled
+    or captured."""
     advice = "divide 0..255 by 255, and let the model itself normalize"
     if not x.is_floating_point():
         raise ValueError(f"pgd_attack takes floating images in [0, 1], not {x.dtype}; {advice}")
-    if torch.compiler.is_compiling() or model in _looked_at or not x.numel():
+    if torch.compiler.is_compiling() or model in _passes_per_test_image or not x.numel():
         return
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     low, high = torch.stack(x.aminmax()).tolist()
     if not (low >= -_LEAST_STEP and high <= 1 + _LEAST_STEP):  # also of NaN
-        raise ValueError(f"pgd_attack takes images in [0, 1], and these are from {low:.4g} to {high:.4g}; {advice}")
-    _looked_at.add(model)
+        raise ValueError(
+            f"pgd_attack takes images in [0, 1], and these are from {low:.4g} to {high:.4g};"
+            f" {advice}"
+        )
+    _passes_per_test_image.add(model)
 
 
-def attack_draws(attack: PGD, indices: Tensor, image_shape: torch.Size, *key: int | str) -> Tensor | None:
-    """Uniform draws in (0, 1) for the random start, ``[N, C H W]`` (one more column for l2); None without one.
+def attack_draws(
+    attack: PGD, indices: Tensor, image_shape: torch.Size, *key: int | str
+) -> Tensor | None:
+    """Uniform draws in (0, 1) for the random start, ``[N, C H W]`` (one more column for l2); None
+    without one.
 
-    A pure function of ``key`` (seed, purpose, epoch) and each image's index in its data set, so neither the
-    batch size nor the number of processes changes an image's start.
+    A pure function of ``key`` (seed, purpose, epoch) and each image's index in its data set, so
+    neither the batch size nor the number of processes changes an image's start.
     """
     if not attack.random_start:
         return None
@@ -157,35 +184,6 @@ def attack_draws(attack: PGD, indices: Tensor, image_shape: torch.Size, *key: in
     image_keys = random_bits(stream(0, *key), indices)[:, None]
     flat = uniform(image_keys, torch.arange(pixels, device=indices.device))
     return flat if attack.norm == "l2" else flat.view(-1, *image_shape)
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode for a while; every submodule gets its own mode back.
-
-    A model that is in train mode already keeps the submodules that its owner put into eval mode, such as a frozen batch norm.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    if not (training and model.training):
-        model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient for a while: a compiled network would compute them all, asked for or not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_()
 
 
 def _start_offset(draws: Tensor, attack: PGD) -> Tensor:
@@ -207,8 +205,11 @@ def _step(gradient: Tensor, attack: PGD) -> Tensor:
 
 def _project(candidate: Tensor, x: Tensor, attack: PGD) -> Tensor:
     if attack.norm == "linf":
-        return torch.clamp(candidate, (x - attack.eps).clamp_min(0.0), (x + attack.eps).clamp_max(1.0))
-    # Pixel range first, ball second (advertorch's order): shrinking towards x cannot leave [0, 1] again.
+        return torch.clamp(
+            candidate, (x - attack.eps).clamp_min(0.0), (x + attack.eps).clamp_max(1.0)
+        )
+    # Pixel range first, ball second (advertorch's order): shrinking towards x cannot leave [0, 1]
+    # again.
     offset = candidate.clamp(0.0, 1.0) - x
     scale = (attack.eps / _image_norm(offset).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
     return (x + offset * scale).clamp(0.0, 1.0)

@@ -17,11 +17,13 @@ _TORCHVISION_OPERATORS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_libraries: list[torch.library.Library] = []  # a Library that is collected takes its definitions along
+# a Library that is collected takes its definitions along
+_libraries: list[torch.library.Library] = []
 
 
 def import_torchvision(submodule: str = "") -> ModuleType:
-    """``torchvision`` (or ``torchvision.<submodule>``); data sets, transforms and models work, detection ops need not."""
+    """``torchvision`` (or ``torchvision.<submodule>``); data sets, transforms and models work,
+    detection ops need not."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

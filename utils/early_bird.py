@@ -1,4 +1,5 @@
-"""When a ticket has emerged: masks of successive epochs that hardly differ (You et al., "Drawing Early-Bird Tickets", 2020).
+"""When a ticket has emerged: masks of successive epochs that hardly differ (You et al., "Drawing
+Early-Bird Tickets", 2020).
 
 The paper's Robust Bird draws it by cheap standard training (SPEC 7).
 """
@@ -19,18 +20,25 @@ TOLERANCES = {"unstructured": 0.08, "channel": 0.1}
 class EarlyBird:
     """Watches a network in training and says when its ticket has emerged.
 
-    After each epoch the mask that pruning would draw is remembered. The ticket has emerged when ``window``
-    masks exist and the newest differs from each of the ``window - 1`` before it in at most ``tolerance`` of
-    the positions.
+    After each epoch the mask that pruning would draw is remembered. The ticket has emerged when
+    ``window`` masks exist and the newest differs from each of the ``window - 1`` before it in at
+    most ``tolerance`` of the positions.
 
     Args:
         density: kept fraction of the weights or channels, in (0, 1].
         window: masks compared, the newest included; at 1 the first mask is the ticket.
         tolerance: largest fraction of differing positions; the paper's for ``kind`` by default.
-        kind: ``unstructured`` looks at |w| of all convolutions together, ``channel`` at |scale| of all batch norms.
+        kind: ``unstructured`` looks at |w| of all convolutions together, ``channel`` at |scale| of
+            all batch norms.
     """
 
-    def __init__(self, density: float, window: int = 5, tolerance: float | None = None, kind: str = "unstructured") -> None:
+    def __init__(
+        self,
+        density: float,
+        window: int = 5,
+        tolerance: float | None = None,
+        kind: str = "unstructured",
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of ticket {kind!r}; known: {', '.join(KINDS)}")
         if not 0.0 < density <= 1.0:
@@ -51,21 +59,29 @@ class EarlyBird:
         """Take in the network after one more epoch; True once its ticket has emerged."""
         mask = ticket_mask(model, self.density, self.kind)
         packed = _pack(mask)
-        self._distances.append([_differing(packed, earlier) / mask.numel() for earlier in self._masks])
+        self._distances.append(
+            [_differing(packed, earlier) / mask.numel() for earlier in self._masks]
+        )
         self._masks.append(packed)
-        return len(self._masks) >= self.window and all(distance <= self.tolerance for distance in self.recent())
+        return len(self._masks) >= self.window and all(
+            distance <= self.tolerance for distance in self.recent()
+        )
 
     def recent(self) -> list[float]:
         """How far the newest mask is from those before it in the window, as many as there are."""
-        return self._distances[-1][-(self.window - 1) :] if self._distances and self.window > 1 else []
+        return (
+            self._distances[-1][-(self.window - 1) :] if self._distances and self.window > 1 else []
+        )
 
     @property
     def distances(self) -> list[list[float]]:
-        """Row e: the fraction of positions in which the mask of epoch e differs from those of epochs 0 to e - 1."""
+        """Row e: the fraction of positions in which the mask of epoch e differs from those of
+        epochs 0 to e - 1."""
         return self._distances
 
     def state_dict(self) -> dict[str, Any]:
-        """All masks and distances so far, as tensors and plain values. The masks are not copied: they never change."""
+        """All masks and distances so far, as tensors and plain values. The masks are not copied:
+        they never change."""
         return {"distances": [list(row) for row in self._distances], "masks": list(self._masks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -77,7 +93,8 @@ class EarlyBird:
 def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
     """The flat mask (bool, on the CPU) that pruning to ``density`` would draw now.
 
-    The threshold is the sorted value at ``int(n * (1 - density))``; kept is what lies strictly above it.
+    The threshold is the sorted value at ``int(n * (1 - density))``; kept is what lies strictly
+    above it.
     """
     scores = torch.cat([score.detach().abs().reshape(-1) for score in _scores(model, kind)])
     threshold = scores.sort().values[min(int(scores.numel() * (1 - density)), scores.numel() - 1)]
@@ -86,15 +103,22 @@ def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
 
 def _scores(model: nn.Module, kind: str) -> list[Tensor]:
     watched = nn.BatchNorm2d if kind == "channel" else nn.Conv2d
-    found: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, watched)]
+    found: list[Tensor] = [
+        module.weight for module in model.modules() if isinstance(module, watched)
+    ]
     if not found:
-        raise ValueError(f"a network without {'batch norms' if kind == 'channel' else 'convolutions'} has no {kind} ticket")
+        raise ValueError(
+            f"a network without {'batch norms' if kind == 'channel' else 'convolutions'} has no"
+            f" {kind} ticket"
+        )
     return found
 
 
 def _pack(mask: Tensor) -> Tensor:
     """uint8 ``[ceil(n / 8)]``."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(math.ceil(mask.numel() / 8), 8)
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(
+        math.ceil(mask.numel() / 8), 8
+    )
     return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
 
 

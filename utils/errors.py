@@ -24,11 +24,13 @@ class BrokenCheckpointError(InputError):
 
 
 class RunError(Exception):
-    """A training run that failed half-way. The message names the step and the last good checkpoint."""
+    """A training run that failed half-way. The message names the step and the last good
+    checkpoint."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop and has saved where it stands, or that ends because another process of it does.
+    """A run that was asked to stop and has saved where it stands, or that ends because another
+    process of it does.
 
     Args:
         why: for stderr; nothing where another process says it.
@@ -41,7 +43,8 @@ class Stopped(Exception):
 
 
 class _CtrlC:
-    """Handler of SIGINT: the first is a ``KeyboardInterrupt``, those after it do not disturb what it ends."""
+    """Handler of SIGINT: the first is a ``KeyboardInterrupt``, those after it do not disturb what
+    it ends."""
 
     was_raised = False
 
@@ -52,7 +55,8 @@ class _CtrlC:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130 (Ctrl-C), 141 (closed pipe), 143.
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130
+    (Ctrl-C), 141 (closed pipe), 143.
 
     The process ends after it: Ctrl-C does nothing from here on, and warnings are one line.
     """
@@ -91,10 +95,22 @@ def _code_of(command: Callable[[], None]) -> int:
     return 0
 
 
-def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+def _warning_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
     return f"warning: {one_line(message)}\n"
 
 
 def one_line(error: object) -> str:
     """The text of an exception on a single line."""
     return " ".join(str(error).encode(errors="backslashreplace").decode().split())
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``InputError`` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)

@@ -1,8 +1,10 @@
-"""Trained networks as files that other programs read: ONNX, safetensors, ``torch.export``, a plain state dict.
+"""Trained networks as files that other programs read: ONNX, safetensors, ``torch.export``, a plain
+state dict.
 
-Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N, classes]``: normalization is inside.
-Slim networks stay slim, but for the plain state dict, which has their full size. A file takes its name only after what was
-written has been read again and has computed what the network does.
+Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
+classes]``: normalization is inside. Slim networks stay slim, but for the plain state dict, which
+has their full size. A file takes its name only after what was written has been read again and has
+computed what the network does.
 """
 
 from __future__ import annotations
@@ -19,21 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from models import load_model
+from models.loading import build_network, network_of, stored_network
+from models.slimming import for_channels_first, full_size_state
 from sparse_core import prunable
-from utils.checkpoint import network_weights, write_atomically
-from utils.config import CommonSettings, settings_from
 from utils.errors import InputError, RunError, one_line
-from utils.network import build_network, network_of, stored_network
-from utils.safe_tensors import SUFFIX, safetensors_bytes
-from utils.scripts import SETTINGS_OF
 from utils.seeding import seeded, stream
-from utils.slimming import for_channels_first, full_size_state
+from utils.settings.common import CommonSettings, settings_from
+from utils.settings.stored import SETTINGS_OF
+from utils.storage.checkpoint import network_weights
+from utils.storage.files import write_atomically
+from utils.storage.safetensors import SUFFIX, safetensors_bytes
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a fraction of the largest logit
 _BATCHES = (1, 5)  # that every file is tried on
 _OPSET = 18  # of ONNX: what every torch from 2.11 on writes without converting
 _CHECKPOINT_SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt", SUFFIX)
-_TOLD = ("method", "dataset", "seed", "script", "epoch", "val_ra", "val_sa")  # by a checkpoint or by safetensors of one
+# by a checkpoint or by safetensors of one
+_TOLD = ("method", "dataset", "seed", "script", "epoch", "val_ra", "val_sa")
 _CPU = torch.device("cpu")
 
 Network = Callable[[Tensor], Tensor]
@@ -45,7 +49,7 @@ class Trained:
 
     Attributes:
         model: in eval mode, on the CPU.
-        spec: what ``utils.network.build_network`` needs.
+        spec: what ``models.loading.build_network`` needs.
         content: of the file.
     """
 
@@ -55,7 +59,8 @@ class Trained:
 
     @classmethod
     def read(cls, path: str | Path, **given: Any) -> Trained:
-        """From a checkpoint or one of the files described in ``utils.network.stored_network``; raises ``InputError``."""
+        """From a checkpoint or one of the files described in ``models.loading.stored_network``;
+        raises ``InputError``."""
         content, spec = stored_network(path, **given)
         return cls(network_of(content, path, spec, _CPU).eval(), spec, content)
 
@@ -65,17 +70,21 @@ class Trained:
 
     @property
     def density(self) -> float:
-        """Weights of convolutions and linear layers that are not zero, as a fraction of the full network's."""
+        """Weights of convolutions and linear layers that are not zero, as a fraction of the full
+        network's."""
         live = sum(int(weight.count_nonzero()) for weight in prunable(self.model).values())
         return live / sum(weight.numel() for weight in prunable(self.full_size()).values())
 
     def full_size(self) -> nn.Module:
         """A fresh network, no channel removed."""
-        return build_network({name: value for name, value in self.spec.items() if name != "kept"}, _CPU)
+        return build_network(
+            {name: value for name, value in self.spec.items() if name != "kept"}, _CPU
+        )
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is known of it beside its description: method, density, and what a checkpoint of ours says of its training."""
+        """What is known of it beside its description: method, density, and what a checkpoint of
+        ours says of its training."""
         known = {name: self.content[name] for name in _TOLD if name in self.content}
         settings = _settings_in(self.content)
         if settings is not None:
@@ -85,11 +94,14 @@ class Trained:
     def images(self, n: int) -> Tensor:
         """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, the same every time."""
         with seeded(stream(1, "export", n)):
-            return torch.rand(n, len(self.spec["mean"]), self.spec["image_size"], self.spec["image_size"])
+            return torch.rand(
+                n, len(self.spec["mean"]), self.spec["image_size"], self.spec["image_size"]
+            )
 
 
 def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
-    """The settings of the run that a checkpoint is of, None where it holds none that this version reads."""
+    """The settings of the run that a checkpoint is of, None where it holds none that this version
+    reads."""
     kind = SETTINGS_OF.get(str(content.get("script")))
     if kind is None:
         return None
@@ -101,14 +113,17 @@ def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its suffix, how a network becomes its content, and how the file becomes something to call."""
+    """A kind of file: its suffix, how a network becomes its content, and how the file becomes
+    something to call."""
 
     suffix: str
     content: Callable[[Trained], bytes]
     network: Callable[[Path, Trained], Network]
 
 
-def export(checkpoint: str | Path, kind: str, out: str | Path | None = None, **given: Any) -> tuple[Path, float]:
+def export(
+    checkpoint: str | Path, kind: str, out: str | Path | None = None, **given: Any
+) -> tuple[Path, float]:
     """Write the network of a checkpoint as another file, whole or not at all.
 
     Args:
@@ -117,7 +132,8 @@ def export(checkpoint: str | Path, kind: str, out: str | Path | None = None, **g
         out: the file to write; beside the checkpoint with another suffix by default.
 
     Returns:
-        The file, and the largest difference of its logits from the network's as a fraction of the largest logit.
+        The file, and the largest difference of its logits from the network's as a fraction of the
+        largest logit.
 
     Raises:
         InputError: a file that cannot be read or written.
@@ -132,7 +148,10 @@ def export(checkpoint: str | Path, kind: str, out: str | Path | None = None, **g
         write_atomically(temporary, form.content(trained))
         difference = largest_difference(form.network(temporary, trained), trained)
         if not difference <= TOLERANCE:
-            raise RunError(f"{path} was not kept: its logits differ by {difference:.1e} of their scale, more than {TOLERANCE:g}")
+            raise RunError(
+                f"{path} was not kept: its logits differ by {difference:.1e} of their scale, more"
+                f" than {TOLERANCE:g}"
+            )
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror or one_line(error)})") from error
@@ -143,7 +162,14 @@ def export(checkpoint: str | Path, kind: str, out: str | Path | None = None, **g
 
 def default_path(checkpoint: Path, kind: str) -> Path:
     """Beside the checkpoint, with the suffix of the format."""
-    stem = next((checkpoint.name.removesuffix(suffix) for suffix in _CHECKPOINT_SUFFIXES if checkpoint.name.endswith(suffix)), None)
+    stem = next(
+        (
+            checkpoint.name.removesuffix(suffix)
+            for suffix in _CHECKPOINT_SUFFIXES
+            if checkpoint.name.endswith(suffix)
+        ),
+        None,
+    )
     return checkpoint.with_name((stem or checkpoint.name) + FORMATS[kind].suffix)
 
 
@@ -158,17 +184,23 @@ def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
     # What torch.load reads, a checkpoint or a state dict, goes by several suffixes.
     formats = [(".tar", ".pth", ".pt"), *((form.suffix,) for form in FORMATS.values())]
     if any(path.suffix in suffixes and own not in suffixes for suffixes in formats):
-        raise InputError(f"{path}: {path.suffix} is the suffix of another format; that of --format {kind} is {own}")
+        raise InputError(
+            f"{path}: {path.suffix} is the suffix of another format; that of --format {kind} is"
+            f" {own}"
+        )
 
 
 @torch.no_grad()
 def largest_difference(network: Network, trained: Trained) -> float:
-    """Between the logits of ``network`` and of ``trained`` on random images, as a fraction of the largest logit; nan stays nan."""
+    """Between the logits of ``network`` and of ``trained`` on random images, as a fraction of the
+    largest logit; nan stays nan."""
     differences = []
     for n in _BATCHES:
         images = trained.images(n)
         expected = trained.model(images)
-        differences.append((network(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        differences.append(
+            (network(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        )
     return torch.stack(differences).max().item()
 
 
@@ -182,17 +214,24 @@ def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
         model: in eval mode.
         images: two or more, as an example.
     """
-    options = {"opset_version": _OPSET, "input_names": ["images"], "output_names": ["logits"], "verbose": False}
+    options: dict[str, Any] = {
+        "opset_version": _OPSET,
+        "input_names": ["images"],
+        "output_names": ["logits"],
+        "verbose": False,
+    }
     model = for_channels_first(model)
     with warnings.catch_warnings():  # of libraries about each other
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=_dynamic_batch(), **options)  # type: ignore[arg-type]
+        options |= {"dynamo": True, "dynamic_shapes": _dynamic_batch()}
+        program = torch.onnx.export(model, (images,), **options)
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
 def onnx_session(content: bytes | str, threads: int | None = None) -> Any:
-    """onnxruntime on the CPU, of a model's bytes or a file's path, with as many threads as torch has by default."""
+    """onnxruntime on the CPU, of a model's bytes or a file's path, with as many threads as torch
+    has by default."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -209,7 +248,9 @@ def _program_bytes(trained: Trained) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(trained.model, (trained.images(2),), dynamic_shapes=_dynamic_batch())
+        program = torch.export.export(
+            trained.model, (trained.images(2),), dynamic_shapes=_dynamic_batch()
+        )
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
@@ -223,7 +264,8 @@ def _dynamic_batch() -> tuple[dict[int, torch.export.Dim], ...]:
 
 
 def _state_bytes(trained: Trained) -> bytes:
-    """A flat state dict of the full-size network, as loaders of the Adversarial Pruning Benchmark and RobustBench take it."""
+    """A flat state dict of the full-size network, as loaders of the Adversarial Pruning Benchmark
+    and RobustBench take it."""
     kept, state = trained.spec.get("kept"), trained.state
     plain = state if kept is None else full_size_state(trained.full_size(), kept, state)
     buffer = io.BytesIO()
@@ -238,7 +280,9 @@ def _run_state(path: Path, trained: Trained) -> Network:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", lambda trained: onnx_bytes(trained.model, trained.images(2)), _run_onnx),
+    "onnx": Format(
+        ".onnx", lambda trained: onnx_bytes(trained.model, trained.images(2)), _run_onnx
+    ),
     "safetensors": Format(
         SUFFIX,
         lambda trained: safetensors_bytes(trained.state, trained.spec, trained.about),

@@ -1,7 +1,8 @@
 """Randomness without history: every draw is a pure function of a key and a counter.
 
-The draws are those of ``sparse_core``, the same on every device and in every batch split, so a resumed run, a run on another
-number of processes, and a run on a GPU all see the same. For code that only knows global generators, those are lent states.
+The draws are those of ``sparse_core``, the same on every device and in every batch split, so a
+resumed run, a run on another number of processes, and a run on a GPU all see the same. For code
+that only knows global generators, those are lent states.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from sparse_core import random_bits, stream, uniform
 
-__all__ = ["host_draws", "lent_generators", "permutation", "random_bits", "seeded", "stream", "uniform"]
+__all__ = [
+    "host_draws",
+    "lent_generators",
+    "permutation",
+    "random_bits",
+    "seeded",
+    "stream",
+    "uniform",
+]
 
 
 def permutation(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
@@ -27,7 +36,8 @@ def permutation(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Give code that only knows the global generators (weight initialization) states of their own; those of GPUs are left alone."""
+    """Give code that only knows the global generators (weight initialization) states of their own;
+    those of GPUs are left alone."""
     with lent_generators(torch.device("cpu")) as seed:
         seed(key)
         yield
@@ -35,11 +45,18 @@ def seeded(key: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lent_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Lend the global generators of torch (the CPU's and that of ``device``), numpy and Python to code that draws by them, such as
-    dropout: what comes with it gives all of them states by a key, and afterwards they are as they were found."""
+    """Lend the global generators of torch (the CPU's and that of ``device``), numpy and Python to
+    code that draws by them, such as
+    dropout: what comes with it gives all of them states by a key, and afterwards they are as they
+    were found.
+    """
     # Not torch.manual_seed, which reseeds every GPU's generator of the host program too.
     generators = [torch.default_generator, *_of_gpu(device)]
-    before = [generator.get_state() for generator in generators], np.random.get_state(), random.getstate()
+    before = (
+        [generator.get_state() for generator in generators],
+        np.random.get_state(),
+        random.getstate(),
+    )
 
     def seed(key: int) -> None:
         for generator in generators:
@@ -57,12 +74,21 @@ def lent_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
 
 
 def host_draws() -> tuple[bytes, str, tuple[Any, ...]]:
-    """The states of the CPU's global generators, to see whether something has drawn by one: torch's, numpy's and Python's."""
-    return torch.default_generator.get_state().numpy().tobytes(), repr(np.random.get_state()), random.getstate()
+    """The states of the CPU's global generators, to see whether something has drawn by one:
+    torch's, numpy's and Python's."""
+    return (
+        torch.default_generator.get_state().numpy().tobytes(),
+        repr(np.random.get_state()),
+        random.getstate(),
+    )
 
 
 def _of_gpu(device: torch.device) -> list[torch.Generator]:
     if device.type != "cuda":
         return []
     torch.cuda.init()  # before it there are none
-    return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
+    return [
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ]
+    ]

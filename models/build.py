@@ -1,0 +1,146 @@
+"""Networks by name: pre-activation ResNets, VGGs with batch norm, wide ResNets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from models.normalize import Normalize
+from models.resnet import BasicBlock, Bottleneck, PreActResNet
+from models.vgg import STAGES, VGG
+from models.wideresnet import WideResNet
+from utils.seeding import seeded, stream
+
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+# The paper's scripts name the VGGs with and without "_bn" and mean the same network.
+ALIASES = {f"{name}_bn": name for name in STAGES}
+ARCHITECTURES = (*RESNETS, *STAGES, "wideresnet")
+# Networks that others add: of the number of classes and the module that normalizes, which comes
+# first.
+CUSTOM_ARCHITECTURES: dict[str, Callable[[int, Normalize], nn.Module]] = {}
+# Every stride and pool must still find a pixel: five pools in a VGG, three strides in a ResNet
+# (rounding up), two in a WRN.
+_SMALLEST_IMAGE = {"resnet": 8, "vgg": 32, "wideresnet": 8}
+
+
+def build_model(
+    arch: str,
+    num_classes: int,
+    *,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    width: float = 1.0,
+    depth_factor: int = 34,
+    width_factor: int = 10,
+    image_size: int | None = None,
+    seed: int = 1,
+) -> nn.Module:
+    """A fresh network that maps images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N,
+    num_classes]``.
+
+    Args:
+        arch: one of ``ARCHITECTURES`` or ``CUSTOM_ARCHITECTURES`` (``vgg16_bn`` and the like are
+            the same as ``vgg16``).
+        num_classes: number of classes.
+        mean, std: by channel, for the ``normalize`` module; their length is the number of image
+            channels.
+        width: factor on every channel count of ResNets and VGGs (SPEC: the paper's "small dense"
+            baseline).
+        depth_factor, width_factor: depth and widening of ``wideresnet``.
+        image_size: side of the images in pixels, checked against what the network can take.
+        seed: the initial weights are a pure function of it.
+
+    Raises:
+        ValueError: unknown architecture, a size or a width that the network cannot take.
+    """
+    arch = canonical_arch(arch)
+    check_image_size(arch, image_size)
+    if width <= 0:
+        raise ValueError(f"width must be positive, not {width}")
+    normalize = Normalize(mean, std)
+    with seeded(stream(seed, "init")):
+        if arch in RESNETS:
+            block, depths = RESNETS[arch]
+            return PreActResNet(
+                block,
+                depths,
+                [_scaled(c, width) for c in (64, 128, 256, 512)],
+                num_classes,
+                normalize,
+            )
+        if arch in STAGES:
+            return VGG(
+                [[_scaled(c, width) for c in stage] for stage in STAGES[arch]],
+                num_classes,
+                normalize,
+            )
+        if width != 1.0:
+            raise ValueError(
+                f"width scales ResNets and VGGs, not {arch}; wideresnet has width_factor"
+            )
+        if arch in CUSTOM_ARCHITECTURES:
+            return _complete(arch, CUSTOM_ARCHITECTURES[arch](num_classes, normalize))
+        return WideResNet(depth_factor, width_factor, num_classes, normalize)
+
+
+def _complete(arch: str, model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"models.CUSTOM_ARCHITECTURES[{arch!r}] gives a {type(model).__name__} and not a"
+            " torch.nn.Module"
+        )
+    lazy = [
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, UninitializedParameter)
+    ]
+    if lazy:
+        raise ValueError(
+            f"{arch} has layers whose size only a first image gives, which --seed does not draw:"
+            f" {', '.join(lazy)}; give sizes"
+        )
+    return model
+
+
+def canonical_arch(arch: str) -> str:
+    """The name without aliases; raises ``ValueError`` for an unknown one."""
+    name = ALIASES.get(arch, arch)
+    if name not in (*ARCHITECTURES, *CUSTOM_ARCHITECTURES):
+        own = (
+            "a network of one's own is known to the script that puts it into"
+            " models.CUSTOM_ARCHITECTURES, which must be the one to load it"
+        )
+        raise ValueError(
+            f"unknown architecture {arch!r}; known:"
+            f" {', '.join((*ARCHITECTURES, *CUSTOM_ARCHITECTURES))}; {own} (docs/extending.md)"
+        )
+    return name
+
+
+def arch_names() -> tuple[str, ...]:
+    """Every name that ``build_model`` takes now, aliases included."""
+    return (*ARCHITECTURES, *ALIASES, *CUSTOM_ARCHITECTURES)
+
+
+def check_image_size(arch: str, image_size: int | None) -> None:
+    """Raise ``ValueError``, naming the network, if it cannot take images of this side; of networks
+    in ``CUSTOM_ARCHITECTURES`` that is not known."""
+    if arch in CUSTOM_ARCHITECTURES:
+        return
+    family = "wideresnet" if arch == "wideresnet" else arch[: 3 if arch.startswith("vgg") else 6]
+    smallest = _SMALLEST_IMAGE[family]
+    if image_size is not None and image_size < smallest:
+        raise ValueError(
+            f"{arch} cannot take {image_size}x{image_size} images: it needs at least"
+            f" {smallest}x{smallest}"
+        )
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))

@@ -1,0 +1,211 @@
+"""The two FLOPs counts of SPEC 9, always side by side: *real* and *paper*.
+
+*Real* is 2 x live weights x output positions, summed over convolutions and linear layers. *Paper*
+counts the output channels twice and leaves linear layers out; it exists to be laid beside the
+paper's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.modes import in_mode
+
+# Backward costs twice the forward pass, so a step on one image is (1 + 2) forward passes.
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One prunable layer: its weights, output channels and output positions for one image.
+
+    ``by_third`` are the positions of queries, keys and values where an attention projects different
+    numbers of them with one weight, a third of its rows for each; ``positions`` are those of the
+    queries then.
+    """
+
+    name: str
+    weights: int
+    channels_out: int
+    positions: int
+    convolution: bool
+    by_third: tuple[int, ...] = ()
+
+
+Live = Mapping[str, int | Tensor]
+
+
+@torch.no_grad()
+def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]:
+    """Every convolution, linear layer and projection of an attention, once for each time that it is
+    computed for one empty image ``[C, H, W]`` (or any other shape); named as ``named_parameters``
+    names their weights."""
+    costs: list[LayerCost] = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def hook(name: str):
+        def record(
+            module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Tensor], output: Any
+        ) -> None:
+            if isinstance(module, nn.MultiheadAttention):
+                costs.extend(
+                    _attention_costs(module, name, names, *_query_and_key(inputs, options))
+                )
+            else:
+                costs.append(
+                    _layer_cost(
+                        module, _weight_name(module, "weight", name, names), inputs[0], output
+                    )
+                )
+
+        return record
+
+    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+    handles = [
+        m.register_forward_hook(hook(n), with_kwargs=True)
+        for n, m in model.named_modules()
+        if isinstance(m, layers)
+    ]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # a fused encoder layer does not call the modules within it
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        parameter = next(model.parameters())
+        with in_mode(model, False):
+            model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for handle in handles:
+            handle.remove()
+    named, first = (
+        dict(model.named_parameters(remove_duplicate=False)),
+        {id(p): name for name, p in model.named_parameters()},
+    )
+    # of a weight that layers share
+    return [replace(cost, name=first.get(id(named.get(cost.name)), cost.name)) for cost in costs]
+
+
+def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, str]) -> str:
+    """The name of the parameter behind a weight: of the first layer that shares it, of what a
+    spectral norm divides."""
+    own = dict(module.named_parameters())
+    stored = next(
+        (
+            own[kept]
+            for kept in (f"parametrizations.{leaf}.original", f"{leaf}_orig", leaf)
+            if kept in own
+        ),
+        None,
+    )
+    return f"{name}.{leaf}" if stored is None else names[id(stored)]
+
+
+def _layer_cost(module: Any, weight: str, x: Tensor, output: Tensor) -> LayerCost:
+    """Each weight of a layer multiplies once a position: of its output, of a transposed convolution
+    once a position of its input."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    outputs = module.out_channels if convolution else module.out_features
+    positions = (
+        x.numel() // module.in_channels
+        if convolution and module.transposed
+        else output.numel() // outputs
+    )
+    return LayerCost(weight, module.weight.numel(), outputs, positions, convolution)
+
+
+def _attention_costs(
+    module: nn.MultiheadAttention, name: str, names: Mapping[int, str], query: Tensor, key: Tensor
+) -> list[LayerCost]:
+    """The projections of a multi-head attention; the products of its tokens with each other have no
+    weights and do not count."""
+    width, out = module.embed_dim, module.out_proj
+    asked, known = query.numel() // width, key.numel() // module.kdim
+    thirds = (asked, known, known) if asked != known else ()
+    projections = {
+        "in_proj_weight": (asked, thirds),
+        "q_proj_weight": (asked, ()),
+        "k_proj_weight": (known, ()),
+        "v_proj_weight": (known, ()),
+    }
+    found = [
+        LayerCost(
+            _weight_name(module, leaf, name, names),
+            getattr(module, leaf).numel(),
+            width,
+            positions,
+            False,
+            by_third,
+        )
+        for leaf, (positions, by_third) in projections.items()
+        if getattr(module, leaf) is not None
+    ]
+    return [
+        *found,
+        LayerCost(
+            _weight_name(out, "weight", f"{name}.out_proj", names),
+            out.weight.numel(),
+            width,
+            asked,
+            False,
+        ),
+    ]
+
+
+def _query_and_key(inputs: tuple[Tensor, ...], options: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    query = inputs[0] if inputs else options["query"]
+    return query, inputs[1] if len(inputs) > 1 else options["key"]
+
+
+def real_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int:
+    """Floating-point operations for one image.
+
+    Args:
+        costs: as ``layer_costs`` gives them.
+        live: live weights by name, or their masks; all of a layer that it does not name.
+
+    Raises:
+        ValueError: a count where it matters which of the weights are live (``LayerCost.by_third``),
+            so that a mask is needed.
+    """
+    return sum(
+        2 * _multiplications(cost, (live or {}).get(cost.name, cost.weights)) for cost in costs
+    )
+
+
+def _multiplications(cost: LayerCost, live: int | Tensor) -> int:
+    if not cost.by_third:
+        return int(live if isinstance(live, int) else live.sum()) * cost.positions
+    if isinstance(live, int):
+        if live not in (0, cost.weights):
+            raise ValueError(
+                f"{cost.name} projects {cost.by_third[0]} queries and {cost.by_third[1]} keys: give"
+                " its mask, not a count"
+            )
+        return live // 3 * sum(cost.by_third)
+    return sum(
+        int(rows.sum()) * positions
+        for rows, positions in zip(live.chunk(3), cost.by_third, strict=True)
+    )
+
+
+def paper_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int:
+    """The paper's count for one image; ``live`` as for ``real_inference``."""
+    counted = [
+        (cost, (live or {}).get(cost.name, cost.weights)) for cost in costs if cost.convolution
+    ]
+    return sum(2 * _multiplications(cost, kept) * cost.channels_out for cost, kept in counted)
+
+
+def real_training(inference_by_epoch: Sequence[int], images: int, attack_steps: int) -> int:
+    """Of a whole adversarial training, from each epoch's real inference count."""
+    return _PASSES * (attack_steps + 1) * images * sum(inference_by_epoch)
+
+
+def paper_training(final_inference: int, images: int, attack_steps: int, epochs: int) -> int:
+    """The paper's count of a whole training: that of the final network in every epoch."""
+    return _PASSES * (attack_steps + 1) * images * epochs * final_inference

@@ -1,0 +1,196 @@
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import toy
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.applied import load_data_for
+from utils.settings.command_line import parse_settings
+from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
+from utils.training.forecast import (
+    Forecast,
+    Images,
+    duration,
+    image_passes,
+    images_of,
+    seconds_left,
+    seconds_per_pass,
+)
+
+
+def settings(kind, text):
+    return parse_settings(kind, text.split(), "", lambda given: {})
+
+
+def test_passes_by_hand():
+    adv = settings(
+        AdversarialSettings,
+        "--epochs 10 --decreasing_lr 5 --train_step 3 --test_step 4 --test_every 5",
+    )
+    epochs = 10 * 100 * (3 + 2 * 3) + (10 * 30 + 2 * 50) * (2 + 2 * 4)
+    assert image_passes(adv, Images(100, 30, 50), [0]) == epochs + 2 * 2 * 10 * (100 + 50)
+
+
+def test_passes_of_two_stages_by_hand():
+    bird = settings(
+        EarlyBirdSettings,
+        "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5",
+    )
+    first = 7 * (100 * 3 + 30)
+    second = 10 * 100 * 9 + 10 * (30 + 50) * 10
+    assert image_passes(bird, Images(100, 30, 50), [0, 0]) == first + second + 2 * 2 * 10 * 150
+
+
+TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5"
+
+
+@pytest.mark.parametrize(
+    ("kind", "history", "done"),
+    [
+        (EarlyBirdSettings, [], [0, 0]),
+        (EarlyBirdSettings, [{"stage": 1, "ticket": False}] * 3, [3, 0]),
+        (EarlyBirdSettings, [{"stage": 1, "ticket": True}] * 3, [7, 0]),
+        (TicketSettings, [{"stage": 1, "ticket": True}] * 3, [3, 0]),  # trains on to --epochs1
+        (EarlyBirdSettings, [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}], [7, 2]),
+        (AdversarialSettings, [{"epoch": 1}] * 4, [4]),
+    ],
+)
+def test_what_lies_behind_a_run(kind, history, done):
+    text = "--epochs 10 --decreasing_lr 5" if kind is AdversarialSettings else TWO_STAGES
+    assert settings(kind, text).epochs_done(history) == done
+
+
+def test_what_is_left_by_hand():
+    """Half of the third epoch of stage 2 is done; an image in training, which is nine passes, takes
+    9 ms."""
+    bird, history = (
+        settings(EarlyBirdSettings, TWO_STAGES),
+        [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}],
+    )
+    passes = 7.5 * 100 * 9 + 7.5 * (30 + 50) * 10 + 2 * 2 * 10 * 150
+    assert seconds_left(bird, Images(100, 30, 50), history, 0.5, 0.009) == pytest.approx(
+        passes * 1e-3
+    )
+
+
+def test_a_forecast_leaves_out_the_slow_start_and_comes_once():
+    forecast = Forecast()
+    assert forecast.look(100, 8.0, is_over=False) is None  # the clock starts
+    assert forecast.look(500, 12.0, is_over=False) is None  # too short a time
+    assert forecast.look(700, 14.0, is_over=False) == pytest.approx(6 / 600)
+    assert forecast.look(900, 16.0, is_over=True) is None
+
+
+def test_a_forecast_of_short_epochs_is_that_of_the_second():
+    forecast = Forecast()
+    assert forecast.look(1000, 3.0, is_over=True) is None
+    assert forecast.look(500, 0.5, is_over=False) is None
+    assert forecast.look(1000, 1.0, is_over=True) == pytest.approx(1e-3)
+
+
+def test_a_run_says_what_it_does_where_it_writes_and_how_long_that_takes(run_adv, tmp_path):
+    lines = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).out.splitlines()
+    assert "resnet18 on digits" in lines[0]
+    assert lines[1].startswith(f"writing to {tmp_path}")
+    likely = [number for number, line in enumerate(lines) if line.startswith("likely ")]
+    assert len(likely) == 1
+    assert lines[likely[0] - 1].startswith("epoch 1/")
+    assert lines[likely[0]].endswith("to go, tests included, at the pace of the first steps")
+
+
+def test_a_pass_is_measured():
+    adv = settings(AdversarialSettings, "--width 0.0625 --train_subset 100")
+    data = load_data_for(adv, torch.device("cpu"))
+    assert images_of(data).train == 100
+    assert 0 < seconds_per_pass(adv, data, torch.device("cpu")) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "3 s"),
+        (89.9, "90 s"),
+        (100, "2 min"),
+        (3600, "60 min"),
+        (7200, "2.0 h"),
+        (200_000, "2.3 days"),
+    ],
+)
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.fixture
+def run_plan(monkeypatch, capsys):
+    """Run scripts/plan.py in this process on some commands."""
+    command = toy.Command("plan", monkeypatch, capsys)
+
+    def run(lines, *flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return command(*flags)
+
+    return run
+
+
+def test_the_plan_knows_what_is_finished_begun_and_new(run_adv, run_plan, tmp_path):
+    common = [*toy.TOY_RUN, "--save_dir", tmp_path]
+    assert run_adv(*common, "--seed", 1).code == 0
+    assert run_adv(*common, "--seed", 2, "--time_limit", 0.0001).code == 75
+    lines = [
+        " ".join(map(str, ["main_adv.py", *common, "--seed", seed, "--resume"]))
+        for seed in (1, 2, 3)
+    ]
+    lines.append(
+        " ".join(
+            map(
+                str,
+                [
+                    "Robust-Bird/train_eb.py",
+                    *toy.TOY_BIRD,
+                    "--density",
+                    0.3,
+                    "--save_dir",
+                    tmp_path,
+                ],
+            )
+        )
+    )
+    result = run_plan(lines, "--jobs", "2")
+    assert result.code == 0, result.err
+    rows = [line.split("\t") for line in result.out.splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["0", "finished"],
+        ["1", "begun"],
+        ["2", "new"],
+        ["3", "new"],
+    ]
+    assert Path(rows[0][2]).is_dir()
+    assert not Path(rows[2][2]).exists()
+    table = result.err.splitlines()
+    assert table[0].endswith("finished")
+    assert "about" in table[2]
+    assert table[-1].startswith("3 of 4 runs to train, about")
+
+
+def test_a_plan_of_finished_runs_measures_nothing(run_adv, run_plan, tmp_path):
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+    result = run_plan([" ".join(map(str, ["main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path]))])
+    assert result.err.splitlines()[-1] == "0 of 1 runs to train"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("main_adv.py --densty 3", "unknown argument"),
+        ("train.py", "trains nothing"),
+        ("main_adv.py --density 7", "(0, 1]"),
+    ],
+)
+def test_bad_commands_are_one_line(run_plan, line, message):
+    result = run_plan([line])
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1

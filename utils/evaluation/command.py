@@ -1,0 +1,477 @@
+"""``main_adv.py --eval``: a checkpoint under an attack, image by image; a cut evaluation goes on
+where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import Data, Split
+from data.augment import to_float
+from models.loading import network_of, refuse_other_classes, spec_in
+from models.modes import in_mode
+from utils.errors import InputError, RunError, Stopped, require
+from utils.evaluation import gradient_masking
+from utils.evaluation.sanity import LOOKED_AT, check_network
+from utils.evaluation.trials import (
+    Outcomes,
+    Trial,
+    autoattack_trials,
+    clean_trial,
+    pgd_trials,
+    run_trials,
+)
+from utils.execution.distributed import World
+from utils.execution.hardware import full_precision
+from utils.execution.interruption import Interruption
+from utils.settings.adversarial import AdversarialSettings, evaluation_settings
+from utils.settings.applied import load_data_for, network_spec
+from utils.settings.stored import settings_in, settings_of_run
+from utils.storage.checkpoint import checksum, load_checkpoint, save_checkpoint
+from utils.storage.files import json_bytes, writable_folder, write_atomically, write_figure
+from utils.storage.inputs import read_checkpoint, refuse_what_is_no_run
+from utils.storage.provenance import environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings in the checkpoint that the flags point to, if it has any."""
+    if given.get("eval") and given.get("pretrained"):
+        content = read_checkpoint(given["pretrained"])
+        return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
+    if not given.get("resume_dir"):
+        return {}
+    refuse_what_is_no_run(given["resume_dir"])
+    return settings_of_run(AdversarialSettings.script, given["resume_dir"])
+
+
+def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[Judged, Data]:
+    """What ``--pretrained`` holds and its data, classes numbered as it does; raises ``InputError``
+    if they do not fit."""
+    data = load_data_for(settings, device)
+    assert settings.pretrained is not None
+    judged = network_for(settings.pretrained, settings, data, device)
+    if judged.classes == data.classes:
+        return judged, data
+    warnings.warn(
+        f"{settings.pretrained} numbers the classes in another order than the data: they are"
+        " matched by name",
+        stacklevel=2,
+    )
+    return judged, data.numbered(judged.classes)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network from a checkpoint: its classes in their order, and which network of its run it
+    is."""
+
+    model: nn.Module
+    classes: list[str]
+    epoch: int | None
+    val_ra: float | None
+
+    @cached_property
+    def weights(self) -> str:
+        """A checksum of its state."""
+        return checksum(self.model.state_dict())
+
+
+def network_for(
+    path: str, settings: AdversarialSettings, data: Data, device: torch.device
+) -> Judged:
+    """The network in a checkpoint, for these images; raises ``InputError`` if they do not fit."""
+    content = read_checkpoint(path)
+    spec = spec_in(content, path) or network_spec(settings, data)
+    if spec["num_classes"] != len(data.classes):
+        raise InputError(
+            f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}"
+        )
+    if len(spec["mean"]) != data.image_shape[0]:
+        raise InputError(
+            f"{path} takes {len(spec['mean'])} channels and the images have {data.image_shape[0]}"
+        )
+    refuse_other_classes(path, spec, data.classes)
+    model = network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device)
+    return Judged(
+        model, spec.get("classes") or data.classes, content.get("epoch"), content.get("val_ra")
+    )
+
+
+def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
+    """Measure ``--pretrained`` under ``--eval_attack``, from where that was cut before, and say
+    what came out."""
+    evaluation = world.agree(lambda: Evaluation(settings, device, world), in_turn=True)
+    # Each may have found other answers on disk, or none.
+    evaluation.outcomes.load_state_dict(world.from_first(evaluation.outcomes.state_dict))
+    evaluation.run()
+    if world.is_first:
+        evaluation.finish()
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What an evaluation does: its ``title``, its trials in order, and those at whose end the worst
+    case is known."""
+
+    title: str
+    trials: Sequence[Trial]
+    test: Trial
+    train: Trial | None = None
+
+
+class Evaluation:
+    """One evaluation of one checkpoint. Its files: ``<checkpoint>_<attack>_<hash>.json`` and
+    ``.pth.tar``, the answers by image."""
+
+    def __init__(self, settings: AdversarialSettings, device: torch.device, world: World) -> None:
+        """Load everything and check it; raises ``InputError``. Nothing is written but an empty
+        folder."""
+        self.settings, self.device, self.world = settings, device, world
+        self.attack = settings.test_attack
+        if settings.eval_attack == "cw":
+            self.attack = dataclasses.replace(self.attack, loss="margin")
+        self.judged, self.data = network_and_data(settings, device)
+        self.model = self.judged.model
+        self.source = None if settings.source is None else self._source(settings.source)
+        self.asked = self._asked()
+        self.splits = {"test": self.data.test, "train": self.data.train}
+        self.warnings = self._look_at_network()
+        self.folder = self._folder()
+        self.outcomes = Outcomes(
+            {name: split.labels[split.indices].cpu() for name, split in self.splits.items()}
+        )
+        self.saved_at = time.monotonic()
+        self.began_at = ""
+        if self.answers.exists():
+            self._go_on()
+
+    def _source(self, path: str) -> nn.Module:
+        source = network_for(path, self.settings, self.data, self.device)
+        other = (
+            f"--source {path} numbers the classes in another order than --pretrained"
+            f" {self.settings.pretrained}"
+        )
+        require(source.classes == self.data.classes, other)
+        return source.model
+
+    # ---- what is asked
+
+    def _asked(self) -> EvaluationPlan:
+        settings, model, attack = self.settings, self.model, self.attack
+        if settings.eval_attack == "autoattack":
+            trials = autoattack_trials(
+                model, attack, len(self.data.classes), self.device, settings.seed
+            )
+            return EvaluationPlan("AutoAttack", [clean_trial(), *trials], trials[-1])
+        if settings.eval_attack == "masking":
+            trials = gradient_masking.trials(model, attack, settings.seed)
+            return EvaluationPlan(
+                "signs of gradient masking",
+                [clean_trial(), *trials],
+                next(t for t in trials if t.name == "PGD-20"),
+            )
+        name = f"{'CW' if attack.loss == 'margin' else 'PGD'}-{attack.steps}"
+        options: dict[str, Any] = {
+            "restarts": settings.restarts,
+            "name": name,
+            "source": self.source,
+        }
+        test = pgd_trials(model, attack, settings.seed, **options)
+        train = (
+            []
+            if self.source is not None
+            else pgd_trials(model, attack, settings.seed, part="train", **options)
+        )
+        title = name + (f" x {settings.restarts}" if settings.restarts > 1 else "")
+        title += f" crafted on {_short(settings.source)}" if settings.source else ""
+        return EvaluationPlan(
+            title, [clean_trial(), *test, *train], test[-1], train[-1] if train else None
+        )
+
+    def _look_at_network(self) -> list[str]:
+        split = self.data.test
+        indices = split.spread(LOOKED_AT)
+        warnings = []
+        for model in (self.model, self.source):
+            if model is not None:
+                with in_mode(model, False), full_precision():
+                    warnings += check_network(
+                        model, to_float(split.rows(indices)), split.labels[indices]
+                    )
+        return warnings
+
+    # ---- files
+
+    def _folder(self) -> Path:
+        settings = self.settings
+        assert settings.pretrained is not None
+        folder = (
+            Path(settings.eval_dir)
+            if settings.eval_dir is not None
+            else Path(settings.pretrained).parent / "evaluations"
+        )
+        return writable_folder(folder, "--eval_dir DIR")
+
+    def _path(self, suffix: str) -> Path:
+        stem = Path(self.settings.pretrained or "").name.split(".")[0]
+        attack = re.sub(r"[^a-z0-9]+", "-", self.asked.title.lower()).strip("-")[:40]
+        return self.folder / f"{stem}_{attack}_{self.key[:8]}{suffix}"
+
+    @property
+    def answers(self) -> Path:
+        """The answers by image."""
+        return self._path(".pth.tar")
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of what decides the answers: networks, attack, images."""
+        settings = self.settings
+        source = None if self.source is None else checksum(self.source.state_dict())
+        parts: list[Any] = [self.judged.weights, source, dataclasses.asdict(self.attack)]
+        parts += [
+            settings.eval_attack,
+            settings.restarts,
+            settings.seed,
+            *(_digest_of_rows(split) for split in self.splits.values()),
+        ]
+        parts += [self.data.digest]
+        parts += [(trial.name, trial.batch) for trial in self.asked.trials]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _go_on(self) -> None:
+        content = load_checkpoint(self.answers)
+        if content.get("key") != self.key:
+            raise InputError(
+                f"{self.answers} is of another evaluation; move it away, or --eval_dir elsewhere"
+            )
+        self.outcomes.load_state_dict(content["outcomes"])
+        done = sum(self.outcomes.batches_done(trial) > 0 for trial in self.asked.trials)
+        self.began_at = (
+            f"going on from {self.answers} ({done} of {len(self.asked.trials)} trials begun or"
+            " done)"
+        )
+
+    def save(self) -> None:
+        """Write the answers by image so far."""
+        self.saved_at = time.monotonic()
+        if not self.world.is_first:
+            return
+        parts = {
+            "indices": {n: split.indices.cpu() for n, split in self.splits.items()},
+            "labels": dict(self.outcomes.labels),
+        }
+        try:
+            save_checkpoint(
+                self.answers, {"key": self.key, "outcomes": self.outcomes.state_dict(), **parts}
+            )
+        except OSError as error:
+            raise RunError(f"cannot write {self.answers} ({error.strerror or error})") from error
+
+    # ---- work
+
+    def run(self) -> None:
+        """All trials; asked to stop, by a signal or ``--time_limit``, it saves and leaves."""
+        if self.world.is_first:
+            own_steps = self.settings.eval_attack == "autoattack"
+            notes = [
+                f"note: {line}"
+                for line in (
+                    *self.data.notes,
+                    *self.settings.notes,
+                    *self.settings.attack_cautions("test", own_steps),
+                )
+            ]
+            for line in [*notes, *(f"warning: {line}" for line in self.warnings), self.began_at]:
+                if line:
+                    print(line, flush=True)
+        with Interruption(self.settings.time_limit) as interruption, self._progress() as progress:
+
+            def on_round(trial: Trial, images: int) -> None:
+                progress.advance(trial, images)
+                stopped = interruption.asked()
+                code = self.world.highest(stopped.code if stopped else 0)
+                if code or time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
+                    self.save()
+                if code:
+                    why = (
+                        f"{stopped}; the same command goes on from {self.answers}"
+                        if stopped and self.world.is_first
+                        else ""
+                    )
+                    raise Stopped(why, code)
+
+            run_trials(
+                self.model,
+                self.splits,
+                self.asked.trials,
+                self.outcomes,
+                world=self.world,
+                on_round=on_round,
+            )
+            self.save()
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[_Progress]:
+        progress = _Progress(self.asked.trials, self.outcomes, quiet=not self.world.is_first)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+    def finish(self) -> None:
+        """Write the summary and say it."""
+        result = self.result()
+        picture: Figure | None = None
+        lines = [self._headline(result)]
+        if self.settings.eval_attack == "masking":
+            signs = gradient_masking.signs(
+                self.model, self.data.test, self.attack, self.settings.seed, result["trials"]
+            )
+            lines += gradient_masking.text(signs)
+            result["signs"] = [dataclasses.asdict(sign) for sign in signs.found]
+            result["surface"] = signs.surface
+            picture = gradient_masking.figure(self.attack, result["trials"], signs)
+        elif self.settings.eval_attack == "autoattack":
+            lines.append(
+                "after "
+                + ", ".join(f"{t.name} {result['trials'][t.name]:.2f}" for t in self.asked.trials)
+            )
+        summary = self._path(".json")
+        try:
+            write_atomically(summary, json_bytes(result))
+            if picture is not None:
+                write_figure(self._path(".png"), picture)
+                lines.append(f"picture: {self._path('.png')}")
+        except OSError as error:
+            raise RunError(f"cannot write {summary} ({error.strerror or error})") from error
+        print("\n".join([*lines, f"by image: {self.answers}"]))
+
+    def result(self) -> dict[str, Any]:
+        """What came out, for the summary; accuracies in percent."""
+        accuracies = {trial.name: self.outcomes.accuracy(trial) for trial in self.asked.trials}
+        ra = accuracies[self.asked.test.name]
+        train_ra = None if self.asked.train is None else accuracies[self.asked.train.name]
+        attack, kind = (
+            self.attack,
+            "transfer" if self.source is not None else self.settings.eval_attack,
+        )
+        return {
+            "checkpoint": Path(self.settings.pretrained or "").name,
+            "network": {
+                "weights": self.judged.weights,
+                "epoch": self.judged.epoch,
+                "val_ra": self.judged.val_ra,
+            },
+            "attack": kind,
+            "title": self.asked.title,
+            "norm": attack.norm,
+            "eps": attack.eps * 255,
+            # AutoAttack has its own steps, and the signs of gradient masking are of many attacks,
+            # RA being PGD-20's.
+            "step_size": None if kind == "autoattack" else attack.step_size * 255,
+            "steps": {"autoattack": None, "masking": 20}.get(kind, attack.steps),
+            "restarts": None if kind == "autoattack" else self.settings.restarts,
+            "source": self.settings.source,
+            "seed": self.settings.seed,
+            "images": {
+                part: len(self.splits[part])
+                for part in {trial.part: None for trial in self.asked.trials}
+            },
+            "test_sa": accuracies["clean"],
+            "test_ra": ra,
+            "train_ra": train_ra,
+            "robust_gap": None if train_ra is None else train_ra - ra,
+            "trials": accuracies,
+            "warnings": self.warnings,
+            **environment(self.device),
+        }
+
+    def _headline(self, result: Mapping[str, Any]) -> str:
+        attack = (
+            f"{'PGD-20' if self.settings.eval_attack == 'masking' else result['title']},"
+            f" {self.settings.test_ball}"
+        )
+        robust, standard = (
+            f"test RA ({attack}) {result['test_ra']:.2f}",
+            f"test SA {result['test_sa']:.2f}",
+        )
+        if result["train_ra"] is not None:
+            gap = f"robust generalization gap {result['robust_gap']:.2f}"
+            return f"{robust}  {standard}  training RA {result['train_ra']:.2f}  {gap}"
+        if self.settings.eval_attack == "masking":
+            return f"{robust}  {standard}  on {result['images']['test']} images"
+        return f"{standard}  {robust}  on {result['images']['test']} images"
+
+
+class _Progress:
+    """A bar for each trial with the running estimate on a terminal, a line at the end of each
+    elsewhere."""
+
+    def __init__(self, trials: Sequence[Trial], outcomes: Outcomes, quiet: bool) -> None:
+        self._trials, self._outcomes = trials, outcomes
+        self._disable = True if quiet else None
+        self._quiet = quiet
+        self._trial: Trial | None = None
+        self._bar: Any = None
+
+    def advance(self, trial: Trial, images: int) -> None:
+        """After some images of a trial."""
+        if trial is not self._trial:
+            self.close()
+            self._trial = trial
+            self._rows = self._outcomes.rows(trial, self._trials)
+            self._bar = tqdm(
+                total=len(self._rows),
+                desc=trial.name,
+                unit="img",
+                leave=False,
+                disable=self._disable,
+            )
+            self._bar.update(
+                int((self._outcomes.predicted(trial)[self._rows] != Outcomes.NOT_SHOWN).sum())
+                - images
+            )
+        self._bar.update(images)
+        estimate = self._outcomes.estimate(trial, self._rows)
+        done = not bool((self._outcomes.predicted(trial)[self._rows] == Outcomes.NOT_SHOWN).any())
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"{'at most ' if trial.spares else ''}{estimate:.2f} %")
+        elif done and not self._quiet:
+            print(
+                f"{trial.name}: {self._outcomes.accuracy(trial):.2f} % of"
+                f" {len(self._outcomes.labels[trial.part])} images",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(path: str) -> str:
+    """A checkpoint's folder and name, for a title."""
+    return "/".join(Path(path).resolve().parts[-2:]).split(".")[0]
+
+
+def _digest_of_rows(split: Split) -> str:
+    """Which images of a data set, and their labels."""
+    return checksum({"indices": split.indices, "labels": split.labels[split.indices]})

@@ -1,0 +1,276 @@
+"""Signs of gradient masking: attacks that fail although the network is not robust (Athalye et al.,
+"Obfuscated Gradients Give a False Sense of Security", 2018; Carlini et al., "On Evaluating
+Adversarial Robustness", 2019)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Batch, Split
+from data.augment import to_float
+from models.modes import in_mode, without_parameter_gradients
+from utils.attacks import PGD, attack_draws
+from utils.evaluation.trials import Trial, pgd_trials
+from utils.execution.hardware import full_precision
+from utils.seeding import random_bits, stream, uniform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS = (10, 20, 50, 100)
+STEP_SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of eps
+RADII = (0.5, 2.0, 4.0, 16.0)  # of eps
+_SURFACE_IMAGES = 64
+_SURFACE_POINTS = 9  # from the image to the surface of the ball
+_TOLERANCE = 2.0  # points of RA that two attacks of one kind may differ by
+_LARGE_BALL_RA = 10.0  # percent that may withstand 16 eps, where no image should
+_LOW_RISE = 0.5  # of what the gradient promises, below which the loss is too curved for it
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One question, its answer in figures, and whether it points to gradient masking."""
+
+    question: str
+    answer: str
+    suspicious: bool
+
+
+@dataclass(frozen=True)
+class Signs:
+    """All of them, and the mean loss ``surface`` [i][j] over images, i along the gradient's sign
+    and j along random signs, from 0 to eps (``SURFACE_POINTS`` each way)."""
+
+    found: Sequence[Sign]
+    surface: Sequence[Sequence[float]]
+
+
+def trials(model: nn.Module, attack: PGD, seed: int) -> list[Trial]:
+    """Noise, one step, and PGD with other steps, step sizes and radii than ``attack``; each looks
+    at every image."""
+    eps, size = attack.eps, attack.step_size
+    one_step = dataclasses.replace(attack, steps=1, step_size=eps, random_start=False)
+    attacks = {"one step": one_step}
+    attacks |= {
+        f"PGD-{steps}": dataclasses.replace(attack, steps=steps, step_size=size) for steps in STEPS
+    }
+    attacks |= {
+        f"PGD-20, steps of {part:g} eps": dataclasses.replace(
+            attack, steps=20, step_size=part * eps
+        )
+        for part in STEP_SIZES
+    }
+    attacks |= {
+        f"PGD-20 in {r:g} eps": dataclasses.replace(
+            attack, steps=20, eps=r * eps, step_size=r * size
+        )
+        for r in RADII
+    }
+    found = [
+        trial for name, one in attacks.items() for trial in pgd_trials(model, one, seed, name=name)
+    ]
+    return [Trial("noise", lambda batch: _noise(batch, attack, seed)), *found]
+
+
+def _noise(batch: Batch, attack: PGD, seed: int) -> Tensor:
+    """Images moved at random to the surface of the ball: the control that knows no gradient."""
+    draws = attack_draws(
+        dataclasses.replace(attack, random_start=True),
+        batch.indices,
+        batch.x.shape[1:],
+        seed,
+        "noise",
+    )
+    assert draws is not None
+    if attack.norm == "linf":
+        offset = (2 * draws - 1).sign() * attack.eps
+    else:
+        direction = torch.special.ndtri(draws[:, :-1].double())
+        offset = (attack.eps * direction / direction.norm(dim=1, keepdim=True)).to(batch.x.dtype)
+    return (batch.x + offset.view_as(batch.x)).clamp(0.0, 1.0)
+
+
+def signs(
+    model: nn.Module, split: Split, attack: PGD, seed: int, accuracies: Mapping[str, float]
+) -> Signs:
+    """What the accuracies (percent, by trial) and the loss around some images of the split say."""
+    clean, noise, pgd, most = (
+        accuracies[name] for name in ("clean", "noise", "PGD-20", f"PGD-{STEPS[-1]}")
+    )
+    best_size = min(accuracies[f"PGD-20, steps of {part:g} eps"] for part in STEP_SIZES)
+    widest = accuracies[f"PGD-20 in {RADII[-1]:g} eps"]
+    surface, rise, rising = _surface(model, split, attack, seed)
+    lost_to_noise, lost_to_pgd = clean - noise, clean - pgd
+    last, rise_text = f"PGD-{STEPS[-1]}", f"by {100 * rise:.0f} % of what the gradient promises"
+    one_step = accuracies["one step"]
+    found = [
+        Sign(
+            "does one step find more than many?",
+            f"one step {one_step:.2f}, {last} {most:.2f}",
+            one_step < most - 0.5 * _TOLERANCE,
+        ),
+        Sign(
+            "do more steps go on finding?",
+            f"PGD-20 {pgd:.2f}, {last} {most:.2f}",
+            pgd - most > _TOLERANCE,
+        ),
+        Sign(
+            "does another step size find more?",
+            f"PGD-20 {pgd:.2f}, best step size {best_size:.2f}",
+            pgd - best_size > _TOLERANCE,
+        ),
+        Sign(
+            "does a large ball leave images right?",
+            f"{RADII[-1]:g} eps leaves {widest:.2f}",
+            widest > _LARGE_BALL_RA,
+        ),
+        Sign(
+            "does noise do as much as the gradient?",
+            f"noise takes {lost_to_noise:.2f} points, PGD-20 {lost_to_pgd:.2f}",
+            lost_to_pgd > 0 and lost_to_noise > 0.5 * lost_to_pgd,
+        ),
+        Sign(
+            "does the loss rise along the gradient?",
+            f"{rise_text}, all the way for {100 * rising:.0f} % of the images",
+            rise < _LOW_RISE,
+        ),
+    ]
+    return Signs(found, surface.tolist())
+
+
+def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Tensor, float, float]:
+    """Mean loss ``[points, points]`` over some images; the rise along the gradient as a share of
+    what the gradient at the image promises (for the median image); the share of images whose loss
+    rises at every point of the way.
+    """
+    indices = split.spread(_SURFACE_IMAGES)
+    x, y = to_float(split.rows(indices)), split.labels[indices]
+    with in_mode(model, False), full_precision():
+        x_free = x.clone().requires_grad_()
+        with without_parameter_gradients(model), torch.enable_grad():
+            (gradient,) = torch.autograd.grad(
+                F.cross_entropy(model(x_free), y, reduction="sum"), x_free
+            )
+        along, across = (
+            _to_surface(direction, attack)
+            for direction in (gradient, _random_signs(x, indices, seed))
+        )
+        parts = torch.linspace(0, 1, _SURFACE_POINTS).tolist()
+        with torch.no_grad():
+            losses = torch.stack(
+                [
+                    torch.stack([_loss(model, x + i * along + j * across, y) for j in parts])
+                    for i in parts
+                ]
+            )
+    way = losses[:, 0]  # [points, images]
+    promised = (gradient * along).flatten(1).sum(dim=1)
+    rise = ((way[-1] - way[0]) / promised.clamp_min(1e-12)).median().item()
+    rising = (way.diff(dim=0) >= -1e-6).all(dim=0).double().mean().item()
+    return losses.mean(dim=2).double().cpu(), rise, rising
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    # Not clipped to [0, 1]: clipping would bend the surface that is looked at.
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def _random_signs(x: Tensor, indices: Tensor, seed: int) -> Tensor:
+    keys = random_bits(stream(0, seed, "surface"), indices)[:, None]
+    return (uniform(keys, torch.arange(x[0].numel(), device=x.device)) - 0.5).view_as(x)
+
+
+def _to_surface(direction: Tensor, attack: PGD) -> Tensor:
+    """The step from an image to the surface of the ball."""
+    if attack.norm == "linf":
+        return attack.eps * direction.sign()
+    norm = torch.linalg.vector_norm(
+        direction, dim=tuple(range(1, direction.dim())), keepdim=True
+    ).clamp_min(torch.finfo(direction.dtype).tiny)
+    return attack.eps * direction / norm
+
+
+def text(signs: Signs) -> list[str]:
+    """The signs in lines for the terminal, and what they come to."""
+    lines = [
+        f"{'SUSPICIOUS' if sign.suspicious else 'fine':<10}  {sign.question:<40}  {sign.answer}"
+        for sign in signs.found
+    ]
+    count = sum(sign.suspicious for sign in signs.found)
+    if count:
+        return [
+            *lines,
+            (
+                f"{count} of {len(lines)} signs point to gradient masking or to an attack that is"
+                " too weak: do not trust its RA"
+            ),
+        ]
+    return [
+        *lines,
+        "no sign of gradient masking; AutoAttack (--eval_attack autoattack) is the stronger proof",
+    ]
+
+
+def figure(attack: PGD, accuracies: Mapping[str, float], signs: Signs) -> Figure:
+    """RA against steps, step size and radius, with clean images and noise as controls, and the loss
+    around the images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    (by_steps, by_size), (by_radius, surface) = figure.subplots(2, 2)
+    names = {steps: f"PGD-{steps}" for steps in STEPS}
+    _curve(
+        by_steps,
+        {1: accuracies["one step"], **{s: accuracies[n] for s, n in names.items()}},
+        "steps (1: one step of eps)",
+        log=True,
+    )
+    _curve(
+        by_size,
+        {part: accuracies[f"PGD-20, steps of {part:g} eps"] for part in STEP_SIZES},
+        "step size / eps",
+        log=True,
+    )
+    radii = {
+        0.0: accuracies["clean"],
+        1.0: accuracies["PGD-20"],
+        **{r: accuracies[f"PGD-20 in {r:g} eps"] for r in RADII},
+    }
+    _curve(
+        by_radius,
+        dict(sorted(radii.items())),
+        f"radius / eps (eps = {attack.eps * 255:g}/255)",
+        log=False,
+    )
+    for axes in (by_steps, by_size):
+        axes.axhline(
+            accuracies["noise"], color="tab:orange", linewidth=4.0, alpha=0.4, label="random noise"
+        )
+        axes.axhline(accuracies["clean"], color="tab:green", linestyle=":", label="clean")
+        axes.set_ylim(0, 1.3 * max(accuracies["clean"], 1.0))  # room for the legend
+        axes.legend(frameon=False, loc="upper right", ncols=3)
+    image = surface.imshow(signs.surface, origin="lower", extent=(0, 1, 0, 1), cmap="viridis")
+    surface.set(
+        xlabel="random signs / eps",
+        ylabel="sign of the gradient / eps",
+        title="mean loss around the images",
+    )
+    figure.colorbar(image, ax=surface, label="cross-entropy")
+    return figure
+
+
+def _curve(axes: Any, points: Mapping[float, float], label: str, *, log: bool) -> None:
+    axes.plot(list(points), list(points.values()), marker="o", color="tab:blue", label="attacked")
+    if log:
+        axes.set_xscale("log")
+        axes.set_xticks(list(points), [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in points])
+        axes.minorticks_off()
+    axes.set(xlabel=label, ylabel="accuracy (%)")
+    axes.grid(alpha=0.25)

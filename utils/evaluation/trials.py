@@ -1,0 +1,279 @@
+"""Strong evaluation: what a network answers under each of several attacks, image by image, so that
+it can be cut and go on.
+
+An evaluation is a list of trials. Each shows the network the images of a split as its attack leaves
+them; one that asks for the worst case looks only at images that the trials before it left right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import Batch, Split
+from data.augment import to_float
+from models.modes import in_mode
+from utils.attacks import PGD, AutoAttack, attack_draws, pgd_attack
+from utils.errors import InputError
+from utils.execution.distributed import ALONE, World
+from utils.execution.hardware import full_precision
+
+EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
+_AUTOATTACK_CLASSES = 4
+# A batch of AutoAttack is thousands of passes, and what a cut loses: on a CPU an hour for 256
+# images of a ResNet-18.
+_AUTOATTACK_BATCH = {"cpu": 32}
+
+Craft = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One look at a split.
+
+    Attributes:
+        name: of its result, unique in an evaluation.
+        craft: what the network is shown instead of a batch's images, ``[N, C, H, W]``.
+        part: the split.
+        spares: earlier trials; an image that one of them got wrong is not looked at again and
+            counts as wrong.
+        batch: images at a time.
+    """
+
+    name: str
+    craft: Craft
+    part: str = "test"
+    spares: tuple[str, ...] = ()
+    batch: int = EVAL_BATCH
+
+
+class Outcomes:
+    """The predicted class of every image in every trial: what a cut evaluation goes on from.
+
+    Args:
+        labels: the true classes by split, int64 ``[N]`` on the CPU.
+    """
+
+    NOT_SHOWN = -1
+
+    def __init__(self, labels: Mapping[str, Tensor]) -> None:
+        self.labels = labels
+        self._predicted: dict[str, Tensor] = {}
+        self._batches: dict[str, int] = {}
+
+    def predicted(self, trial: Trial) -> Tensor:
+        """Classes, int16 ``[N]`` in the order of the split; ``NOT_SHOWN`` where the trial has not
+        looked."""
+        if trial.name not in self._predicted:
+            self._predicted[trial.name] = torch.full_like(
+                self.labels[trial.part], self.NOT_SHOWN, dtype=torch.int16
+            )
+        return self._predicted[trial.name]
+
+    def right(self, trial: Trial) -> Tensor:
+        """Bool ``[N]``: shown and answered rightly."""
+        return self.predicted(trial) == self.labels[trial.part]
+
+    def accuracy(self, trial: Trial) -> float:
+        """Percent of all images of the split; for a trial that spares images that is the worst case
+        so far."""
+        return 100.0 * self.right(trial).double().mean().item()
+
+    def rows(self, trial: Trial, trials: Sequence[Trial]) -> Tensor:
+        """Positions in the split that the trial is about, int64."""
+        alive = torch.ones_like(self.labels[trial.part], dtype=torch.bool)
+        for earlier in trials:
+            if earlier.name in trial.spares:
+                alive &= self.right(earlier)
+        return alive.nonzero().squeeze(1)
+
+    def estimate(self, trial: Trial, rows: Tensor) -> float:
+        """Accuracy in percent as far as the trial has come: of the images shown, or an upper bound
+        where images are spared."""
+        shown = self.predicted(trial)[rows] != self.NOT_SHOWN
+        wrong = int((shown & ~self.right(trial)[rows]).sum())
+        if trial.spares:
+            return 100.0 * (len(rows) - wrong) / len(self.labels[trial.part])
+        return 100.0 * (1 - wrong / max(1, int(shown.sum())))
+
+    def batches_done(self, trial: Trial) -> int:
+        return self._batches.get(trial.name, 0)
+
+    def add(self, trial: Trial, rows: Tensor, predicted: Tensor, batches: int) -> None:
+        """Take in the answers (int16) at ``rows``, which came in so many batches."""
+        self.predicted(trial)[rows] = predicted
+        self._batches[trial.name] = self.batches_done(trial) + batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"predicted": dict(self._predicted), "batches": dict(self._batches)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._predicted = {
+            name: predicted.clone() for name, predicted in state["predicted"].items()
+        }
+        self._batches = {name: int(count) for name, count in state["batches"].items()}
+
+
+OnRound = Callable[[Trial, int], None]
+
+
+def run_trials(
+    model: nn.Module,
+    splits: Mapping[str, Split],
+    trials: Sequence[Trial],
+    outcomes: Outcomes | None = None,
+    *,
+    world: World = ALONE,
+    on_round: OnRound = lambda trial, images: None,
+) -> Outcomes:
+    """Every trial from where ``outcomes`` stands, in eval mode and full float32; the network's
+    modes are left as found.
+
+    Batches are cut alike whether or not the evaluation was, and random draws depend on the image or
+    the batch alone, so an evaluation that was cut ends like one that was not.
+
+    Args:
+        splits: by name, as the trials call them.
+        world: processes that share the batches; all of them end with the whole result.
+        on_round: called after each batch (of several processes, round of batches) with the images
+            in it; may raise to leave.
+    """
+    outcomes = (
+        Outcomes({name: split.labels[split.indices].cpu() for name, split in splits.items()})
+        if outcomes is None
+        else outcomes
+    )
+    with in_mode(model, False), full_precision():
+        for trial in trials:
+            split = splits[trial.part]
+            chunks = outcomes.rows(trial, trials).split(trial.batch)
+            for first in range(outcomes.batches_done(trial), len(chunks), world.size):
+                mine = chunks[first : first + world.size]
+                rows = torch.cat(mine)
+                answers = torch.zeros(len(rows), dtype=torch.int32, device=split.device)
+                if world.rank < len(mine):
+                    start = sum(len(chunk) for chunk in mine[: world.rank])
+                    answers[start : start + len(mine[world.rank])] = _answers(
+                        model, split, trial, mine[world.rank]
+                    )
+                outcomes.add(trial, rows, world.total(answers).to("cpu", torch.int16), len(mine))
+                on_round(trial, len(rows))
+    return outcomes
+
+
+def _answers(model: nn.Module, split: Split, trial: Trial, rows: Tensor) -> Tensor:
+    indices = split.indices[rows.to(split.device)]
+    batch = Batch(to_float(split.rows(indices)), split.labels[indices], indices)
+    shown = trial.craft(batch)
+    with torch.no_grad():
+        return model(shown).argmax(dim=1).int()
+
+
+# ---------------------------------------------------------------- trials
+
+
+def clean_trial(part: str = "test") -> Trial:
+    """The images as they are."""
+    return Trial("clean" if part == "test" else f"clean, {part}", lambda batch: batch.x, part)
+
+
+def pgd_trials(
+    model: nn.Module,
+    attack: PGD,
+    seed: int,
+    *,
+    restarts: int = 1,
+    part: str = "test",
+    name: str = "pgd",
+    source: nn.Module | None = None,
+) -> list[Trial]:
+    """PGD with ``restarts`` random starts: the worst case for each image.
+
+    The first start is that of ``evaluate``; later ones look only at images that withstood those
+    before.
+
+    Args:
+        source: the network on which the images are crafted, if not ``model`` itself.
+    """
+    if restarts > 1 and not attack.random_start:
+        raise ValueError("restarts need a random start: without one they are all the same")
+    crafting = model if source is None else source
+
+    def craft(key: tuple[int | str, ...]) -> Craft:
+        def adversarial(batch: Batch) -> Tensor:
+            draws = attack_draws(attack, batch.indices, batch.x.shape[1:], *key)
+            return pgd_attack(crafting, batch.x, batch.y, attack, draws=draws)
+
+        return adversarial
+
+    base = name if part == "test" else f"{name}, {part}"
+    names = [base, *(f"{base}, start {number + 1}" for number in range(1, restarts))]
+    keys: list[tuple[int | str, ...]] = [
+        (seed, "evaluate"),
+        *((seed, "evaluate", number) for number in range(1, restarts)),
+    ]
+    return [Trial(names[n], craft(keys[n]), part, spares=tuple(names[:n])) for n in range(restarts)]
+
+
+def autoattack_trials(
+    model: nn.Module, attack: PGD | AutoAttack, classes: int, device: torch.device, seed: int
+) -> list[Trial]:
+    """The standard AutoAttack (Croce and Hein, 2020) within ``attack``'s ball, by pyautoattack: its
+    four attacks one after the other, each on the images that withstood those before. Comes after
+    ``clean_trial()``.
+
+    Raises:
+        InputError: fewer than four classes, which its targeted loss needs.
+    """
+    from pyautoattack import AutoAttack as Library
+
+    if classes < _AUTOATTACK_CLASSES:
+        raise InputError(
+            f"AutoAttack's targeted losses need at least {_AUTOATTACK_CLASSES} classes and the"
+            f" network has {classes}"
+        )
+    norm = {"linf": "Linf", "l2": "L2"}[attack.norm]
+    library = Library(
+        model, norm=norm, eps=attack.eps, version="standard", seed=seed, device=device
+    )
+    library.fab.targeted, library.fab.n_restarts = True, 1
+    # Its nine targets a class assume ten classes.
+    library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
+    attacks = {
+        "apgd-ce": library.apgd,
+        "apgd-t": library.apgd_targeted,
+        "fab-t": library.fab,
+        "square": library.square,
+    }
+
+    def craft(part: Any) -> Craft:
+        def adversarial(batch: Batch) -> Tensor:
+            with _own_generators():  # the library seeds torch's global ones
+                found = part.perturb(batch.x.contiguous(), batch.y).detach()
+            # Its last step rounds: an image must not leave the ball by it.
+            if attack.norm == "linf":
+                found = torch.clamp(found, batch.x - attack.eps, batch.x + attack.eps)
+            return found.clamp(0.0, 1.0)
+
+        return adversarial
+
+    size = _AUTOATTACK_BATCH.get(device.type, EVAL_BATCH)
+    names = ["clean", *attacks]
+    return [
+        Trial(name, craft(part), spares=tuple(names[: n + 1]), batch=size)
+        for n, (name, part) in enumerate(attacks.items())
+    ]
+
+
+@contextlib.contextmanager
+def _own_generators() -> Iterator[None]:
+    # The library seeds the generators of all GPUs, whichever it computes on.
+    with torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    ):
+        yield

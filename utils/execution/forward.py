@@ -1,0 +1,236 @@
+"""How a network is computed while it trains and is tested: in which precision, compiled or not, by
+how many processes.
+
+bf16 is torch's autocast: convolutions and products in bfloat16; weights, batch-norm statistics,
+losses and masks in float32. ``torch.compile`` fuses what lies between the convolutions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from models.modes import in_mode, without_parameter_gradients
+from utils.attacks import PGD, pgd_attack
+from utils.errors import RunError, one_line
+from utils.execution.cuda_graph import AttackOnce, GraphedAttack, GraphMemory
+from utils.execution.distributed import ALONE, World
+from utils.execution.hardware import PRECISIONS
+from utils.seeding import host_draws, lent_generators
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How every network of a run is computed.
+
+    Attributes:
+        precision: one of ``PRECISIONS``.
+        compile: whether networks are compiled; None where it pays for the length of a training.
+        graphs: whether an attack on a GPU is captured as a CUDA graph.
+        world: the processes that train together.
+    """
+
+    precision: str = "float32"
+    compile: bool | None = False
+    graphs: bool = True
+    world: World = ALONE
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}"
+            )
+
+    def for_training(self, flops: float, device: torch.device) -> Execution:
+        """The same with ``compile`` decided for a training of so many FLOPs."""
+        if self.compile is not None:
+            return self
+        return dataclasses.replace(
+            self, compile=flops >= _PAYS_TO_COMPILE.get(device.type, float("inf"))
+        )
+
+
+PLAIN = Execution()
+# FLOPs of a training from which compiling pays: on a CPU (2 cores, 350 GFLOP/s) it takes 100 s and
+# gains 5 %, so after 40
+# minutes; for GPUs an estimate, not measured.
+_PAYS_TO_COMPILE = {"cpu": 1e15, "cuda": 1e17}
+
+
+class Forward:
+    """Images to float32 logits through a network that stays what it is.
+
+    Args:
+        model: used as it is at each call: weights, mode and masks are its own.
+        execution: how.
+        sizes: images in the batches worth compiling and capturing for; others are computed without.
+        has_idle: whether some trained parameters take no part in an update, which several processes
+            must know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        execution: Execution = PLAIN,
+        sizes: Collection[int] = (),
+        *,
+        has_idle: bool = False,
+    ) -> None:
+        self.model = model
+        self.world = execution.world
+        self._has_idle = has_idle
+        self._autocast = execution.precision == "bf16"
+        self._graph_sizes = frozenset(sizes)
+        self._sizes = self._graph_sizes if execution.compile else frozenset()
+        self._may_graph = execution.graphs
+        self._graphs: dict[Any, GraphedAttack] = {}
+        self._uncaptured: set[Any] = set()
+        self._shared: GraphMemory | None = None
+        self._compiled: Any = None
+        self._replica: nn.Module | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]`` of images ``[N, C, H, W]``; other processes are not asked."""
+        return self._logits(self.model, x)
+
+    def averaged(self, x: Tensor) -> Tensor:
+        """The same, with the parameters' gradients averaged over the processes in backward."""
+        if self._replica is None:  # not before: DDP asks the other processes
+            self._replica = self.world.replica(self.model, x.device, self._has_idle)
+        try:
+            return self._logits(self._replica, x)
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            part = (
+                f"some layers took part in the last step in some of the {self.world.size} processes"
+                " alone"
+            )
+            raise RunError(f"{part}; one process can train such a network") from error
+
+    def attack(
+        self, x: Tensor, y: Tensor, attack: PGD, *, training: bool, draws: Tensor | None
+    ) -> Tensor:
+        """``pgd_attack`` on this network; on CUDA as one graph for batches of the usual sizes."""
+
+        def once(x: Tensor, y: Tensor, draws: Tensor | None) -> Tensor:
+            return pgd_attack(
+                self.model, x, y, attack, training=training, draws=draws, forward=self
+            )
+
+        if not (
+            self._may_graph
+            and x.device.type == "cuda"
+            and len(x) in self._graph_sizes
+            and attack.steps > 0
+        ):
+            return once(x, y, draws)
+        if training and any(
+            isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()
+        ):
+            return once(x, y, draws)  # collectives stay outside of graphs
+        key = (attack, training, x.shape)
+        if key not in self._graphs and key not in self._uncaptured:
+            self._capture(key, once, x, y, draws)
+        return self._graphs[key](x, y, draws) if key in self._graphs else once(x, y, draws)
+
+    def _capture(
+        self, key: Any, once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None
+    ) -> None:
+        if self._shared is None:
+            self._shared = GraphMemory(x.device)
+        try:
+            with lent_generators(x.device):  # the step draws as one that captures nothing
+                before = host_draws()
+                graph = GraphedAttack(self.model, once, x, y, draws, self._shared)
+                if host_draws() != before:
+                    raise RuntimeError(
+                        "the network draws on the host, and a graph would repeat what it drew"
+                    )
+            self._graphs[key] = graph
+        except RuntimeError as error:
+            # an operation that cannot be captured, or not enough memory for batches of this size
+            self._uncaptured.add(key)
+            warnings.warn(
+                f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without",
+                stacklevel=3,
+            )
+
+    @property
+    def graphs(self) -> int:
+        """Attacks that have been captured."""
+        return len(self._graphs)
+
+    def prepare(self, batch: Batch, attacked: bool, training: bool, tested: int = 0) -> str:
+        """Compile for training on batches like this one and for tests; returns what to say of it.
+        What fails to compile is computed without.
+
+        Args:
+            attacked: whether images are attacked before an update and in tests; each way to compute
+                compiles once more.
+            training: the mode of the attack.
+            tested: images in a batch of a test, 0 where none is that large.
+        """
+        start, failure = time.perf_counter(), None
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        # of an earlier stage's network, whose graphs count towards the same limit
+        torch.compiler.reset()
+        try:
+            with lent_generators(batch.x.device):
+                self._warm_up(batch, attacked, training, tested)
+        except Exception as error:
+            # a missing compiler, a network that it cannot take: in as many ways as there are layers
+            # below
+            failure = one_line(error).split(". ")[0][:200]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self.world.highest(failure is not None):
+            self._sizes = frozenset()
+            return (
+                f"warning: torch.compile failed ({failure or 'in another process'}); going on"
+                " without"
+            )
+        return f"compiled in {time.perf_counter() - start:.0f} s"
+
+    def _warm_up(self, batch: Batch, attacked: bool, training: bool, tested: int) -> None:
+        if attacked:
+            self._forward_backward_to_input(batch.x, training)
+        if self.world.size == 1:
+            with in_mode(self.model, True):
+                self(batch.x).sum().backward()
+        if tested in self._sizes:
+            images = batch.x[torch.arange(tested, device=batch.x.device) % len(batch.x)]
+            with in_mode(self.model, False), torch.no_grad():
+                self(images)
+            if attacked:
+                self._forward_backward_to_input(images, False)
+
+    def _forward_backward_to_input(self, x: Tensor, training: bool) -> None:
+        """What a step of an attack computes."""
+        with in_mode(self.model, training), without_parameter_gradients(self.model):
+            self(x.detach().requires_grad_()).sum().backward()
+
+    def _logits(self, module: Any, x: Tensor) -> Tensor:
+        # DDP's own pass is not compiled: should that fail in one process, the others would wait for
+        # its gradients.
+        if module is self.model and len(x) in self._sizes:
+            # no "or": a compiled network asks the network for its length, which few have
+            if self._compiled is None:
+                self._compiled = torch.compile(module, dynamic=False)
+            module = self._compiled
+            # whose strides may be written in two ways, and each would be compiled for
+            if x.shape[1] == 1:
+                x = x.reshape(-1).view(x.shape)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocast):
+            logits = module(x)
+        return logits.to(x.dtype)

@@ -1,0 +1,43 @@
+"""Precisions and kernels of the hardware."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+PRECISIONS = ("float32", "bf16")
+
+
+def best_precision(device: torch.device) -> str:
+    """``bf16`` where the hardware multiplies in it, else ``float32``."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+    return "bf16" if fast else "float32"
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """On CUDA: the fastest convolution for each shape, and TF32 for what is float32;
+    ``evaluate.full_precision`` undoes both."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 without TF32, and the same kernels every time, for a while; whatever the training
+    used."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -1,0 +1,158 @@
+"""What others measured (``results/paper``), which of it fits a group of runs, and how these differ
+from the paper's set-up."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.report.runs import Group, setting_text, value_text
+
+_FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper"
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny-ImageNet"}
+_DENSITY = 0.2  # of the paper's sparse rows
+_SPARSITIES = {0.1: 90, 0.05: 95, 0.01: 99}  # density: percent, of the benchmark
+_EPOCHS = 200  # of the paper, in either stage
+# What a report says elsewhere, or by what the run really had.
+_NO_DIFFERENCE = set("seed dataset data density fb fbp fix pruning precision image_size".split())
+_NO_DIFFERENCE |= {"train_subset", "test_subset"}
+
+
+@dataclass(frozen=True)
+class _Images:
+    train: int
+    test: int
+    side: int
+    classes: int
+
+
+_IMAGES = {
+    "cifar10": _Images(45_000, 10_000, 32, 10),
+    "cifar100": _Images(45_000, 10_000, 32, 100),
+    "tinyimagenet": _Images(90_000, 10_000, 64, 200),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A method of the benchmark: accuracies on the test set in percent."""
+
+    method: str
+    clean: float
+    autoattack: float
+
+
+def dataset_of(group: Group, paper_dataset: str | None) -> str | None:
+    """The data set of ``DATASETS`` that a group is laid beside: its own, or ``paper_dataset`` where
+    the paper has not its own."""
+    return group.settings.dataset if group.settings.dataset in DATASETS else paper_dataset
+
+
+def table1(group: Group, paper_dataset: str | None = None) -> dict[str, float]:
+    """The row of the paper's Table 1 for a group, by column, FLOPs unscaled; nothing where it has
+    none."""
+    dataset = dataset_of(group, paper_dataset)
+    fits = group.settings.arch == "resnet18" and group.density == (
+        1.0 if group.method == "dense" else _DENSITY
+    )
+    for row in _read("table1.csv") if fits else []:
+        if (row["dataset"], row["method"]) == (dataset, group.method):
+            figures = {
+                name: float(cell) for name, cell in row.items() if name not in ("dataset", "method")
+            }
+            figures["train_flops"] = figures.pop("train_flops_e17") * 1e17
+            figures["inference_flops"] = figures.pop("inference_flops_e9") * 1e9
+            return figures
+    return {}
+
+
+def benchmark(dataset: str | None, arch: str, sparsity: int) -> list[Published]:
+    """The benchmark's methods on a data set, at a sparsity in percent; none where it has no such
+    cells."""
+    cells = [
+        row
+        for row in _read("adversarial_pruning_benchmark.csv")
+        if (row["dataset"], row["arch"]) == (dataset, arch)
+    ]
+    rows = [row for row in cells if float(row["sparsity_percent"]) == sparsity]
+    return [
+        Published(row["method"], float(row["clean_accuracy"]), float(row["autoattack_accuracy"]))
+        for row in rows
+    ]
+
+
+def benchmark_sparsity(group: Group) -> int | None:
+    """The benchmark's sparsity, in percent of the weights, that was asked of a group; none for
+    channels and other densities."""
+    return None if group.method.endswith("-channel") else _SPARSITIES.get(group.density)
+
+
+def differences(group: Group, dataset: str | None) -> list[str]:
+    """In plain words how a group's runs differ from those of the paper on ``dataset``, the density
+    aside."""
+    found = [] if dataset == group.settings.dataset else [_other_data(group)]
+    if dataset is not None:
+        found += _other_images(group.first.config, _IMAGES[dataset])
+    precision = group.first.precision
+    if precision != "float32":
+        found.append(f"trained in {precision} (paper: float32)")
+    return found + _other_settings(group)
+
+
+def _other_data(group: Group) -> str:
+    settings = group.settings
+    return f"data set {settings.dataset}" + (
+        f" {Path(settings.data).name}" if settings.dataset == "imagefolder" else ""
+    )
+
+
+def _other_images(config: Mapping[str, Mapping[str, int]], theirs: _Images) -> list[str]:
+    images, network = config.get("images", {}), config.get("network", {})
+    facts = [
+        ("classes", network.get("num_classes"), theirs.classes),
+        ("training images", images.get("train"), theirs.train),
+        ("test images", images.get("test"), theirs.test),
+        ("image side", network.get("image_size"), theirs.side),
+    ]
+    return [
+        f"{what} {ours} (paper: {paper})"
+        for what, ours, paper in facts
+        if ours not in (None, paper)
+    ]
+
+
+def _other_settings(group: Group) -> list[str]:
+    """Those that are not at their defaults, which are the paper's."""
+    settings = group.settings
+    lengths: dict[str, Any] = {
+        name: _EPOCHS for name in ("epochs1", "epochs2", "epochs") if hasattr(settings, name)
+    }
+    # Milestones given as fractions follow the length: compared is what they would be at the
+    # paper's.
+    at_length = dataclasses.replace(settings, **lengths).canonical()
+    ours, defaults = (
+        settings.canonical(),
+        {f.name: f.default for f in dataclasses.fields(settings) if f.metadata["result"]},
+    )
+    if "update_frequency" in defaults and group.method in ("fb", "fbp"):  # its commands ask for it
+        defaults["dynamic_fre"] = True
+    found = []
+    for name, default in defaults.items():
+        value = ours[name] if name in lengths else at_length[name]
+        if name not in _NO_DIFFERENCE and value != default:
+            found.append(f"{setting_text(name, ours[name])} (paper: {value_text(name, default)})")
+    return found
+
+
+def _read(name: str) -> Sequence[Mapping[str, str]]:
+    path = _FOLDER / name
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror or error})") from error

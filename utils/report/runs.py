@@ -1,0 +1,443 @@
+"""Finished runs as their folders tell of them, and those that differ only in the seed as one
+group."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.settings.adversarial import DENSE, AdversarialSettings
+from utils.settings.common import CommonSettings, settings_from
+from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
+from utils.storage.json_files import misfit, read_object
+from utils.storage.paths import RunPaths
+from utils.storage.provenance import made_by
+from utils.storage.run_folder import read_epochs, read_summary
+
+Row = Mapping[str, Any]
+
+METHOD_NAMES = {
+    "dense": "Dense",
+    "rb": "Robust Bird",
+    "rb-channel": "Robust Bird, channels",
+    "fb": "Flying Bird",
+    "fbp": "Flying Bird+",
+    "static": "Static",
+    "oneshot": "One-shot",
+    "oneshot-channel": "One-shot, channels",
+}
+_ORDER = list(METHOD_NAMES)
+# A setting in words, where its name followed by its value does not say it.
+_WORDS = {
+    "data": "images of {}",
+    "dataset": "data set {}",
+    "arch": "architecture {}",
+    "width": "width factor {}",
+    "image_size": "images of {} pixels a side",
+    "train_subset": "{} training images",
+    "test_subset": "{} test images",
+    "batch_size": "{} images a step",
+    "lr": "learning rate {}",
+    "decreasing_lr": "learning rate falls at epochs {}",
+    "norm": "{} ball",
+    "train_eps": "training radius {}/255",
+    "train_step": "PGD-{} training",
+    "train_gamma": "training step size {}/255",
+    "train_randinit": "random start in training",
+    "test_eps": "test radius {}/255",
+    "test_step": "PGD-{} tests",
+    "test_gamma": "test step size {}/255",
+    "test_randinit": "random start in tests",
+    "attack_mode": "attacked in {} mode",
+    "epochs": "{} epochs",
+    "epochs1": "{} epochs of stage 1",
+    "epochs2": "{} epochs of stage 2",
+    "stage1": "stage 1 {}",
+    "stage2": "stage 2 {}",
+    "stage1_pretrained": "ticket from {}",
+    "precision": "trained in {}",
+    "processes": "in {} process(es)",
+    "eb_window": "early-bird window {}",
+    "eb_tolerance": "early-bird tolerance {}",
+    "death_rate": "drop fraction {}",
+    "update_frequency": "mask updates every {} steps",
+    "dynamic_epoch": "density adapts from epoch {}",
+    "eval_every": "validated every {} epochs",
+}
+# what is read of it, as ``misfit`` takes it
+_CONFIG = {"settings?": dict, "network?": dict, "images?": dict, "versions?": dict}
+_UNSET = {
+    "train_subset": "all",
+    "test_subset": "all",
+    "image_size": "as many",
+    "stage1_pretrained": "stage 1",
+}
+_MOST_TOLD = 3  # settings in a label; of more, only those are told that are needed
+# Beside what these say, a method is told by its own settings.
+_SCALE = (
+    "dataset",
+    "data",
+    "arch",
+    "width",
+    "depth_factor",
+    "width_factor",
+    "image_size",
+    "train_subset",
+)
+_ATTACK = ("norm", "train_eps", "train_step", "test_eps", "test_step")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean over ``n`` seeds and sample standard deviation; of one seed there is none."""
+
+    mean: float
+    spread: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        """``values``: one a seed, at least one."""
+        return cls(
+            statistics.fmean(values),
+            statistics.stdev(values) if len(values) > 1 else None,
+            len(values),
+        )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder that holds ``summary.json``; its other files are read when they are asked
+    for."""
+
+    paths: RunPaths
+    summary: Row
+
+    @classmethod
+    def read(cls, root: Path) -> FinishedRun:
+        """Raises ``InputError`` if the folder is not that of a finished run."""
+        paths = RunPaths(root)
+        summary = read_summary(paths)
+        if summary.get("method") not in METHOD_NAMES:
+            raise InputError(f"{paths.summary} is of no method of ours: {summary.get('method')!r}")
+        return cls(paths, summary)
+
+    @property
+    def name(self) -> str:
+        return str(self.summary["run"])
+
+    @property
+    def method(self) -> str:
+        return str(self.summary["method"])
+
+    @cached_property
+    def settings(self) -> CommonSettings:
+        """Raises ``InputError`` if the summary holds none."""
+        kinds = {"rb": EarlyBirdSettings, "oneshot": TicketSettings}
+        kind: type[CommonSettings] = kinds.get(
+            self.method.removesuffix("-channel"), AdversarialSettings
+        )
+        try:
+            return settings_from(kind, self.summary["settings"])
+        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.paths.summary} does not hold the settings of a run ({error})"
+            ) from error
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, without the seed, different spellings of one meaning made
+        alike."""
+        return self._deciding(self.settings.canonical())
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """The same as it was spelled."""
+        return self._deciding(dataclasses.asdict(self.settings))
+
+    def _deciding(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = {
+            f.name: values[f.name]
+            for f in dataclasses.fields(self.settings)
+            if f.metadata["result"] and f.name != "seed"
+        }
+        return {
+            **found,
+            "data": self.data,
+            "precision": self.precision,
+            "processes": self.processes,
+        }
+
+    @cached_property
+    def data(self) -> str | None:
+        """Which data set: the digest of its content; of older image folders their name."""
+        if digests := self._found.get("digests"):
+            return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        return Path(self.settings.data).name if self.settings.dataset == "imagefolder" else None
+
+    @property
+    def precision(self) -> str:
+        """In which it was trained."""
+        return (
+            str(self._found.get("precision", "float32"))
+            if self.settings.precision == "auto"
+            else self.settings.precision
+        )
+
+    @property
+    def processes(self) -> str:
+        """How many processes trained it, one after the other."""
+        return (
+            ", ".join(dict.fromkeys(str(entry.get("processes", 1)) for entry in self.made_by))
+            or "1"
+        )
+
+    @cached_property
+    def made_by(self) -> list[dict[str, Any]]:
+        """The processes that made it, the last one last."""
+        return made_by(self.paths)
+
+    @cached_property
+    def _found(self) -> Row:
+        """``config.json``, nothing if it is not there."""
+        return self.config if self.paths.config.exists() else {}
+
+    @cached_property
+    def config(self) -> Row:
+        """``config.json``; raises ``InputError`` if there is none."""
+        config = read_object(self.paths.config)
+        if wrong := misfit(config, _CONFIG):
+            raise InputError(f"{self.paths.config} does not say how a run was made: {wrong}")
+        return config
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; raises ``InputError`` if there are none."""
+        return read_epochs(self.paths)
+
+    @property
+    def last_stage(self) -> list[dict[str, Any]]:
+        """The epochs of the adversarial training: of Robust Bird stage 2."""
+        return [row for row in self.epochs if row.get("stage", 2) == 2]
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """What ``main_adv.py --eval`` left in ``evaluations/``, the oldest first; raises
+        ``InputError`` for what cannot be read."""
+        files = (self.paths.root / "evaluations").glob("*.json")
+        return [
+            read_object(path)
+            for path in sorted(files, key=lambda path: (path.stat().st_mtime, path.name))
+        ]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in the seed, by seed, and what tells them from the other groups of a
+    report."""
+
+    label: str
+    runs: Sequence[FinishedRun]
+
+    @property
+    def first(self) -> FinishedRun:
+        return self.runs[0]
+
+    @property
+    def method(self) -> str:
+        return self.first.method
+
+    @property
+    def settings(self) -> CommonSettings:
+        """Those of the first seed."""
+        return self.first.settings
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.settings.seed for run in self.runs]
+
+    @property
+    def density(self) -> float:
+        """The density that was asked for; of Robust Bird with channels it counts channels."""
+        return 1.0 if self.method == DENSE else self.first.identity["density"]
+
+    def measured(self, figure: Callable[[Row], float]) -> Measured:
+        """A figure of the summaries over the seeds."""
+        return Measured.of([figure(run.summary) for run in self.runs])
+
+
+def density(summary: Row) -> float:
+    """The live fraction of the prunable weights at the end of a run."""
+    return summary["density"]
+
+
+def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """The runs in ``folders``, each a run folder or a folder of run folders, by method; and what
+    was left out, a line each.
+
+    Raises:
+        InputError: a run that was named itself is not finished, or a folder holds no finished run.
+    """
+    found: dict[Path, FinishedRun] = {}
+    unfinished: list[str] = []
+    for folder in folders:
+        inner = (
+            []
+            if RunPaths(folder).holds_a_run() or not folder.is_dir()
+            else sorted(folder.iterdir())
+        )
+        inner = [path for path in inner if RunPaths(path).holds_a_run()]
+        finished = [path for path in inner if RunPaths(path).summary.exists()]
+        if inner and not finished:
+            raise InputError(f"{folder} holds no finished run")
+        for root in finished or [folder]:
+            found.setdefault(root.resolve(), FinishedRun.read(root))
+        unfinished += [path.name for path in inner if path not in finished]
+    notes = [f"left out, as they are not finished: {', '.join(unfinished)}"] if unfinished else []
+    return sorted(found.values(), key=lambda run: _ORDER.index(run.method)), notes
+
+
+def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
+    """Groups in the order of their first runs, and what to know of them, a line each: of a seed
+    only its first run counts."""
+    members: dict[Any, dict[int, FinishedRun]] = {}
+    notes = []
+    for run in runs:
+        seeds = members.setdefault((run.method, *run.identity.items()), {})
+        if run.settings.seed in seeds:
+            notes.append(
+                f"left out, as {seeds[run.settings.seed].paths.root} has its settings and its seed:"
+                f" {run.paths.root}"
+            )
+        seeds.setdefault(run.settings.seed, run)
+    by_seed = [[seeds[seed] for seed in sorted(seeds)] for seeds in members.values()]
+    labels = _labels([group[0] for group in by_seed])
+    notes += [
+        note
+        for label, group in zip(labels, by_seed, strict=True)
+        if (note := _other_versions(label, group))
+    ]
+    return [Group(label, group) for label, group in zip(labels, by_seed, strict=True)], notes
+
+
+def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
+    """What to say of seeds that were not trained by the same torch."""
+    found = {
+        str(version)
+        for run in runs
+        for entry in run.made_by
+        if (version := entry.get("versions", {}).get("torch"))
+    }
+    return f"{label}: trained by torch {' and '.join(sorted(found))}" if len(found) > 1 else ""
+
+
+def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Groups that differ only in the density as one line each, the densest first, begun by the
+    dense runs of its scale and attacks."""
+    lines: dict[Any, list[Group]] = {}
+    for group in groups:
+        if group.method != DENSE:
+            rest = tuple(item for item in group.first.identity.items() if item[0] != "density")
+            lines.setdefault((group.method, *rest), []).append(group)
+    labels = _labels([line[0].first for line in lines.values()], without="density")
+    found = []
+    for label, line in zip(labels, lines.values(), strict=True):
+        dense = [
+            group for group in groups if group.method == DENSE and _same_scale(group, line[0])
+        ][:1]
+        found.append((label, dense + sorted(line, key=lambda group: -group.measured(density).mean)))
+    return found
+
+
+def setting_text(name: str, value: object) -> str:
+    """A setting in words."""
+    words = _WORDS.get(name, name.replace("_", " ") + ("" if isinstance(value, bool) else " {}"))
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return words.format(value_text(name, value))
+
+
+def value_text(name: str, value: object) -> str:
+    """The value of a setting, where nothing was said too."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None:
+        return _UNSET.get(name, "by default")
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
+    """For each run its method and the settings that tell it from the others: of scale among all of
+    them, and else among its method's."""
+    found = []
+    for run in runs:
+        same = [other for other in runs if other.method == run.method]
+        own = [
+            name for name in ("density", *run.identity) if name not in _SCALE and name != without
+        ]
+        names = [name for name in _SCALE if _differs(name, runs)]
+        names += [name for name in dict.fromkeys(own) if _differs(name, same)]
+        if len(names) > _MOST_TOLD:
+            names = _sufficient(names, runs, same)
+        told = [
+            setting_text(name, _data_name(run, runs) if name == "data" else run.identity[name])
+            for name in names
+            if name in run.identity
+        ]
+        found.append(METHOD_NAMES[run.method] + (f" ({', '.join(told)})" if told else ""))
+    return found
+
+
+def _data_name(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
+    """The name of its folder, with a part of its digest where other data are called so too."""
+    name = (
+        Path(run.settings.data).name
+        if run.settings.dataset == "imagefolder"
+        else run.settings.dataset
+    )
+    others = {
+        other.data
+        for other in runs
+        if (other.settings.dataset, Path(other.settings.data).name)
+        == (run.settings.dataset, Path(run.settings.data).name)
+    }
+    return f"{name} {run.data[:8]}" if run.data and len(others) > 1 else name
+
+
+def _sufficient(
+    names: Sequence[str], runs: Sequence[FinishedRun], same: Sequence[FinishedRun]
+) -> list[str]:
+    """Those of ``names`` that tell apart what the names before them do not: scale among all
+    ``runs``, else those of the ``same`` method."""
+    kept: list[str] = []
+    for name in names:
+        among = runs if name in _SCALE else same
+        kinds, finer = (
+            len({tuple(run.identity.get(n) for n in told) for run in among})
+            for told in (kept, [*kept, name])
+        )
+        kept += [name] if finer > kinds else []
+    return kept
+
+
+def _differs(name: str, runs: Sequence[FinishedRun]) -> bool:
+    """Whether a setting tells runs apart; not one that only follows from another, as milestones in
+    fractions do from the length."""
+    asked = [run.asked.get(name) for run in runs]
+    means = [run.identity.get(name) for run in runs]
+    return any(value != asked[0] for value in asked) and any(value != means[0] for value in means)
+
+
+def _same_scale(one: Group, other: Group) -> bool:
+    return all(
+        one.first.identity.get(name) == other.first.identity.get(name)
+        for name in (*_SCALE, *_ATTACK)
+    )

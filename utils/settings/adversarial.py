@@ -1,0 +1,362 @@
+"""Settings of ``main_adv.py``: dense, Flying Bird, Flying Bird+ and static masks, and the
+evaluation of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparse_core import GROWTHS, SCHEDULES, SPARSE_INITS, MaskingConfig, update_is_due
+from utils.errors import require
+from utils.settings.common import CommonSettings, epoch_number, flag, only
+from utils.training.schedule import Plan
+
+DENSE = "dense"  # the method without masks
+
+_MOVING_MASK = (
+    "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre"
+    " second_frequency".split()
+)
+_ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
+_ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
+_TRAINING_ONLY = (
+    "resume resume_dir save_dir print_freq save_every save_minutes precision compile eval_every"
+    " test_every tensorboard".split()
+)
+EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
+# Settings of a run that describe how a network came about; --eval may repeat them and not change
+# them.
+_NETWORK = "dataset arch width depth_factor width_factor".split()
+_EVALUATION = "image_size train_subset test_subset seed norm".split()
+_EVALUATION += "test_eps test_step test_gamma test_randinit".split()
+
+
+@dataclass(frozen=True)
+class AdversarialSettings(CommonSettings):
+    """Everything ``main_adv.py`` can be told."""
+
+    script: ClassVar[str] = "main_adv.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        (
+            "python main_adv.py --dataset cifar10 --data data/cifar10 --fbp --density 0.2"
+            " --dynamic_fre"
+        ),
+        "python main_adv.py --resume_dir runs/RUN",
+        "python main_adv.py --eval --pretrained runs/RUN/model_RA_best.pth.tar",
+    )
+    may_grow: ClassVar[frozenset[str]] = frozenset({"epochs"})
+
+    # run
+    eval: bool = flag(
+        False, "evaluation", "evaluate --pretrained instead of training", result=False
+    )
+    pretrained: str | None = flag(
+        None,
+        "evaluation",
+        "checkpoint for --eval, ours or the paper's",
+        result=False,
+        metavar="FILE",
+    )
+    eval_attack: str = flag(
+        "pgd",
+        "evaluation",
+        "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or signs of gradient masking",
+        choices=EVAL_ATTACKS,
+        result=False,
+    )
+    restarts: int = flag(
+        1,
+        "evaluation",
+        "random starts of --eval's attack; an image counts that withstands them all",
+        result=False,
+    )
+    source: str | None = flag(
+        None,
+        "evaluation",
+        "checkpoint on which --eval crafts its images instead (transfer)",
+        result=False,
+        metavar="FILE",
+    )
+    eval_dir: str | None = flag(
+        None,
+        "evaluation",
+        "where --eval keeps its results (default: evaluations/ beside the checkpoint)",
+        result=False,
+        metavar="DIR",
+    )
+    # training
+    epochs: int = flag(200, "training", "epochs of the run", metavar="EPOCHS")
+    # sparsity
+    fb: bool = flag(False, "sparsity", "Flying Bird: prune and regrow at one density")
+    fbp: bool = flag(False, "sparsity", "Flying Bird+: the density adapts too")
+    fix: bool = flag(False, "sparsity", "static sparsity: the first masks stay")
+    density: float = flag(0.2, "sparsity", "kept fraction of convolution and linear weights")
+    sparse_init: str = flag(
+        "igq", "sparsity", "how the first masks are chosen", choices=SPARSE_INITS
+    )
+    growth: str = flag("random", "sparsity", "which dead weights grow", choices=GROWTHS)
+    death: str = flag(
+        "magnitude", "sparsity", "which live weights are dropped", choices=("magnitude",)
+    )
+    redistribution: str = flag("none", "sparsity", "of weights between layers", choices=("none",))
+    reset: bool = flag(False, "sparsity", "refused: it has no meaning in the paper's method")
+    death_rate: float = flag(
+        0.5, "sparsity", "fraction of live weights dropped at the first update"
+    )
+    decay_schedule: str = flag("cosine", "sparsity", "of the dropped fraction", choices=SCHEDULES)
+    update_frequency: int = flag(900, "sparsity", "steps between mask updates", metavar="STEPS")
+    dynamic_fre: bool = flag(
+        False, "sparsity", "use --second_frequency in the second half of the run"
+    )
+    second_frequency: int = flag(
+        1200, "sparsity", "steps between mask updates in the second half", metavar="STEPS"
+    )
+    dynamic_epoch: str = flag(
+        "100",
+        "sparsity",
+        "first epoch at which Flying Bird+ adapts; a fraction of the run too",
+        metavar="EPOCH",
+    )
+    epoch_range: int = flag(
+        4, "sparsity", "epoch-to-epoch differences that Flying Bird+ looks at", metavar="EPOCHS"
+    )
+    update_threshold: float = flag(0.5, "sparsity", "fraction of them that makes a verdict")
+    prune_ratio: float = flag(
+        0.4, "sparsity", "size of Flying Bird+'s extra prune, of the dropped fraction"
+    )
+    growth_ratio: float = flag(0.05, "sparsity", "size of its extra growth, of the grown weights")
+
+    @property
+    def method(self) -> str:
+        """``dense``, ``fb``, ``fbp`` or ``static``."""
+        return "fbp" if self.fbp else "static" if self.fix else "fb" if self.fb else DENSE
+
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        """Epochs at which the learning rate is divided by ten."""
+        return self.milestones_in(self.epochs)
+
+    @property
+    def first_adaptive_epoch(self) -> int:
+        """The epoch from which Flying Bird+ adapts the density."""
+        return epoch_number(self.dynamic_epoch, self.epochs, "--dynamic_epoch")
+
+    @property
+    def training(self) -> Plan:
+        """The one training of such a run."""
+        return self.plan("pgd", self.epochs, self.seed)
+
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        return [(self.training, True)]
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [len(history)]
+
+    def masking(self, steps_per_epoch: int) -> MaskingConfig:
+        """The library's settings for a run with so many steps an epoch."""
+        return MaskingConfig(
+            density=self.density,
+            total_steps=self.epochs * steps_per_epoch,
+            sparse_init=self.sparse_init,
+            fixed=self.fix,
+            growth=self.growth,
+            drop_fraction=self.death_rate,
+            drop_schedule=self.decay_schedule,
+            update_frequency=self.update_frequency,
+            second_frequency=self.second_frequency if self.dynamic_fre else None,
+            adaptive=self.fbp,
+            start_epoch=self.first_adaptive_epoch,
+            epoch_range=self.epoch_range,
+            update_threshold=self.update_threshold,
+            prune_ratio=self.prune_ratio,
+            growth_ratio=self.growth_ratio,
+            seed=self.seed,
+        )
+
+    def canonical(self) -> dict[str, Any]:
+        fb = self.method == "fb"  # --fb --fix is the same run as --fix
+        epochs = ",".join(str(epoch) for epoch in self.milestones)
+        return {
+            **super().canonical(),
+            "decreasing_lr": epochs,
+            "dynamic_epoch": str(self.first_adaptive_epoch),
+            "fb": fb,
+        }
+
+    def name_parts(self) -> list[str]:
+        return [*([] if self.method == DENSE else [f"d{self.density:g}"]), f"e{self.epochs}"]
+
+    # ---- what is refused, and what is said
+
+    def check_values(self) -> None:
+        super().check_values()
+        counts = ["epochs", "update_frequency", "second_frequency", "epoch_range"]
+        self.check_numbers(at_least_one=counts, not_negative=["prune_ratio", "growth_ratio"])
+        require(
+            0 < self.density <= 1,
+            f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
+        )
+        require(0 < self.death_rate <= 1, f"--death-rate lies in (0, 1], not {self.death_rate:g}")
+        require(
+            0 < self.update_threshold <= 1,
+            f"--update_threshold lies in (0, 1], not {self.update_threshold:g}",
+        )
+        self.check_milestones(self.epochs)
+        require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
+
+    def idle(self, given: frozenset[str]) -> dict[str, str]:
+        dense = not self.eval and self.method == DENSE and "density" in given
+        return {
+            **super().idle(given),
+            **({"density": "a dense run has no masks; see --fb, --fbp and --fix"} if dense else {}),
+        }
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        require(not self.reset, "--reset has no meaning in the paper's method; leave it out")
+        require(self.fb + self.fbp < 2, "--fb and --fbp are two methods; choose one")
+        require(
+            not (self.fbp and self.fix), "--fbp adapts the masks and --fix keeps them; choose one"
+        )
+        if self.eval:
+            self._refuse_idle_in_evaluation(given)
+            # What the checkpoint says of its training was compared with it and is no request.
+            given -= {"train_gamma", "attack_mode"}
+        super().refuse_idle(given)
+        if not self.eval:
+            self._refuse_idle_in_training(given)
+
+    def _refuse_idle_in_evaluation(self, given: frozenset[str]) -> None:
+        require(self.pretrained is not None, "--eval needs --pretrained FILE")
+        only(given, _TRAINING_ONLY, False, "--eval")
+        require(self.restarts >= 1, f"--restarts must be at least 1, not {self.restarts}")
+        require(
+            self.restarts == 1 or self.test_randinit,
+            "--restarts has no effect with --no-test_randinit: all starts are the same",
+        )
+        named = f"--eval_attack {self.eval_attack}"
+        if self.eval_attack in ("autoattack", "masking"):
+            only(given, ["restarts", "source"], False, f"{named}, which has attacks of its own")
+            only(given, ["train_subset"], False, f"{named}, which looks at test images alone")
+        if self.source is not None:
+            only(given, ["train_subset"], False, "--source, which looks at test images alone")
+        if self.eval_attack == "autoattack":
+            only(
+                given,
+                ["test_step", "test_gamma", "test_randinit"],
+                False,
+                f"{named}, which has its own steps",
+            )
+        if self.eval_attack == "masking":
+            only(given, ["test_step"], False, f"{named}, which tries several")
+
+    def _refuse_idle_in_training(self, given: frozenset[str]) -> None:
+        only(
+            given,
+            ["pretrained", "eval_attack", "restarts", "source", "eval_dir"],
+            False,
+            "training; add --eval",
+        )
+        masked = self.method != DENSE
+        only(given, _ANY_MASK, masked, "a dense run, which has no masks; see --fb, --fbp and --fix")
+        only(given, _MOVING_MASK, not self.fix, "--fix, whose masks do not move")
+        only(given, _ADAPTIVE, self.fbp, "this method; only --fbp adapts the density")
+        only(given, ["second_frequency"], self.dynamic_fre, "no --dynamic_fre")
+        require(
+            self.growth != "momentum" or self.momentum > 0,
+            "--growth momentum has no effect with --momentum 0",
+        )
+        if "decreasing_lr" in given:
+            self.refuse_late_milestones(self.epochs)
+        if self.fbp:
+            require(
+                self.eval_every == 1,
+                "--fbp looks at the validation of every epoch, so --eval_every must stay 1",
+            )
+            first = self.first_adaptive_epoch
+            late = (
+                f"--fbp adapts from --dynamic_epoch {self.dynamic_epoch} on, past the end of"
+                f" {self.epochs} epochs; 0.5 is half of them"
+            )
+            if float(self.dynamic_epoch) < 1:
+                late = (
+                    f"--dynamic_epoch {self.dynamic_epoch} of {self.epochs} epochs comes to epoch"
+                    f" {first}, the end; 0.5 is earlier"
+                )
+            require(first < self.epochs, late)
+        flag_of_method = "--fix" if self.fix else f"--{self.method}"
+        require(
+            not masked or self.density < 1,
+            f"--density 1 leaves nothing to prune, so {flag_of_method} could not take effect",
+        )
+
+    def may_differ(self, name: str) -> bool:
+        return self.eval and name in _EVALUATION
+
+    def must_match_checkpoint(self, name: str) -> bool:
+        return self.eval and name not in _NETWORK
+
+
+def evaluation_settings(script: object, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a checkpoint's settings those that ``--eval`` takes over: all of a run of ``main_adv.py``,
+    of another script what is common."""
+    if script in (None, AdversarialSettings.script):
+        return stored
+    return {
+        name: value
+        for name, value in stored.items()
+        if name in {*_NETWORK, *_EVALUATION, "data", "cache_dir"}
+    }
+
+
+def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
+    """Refuse a run too short for its masks to change; known once the data is."""
+    if s.method in ("fb", "fbp"):
+        require(
+            bool(_update_steps(s, steps_per_epoch)),
+            f"with {_frequencies(s)} no mask update falls into the run of"
+            f" {s.epochs * steps_per_epoch} steps, so the masks would never change; lower it, or"
+            " ask for static masks with --fix",
+        )
+
+
+def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
+    """What the settings leave idle although nobody asked for it in so many words; a run says so at
+    its start."""
+    found = [*s.notes, *s.attack_cautions("train"), *s.attack_cautions("test")]
+    if not any(milestone < s.epochs for milestone in s.milestones):
+        found.append(
+            f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end"
+        )
+    if s.method in ("fb", "fbp"):
+        found += _cautions_about_updates(s, steps_per_epoch)
+    return found
+
+
+def _cautions_about_updates(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
+    """What the mask updates of a run leave idle: at least one falls into it."""
+    last, steps = _update_steps(s, steps_per_epoch)[-1], s.epochs * steps_per_epoch
+    # a verdict needs two finished epochs to compare
+    first = max(s.first_adaptive_epoch, 2) * steps_per_epoch
+    at_last = f"with {_frequencies(s)} the last mask update is at step {last}"
+    if s.fbp and last <= first:
+        return [
+            f"{at_last} and Flying Bird+ adapts after step {first}, so the density stays as it is"
+        ]
+    if s.dynamic_fre and 2 * last <= steps:
+        return [
+            f"{at_last} of {steps}, so the masks stay in the second half; a smaller"
+            " --second_frequency moves them"
+        ]
+    return []
+
+
+def _update_steps(s: AdversarialSettings, steps_per_epoch: int) -> list[int]:
+    config = s.masking(steps_per_epoch)
+    return [step for step in range(1, config.total_steps + 1) if update_is_due(config, step)]
+
+
+def _frequencies(s: AdversarialSettings) -> str:
+    return f"--update_frequency {s.update_frequency}" + (
+        f" and --second_frequency {s.second_frequency}" if s.dynamic_fre else ""
+    )

@@ -1,0 +1,63 @@
+"""Settings applied to this machine and these data: the data set, the description of the network,
+the folder of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from data import Data, load_data
+from utils.settings.common import CommonSettings
+from utils.storage.paths import RunPaths
+
+
+def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
+    return load_data(
+        settings.dataset,
+        settings.data,
+        device=device,
+        image_size=settings.image_size,
+        train_subset=settings.train_subset,
+        test_subset=settings.test_subset,
+        cache_dir=settings.cache_dir,
+    )
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:
+    """The settings as they are meant on this machine, and the folder of their run: one that is
+    resumed may have been begun on another."""
+    variants = settings.on_machine(device, processes)
+    # what several processes synchronized stays so, should several go on later
+    if settings.resume_dir is not None:
+        return settings.with_values(precision=variants[0].precision), RunPaths(
+            Path(settings.resume_dir)
+        )
+    folders = [
+        (variant, RunPaths(Path(settings.save_dir) / variant.run_name(data.digest)))
+        for variant in variants
+    ]
+    begun = (
+        folder for folder in folders if folder[1].checkpoint.exists() or folder[1].previous.exists()
+    )
+    return next(begun, folders[0]) if settings.resume else folders[0]
+
+
+def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
+    """What ``build_network`` needs to make this network again, and the names of its classes; every
+    checkpoint carries it."""
+    return {
+        "arch": settings.arch,
+        "num_classes": len(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "width": settings.width,
+        "depth_factor": settings.depth_factor,
+        "width_factor": settings.width_factor,
+        "image_size": min(data.image_shape[1:]),
+        "classes": list(data.classes),
+    }

@@ -1,0 +1,295 @@
+"""What command lines share: errors on one line, the nearest name for a misspelled one, and help
+that fits a screen."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, get_type_hints
+
+from utils.errors import InputError, require
+from utils.settings.common import _IN_LEVELS, GROUPS, CommonSettings, S, allowed, settings_from
+
+_WIDEST = 120  # of help, in characters
+_COLUMN = 32  # at which the texts begin
+_LONGEST_METAVAR = 30  # what is longer is said in the text
+_ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # values as the released code calls them
+EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out,
+            3 the run failed (what it saved stays), 75 out of time,
+            130 interrupted, 143 terminated"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line (``InputError``), with the nearest name for a misspelled
+    flag or value."""
+
+    def error(self, message: str) -> NoReturn:
+        # A flag has two spellings; its first one says which it is.
+        raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)*: ", r"\1: ", message))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        arguments = sys.argv[1:] if args is None else args
+        namespace, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            nearest = suggestion(unknown[0], self._option_string_actions)
+            self.error(self.answer(arguments, unknown) or f"unknown argument {unknown[0]}{nearest}")
+        return namespace
+
+    def answer(self, arguments: Sequence[str], unknown: Sequence[str]) -> str | None:
+        """What to say of a command line with unknown arguments where that is more than the nearest
+        name."""
+        return None
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        return (
+            as_known(value, action.choices)
+            if isinstance(value, str) and action.choices is not None
+            else value
+        )
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            message = (
+                f"invalid choice: {value!r} (choose from"
+                f" {', '.join(map(str, action.choices))}){suggestion(value, action.choices)}"
+            )
+            raise argparse.ArgumentError(action, message)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Each flag in its first spelling only, and texts that use the width of the terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=_COLUMN)
+        self._width = min(self._width, _WIDEST)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            # on by default: what can be asked for is that it is off
+            return action.option_strings[1]
+        if action.option_strings and action.dest != "help":
+            return action.option_strings[0] + (f" {action.metavar}" if action.nargs != 0 else "")
+        return super()._format_action_invocation(action)
+
+
+def as_known(text: str, choices: Iterable[str]) -> str:
+    """The one of ``choices`` that is meant, whatever its case or by the released code's name;
+    ``text`` itself if none is."""
+    known = {name.lower(): name for name in choices}
+    plain = text.lower()
+    return (
+        text
+        if text in known.values()
+        else known.get(plain, known.get(_ALIASES.get(plain, ""), text))
+    )
+
+
+def suggestion(unknown: object, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` for the nearest of ``known`` whatever the dashes, or nothing."""
+    plain = {name.replace("-", "_").lower(): name for name in known}
+    if unknown == "gpu" and "cuda" in plain:  # the nearest by its letters is cpu
+        return "; did you mean cuda?"
+    near = difflib.get_close_matches(
+        str(unknown).split("=")[0].replace("-", "_").lower(), list(plain), n=1
+    )
+    return f"; did you mean {plain[near[0]]}?" if near else ""
+
+
+def metavar_and_text(choices: tuple[str, ...], metavar: str, text: str) -> tuple[str, str]:
+    """How a value is written in help: its choices themselves if they are short, or a name with the
+    choices in the text."""
+    joined = "|".join(choices)
+    if len(joined) <= _LONGEST_METAVAR:
+        return joined or metavar, text
+    return "NAME", f"{text}: {', '.join(choices)}"
+
+
+# Settings without influence on the result that a resumed run keeps, because somebody would miss
+# them.
+_TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard", "stage1_ra")
+
+
+def parse_settings(
+    kind: type[S],
+    arguments: Sequence[str],
+    description: str,
+    stored_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> S:
+    """Settings from a command line.
+
+    Args:
+        kind: the script's settings.
+        arguments: the command line without the program.
+        description: for ``--help``.
+        stored_settings: called with the flags given, by field; returns the settings of the
+            checkpoint that they point to (``--pretrained``, ``--resume_dir``), or nothing. What was
+            not given is taken from there.
+
+    Raises:
+        InputError: unknown flags, bad values, flags that could not take effect or contradict the
+            checkpoint.
+    """
+    examples = "\n".join(f"  {example}" for example in kind.examples)
+    parser = _Parser(
+        usage="%(prog)s [flags]",
+        description=f"{description}\nA flag may be spelled with - for _.",
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    _add_flags(parser, kind)
+    given = vars(parser.parse_args(arguments))
+    if given.get("precision") == "auto":  # the default; of a run that goes on, whatever it began in
+        del given["precision"]
+    # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its
+    # data lies, and what it would notice.
+    taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
+    stored = {name: value for name, value in stored_settings(given).items() if name in taken}
+    settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
+    _refuse_contradictions(given, stored, settings)
+    settings.refuse_wrong_units(frozenset(given))
+    idle = settings.idle(frozenset(given))
+    settings.refuse_idle(frozenset(given) - idle.keys())
+    defaults: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(kind) if f.name in idle
+    }
+    settings = dataclasses.replace(settings, **defaults)
+    # No field, which would be a flag and a part of the run's hash.
+    object.__setattr__(
+        settings,
+        "notes",
+        tuple(f"--{name} {given[name]} has no effect: {why}" for name, why in idle.items()),
+    )
+    return settings
+
+
+class _Parser(OneLineParser):
+    """With answers to flags of other programs."""
+
+    def error(self, message: str) -> NoReturn:
+        if folder := re.fullmatch(r"argument --resume: ignored explicit argument '(.*)'", message):
+            message = _RESUME.format(folder[1])
+        super().error(message)
+
+    def answer(self, arguments: Sequence[str], unknown: Sequence[str]) -> str | None:
+        name, _, value = unknown[0].partition("=")
+        if not name.startswith("-") and ("--resume", name) in itertools.pairwise(arguments):
+            return _RESUME.format(name)
+        value = value or next(iter(unknown[1:]), "")
+        match name.replace("-", "_"):
+            case "__sparsity":
+                try:
+                    kept = f" {1 - float(value):g}" if 0 <= float(value) < 1 else ""
+                except ValueError:
+                    kept = ""
+                return (
+                    f"unknown argument {name}: the kept fraction is given instead, --density{kept}"
+                )
+            case "__workers" | "__num_workers":
+                return (
+                    f"unknown argument {name}: there are no workers, images are decoded once and"
+                    " handed out on the device"
+                )
+            case "__epochs":
+                return (
+                    f"unknown argument {name}: --epochs1 are those of stage 1, --epochs2 those of"
+                    " stage 2"
+                )
+        return None
+
+
+_RESUME = (
+    "--resume takes no folder, it goes on with the one that the flags name; --resume_dir {0} goes"
+    " on with {0}"
+)
+
+
+def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> None:
+    """Add a flag for each field, in its group."""
+    hints = get_type_hints(kind)
+    groups = {name: parser.add_argument_group(heading) for name, heading in GROUPS.items()}
+    for f in dataclasses.fields(kind):
+        text = f.metadata["help"]
+        options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
+        if hints[f.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            text = f"turns off: {text}" if f.default else text
+        else:
+            kind_of_value = next(
+                t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None)
+            )
+            options["type"] = _levels if f.name in _IN_LEVELS else kind_of_value
+            options["choices"] = allowed(f) or None
+            letter = {int: "N", float: "X", str: "NAME"}[kind_of_value]
+            options["metavar"], text = metavar_and_text(
+                allowed(f), f.metadata["metavar"] or letter, text
+            )
+            text += "" if f.default is None else f" (default {f.default})"
+        groups[f.metadata["group"]].add_argument(*_spellings(f.name), help=text, **options)
+
+
+def _spellings(name: str) -> list[str]:
+    """The flag with underscores and, where that differs, with dashes."""
+    return list(dict.fromkeys(["--" + name, "--" + name.replace("_", "-")]))
+
+
+def _levels(text: str) -> float:
+    """A length in 1/255, for argparse."""
+    try:
+        return float(re.sub(r"\s*/\s*255\s*$", "", text))  # 8/255 is as many
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number; the unit is 1/255: give 8 for 8/255"
+        ) from None
+
+
+def _refuse_contradictions(
+    given: Mapping[str, Any], stored: Mapping[str, Any], settings: CommonSettings
+) -> None:
+    """Flags that say of a checkpoint what it is not."""
+    for f in dataclasses.fields(settings):
+        name = f.name
+        if name not in given or not f.metadata["result"] or settings.may_differ(name):
+            continue
+        if name in stored:
+            if name in settings.may_grow and settings.resume_dir is not None:
+                fewer = (
+                    f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]};"
+                    " a run can only grow"
+                )
+                require(given[name] >= stored[name], fewer)
+                continue
+            # A fraction that is repeated is the same setting, of however many epochs.
+            same = _numbers(given[name]) == _numbers(stored[name])
+            same = (
+                same
+                or settings.canonical()[name]
+                == settings_from(type(settings), stored).canonical()[name]
+            )
+            require(same, _contradiction(name, given[name], stored[name]))
+        elif settings.must_match_checkpoint(name):
+            raise InputError(f"--{name} has no effect with --eval")
+
+
+def _numbers(value: Any) -> Any:
+    """Epochs and fractions in a text as numbers, which have many spellings; anything else as it
+    is."""
+    try:
+        return [float(part) for part in value.split(",")]
+    except (AttributeError, ValueError):
+        return value
+
+
+def _contradiction(name: str, given: Any, stored: Any) -> str:
+    if isinstance(given, bool):
+        return (
+            f"--{'' if given else 'no-'}{name} contradicts the checkpoint, which was trained"
+            f" {'without' if given else 'with'} it"
+        )
+    return f"--{name} {given} contradicts the checkpoint, which has {stored}"

@@ -1,0 +1,607 @@
+"""Flags and settings are one thing: a frozen dataclass a script, whose fields are its flags.
+
+A flag that could not take effect is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+
+import torch
+
+from data import DECODED_HERE, SOURCES
+from data.guess import guess_data_set
+from models import CUSTOM_ARCHITECTURES, arch_names, canonical_arch
+from utils.attacks import NORMS, PGD, fgsm_rs
+from utils.errors import InputError, require
+from utils.execution.hardware import PRECISIONS, best_precision
+from utils.training.schedule import Plan
+
+# What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
+# rate.
+STAGE_KINDS = ("sgd", "pgd", "fast")
+_FAST_PEAK = 0.2  # highest learning rate of ``fast`` (SPEC 4)
+
+
+# Groups of flags, with their headings in --help and in this order.
+GROUPS = {
+    name: name
+    for name in ("stages", "sparsity", "training", "attack", "data", "network", "evaluation")
+}
+GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
+Choices = Collection[str] | Callable[[], Collection[str]]
+
+
+def flag(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    metavar: str = "",
+    choices: Choices = (),
+    result: bool = True,
+) -> Any:
+    """A dataclass field that is also the flag ``--<field>``, spelled with ``_`` or with ``-``.
+
+    Args:
+        default: value where the flag is not given.
+        group: one of ``GROUPS``.
+        text: help line, with the unit.
+        metavar: what stands for the value in ``--help``; a letter for its type by default.
+        choices: allowed values, looked at when a command line is read: to a registry somebody may
+            have added by then.
+        result: whether it can change the outcome of a run, and so belongs to the run's hash.
+    """
+    metadata = {
+        "group": group,
+        "help": text,
+        "metavar": metavar,
+        "choices": choices,
+        "result": result,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """What every training script can be told, in the units of its flags (eps and step sizes in
+    1/255)."""
+
+    script: ClassVar[str]  # the script whose flags these are
+    examples: ClassVar[tuple[str, ...]]  # commands, for ``--help``
+    may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
+    # of a command line: which of its flags were left aside, and why
+    notes: ClassVar[tuple[str, ...]] = ()
+
+    # data
+    dataset: str = flag("digits", "data", "data set", choices=SOURCES)
+    data: str = flag(
+        "data",
+        "data",
+        "folder of the data, or where torchvision downloads it",
+        result=False,
+        metavar="DIR",
+    )
+    image_size: int | None = flag(
+        None,
+        "data",
+        "side in pixels to which image folders are resized when decoded",
+        metavar="PIXELS",
+    )
+    train_subset: int | None = flag(
+        None, "data", "train on so many images, stratified by class", metavar="IMAGES"
+    )
+    test_subset: int | None = flag(
+        None, "data", "test on so many images, stratified by class", metavar="IMAGES"
+    )
+    cache_dir: str | None = flag(
+        None, "data", "where decoded image folders are kept", result=False, metavar="DIR"
+    )
+    # network
+    arch: str = flag("resnet18", "network", "architecture", choices=arch_names)
+    width: float = flag(1.0, "network", "factor on all channel counts of ResNets and VGGs")
+    depth_factor: int = flag(34, "network", "depth of wideresnet")
+    width_factor: int = flag(10, "network", "widening of wideresnet")
+    # run
+    seed: int = flag(1, "training", "seed of every draw")
+    device: str = flag(
+        "auto",
+        "hardware",
+        "auto takes a GPU if there is one",
+        choices=("auto", "cpu", "cuda"),
+        result=False,
+    )
+    deterministic: bool = flag(
+        False,
+        "hardware",
+        "the same bits again on one GPU, by slower kernels; a CPU always gives them",
+        result=False,
+    )
+    gpu: int | None = flag(None, "hardware", "number of the GPU", result=False)
+    save_dir: str = flag("runs", "files", "folder of run folders", result=False, metavar="DIR")
+    print_freq: int = flag(
+        50, "files", "steps between progress lines", result=False, metavar="STEPS"
+    )
+    resume: bool = flag(
+        False, "files", "go on with the run folder that these flags name", result=False
+    )
+    resume_dir: str | None = flag(
+        None, "files", "go on with this run folder", result=False, metavar="DIR"
+    )
+    save_every: int | None = flag(
+        None, "files", "steps between checkpoints within an epoch", result=False, metavar="STEPS"
+    )
+    save_minutes: float = flag(
+        10.0,
+        "files",
+        "minutes between checkpoints within an epoch",
+        result=False,
+        metavar="MINUTES",
+    )
+    time_limit: float | None = flag(
+        None,
+        "files",
+        "minutes after which the run saves and leaves with exit code 75",
+        result=False,
+        metavar="MINUTES",
+    )
+    tensorboard: bool = flag(
+        False,
+        "files",
+        "write events for TensorBoard too, into the run folder's tensorboard/",
+        result=False,
+    )
+    # training
+    batch_size: int = flag(128, "training", "images a step", metavar="IMAGES")
+    lr: float = flag(0.1, "training", "learning rate at the start")
+    decreasing_lr: str = flag(
+        "100,150",
+        "training",
+        "epochs at which it is divided by 10; fractions of the run too",
+        metavar="EPOCHS",
+    )
+    momentum: float = flag(0.9, "training", "of SGD")
+    weight_decay: float = flag(5e-4, "training", "of SGD")
+    sync_bn: bool = flag(
+        False, "training", "several processes: batch norm sees the whole batch (GPUs only)"
+    )
+    # speed
+    precision: str = flag(
+        "auto",
+        "hardware",
+        "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs",
+        choices=("auto", *PRECISIONS),
+    )
+    compile: str = flag(
+        "auto",
+        "hardware",
+        "torch.compile; auto where it pays",
+        choices=("auto", "on", "off"),
+        result=False,
+    )
+    eval_every: int = flag(
+        1,
+        "hardware",
+        "epochs of the last stage between validations, among which the best models are",
+        metavar="EPOCHS",
+    )
+    test_every: int = flag(
+        1, "hardware", "epochs of the last stage between tests", result=False, metavar="EPOCHS"
+    )
+    # attacks
+    norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
+    train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
+    train_step: int = flag(10, "attack", "steps in training")
+    train_gamma: float = flag(2.0, "attack", "step size in training, in 1/255")
+    train_randinit: bool = flag(True, "attack", "random start in training")
+    attack_mode: str = flag(
+        "train",
+        "attack",
+        "mode of the network while attacked in training",
+        choices=("train", "eval"),
+    )
+    test_eps: float = flag(8.0, "attack", "radius in tests, in 1/255")
+    test_step: int = flag(20, "attack", "steps in tests")
+    test_gamma: float = flag(2.0, "attack", "step size in tests, in 1/255")
+    test_randinit: bool = flag(True, "attack", "random start in tests")
+
+    @property
+    def method(self) -> str:
+        """Short name of the method, first in the run's folder name."""
+        raise NotImplementedError
+
+    @property
+    def train_attack(self) -> PGD:
+        return PGD(
+            self.train_eps / 255,
+            self.train_gamma / 255,
+            self.train_step,
+            self.norm,
+            self.train_randinit,
+        )
+
+    @property
+    def test_attack(self) -> PGD:
+        return PGD(
+            self.test_eps / 255,
+            self.test_gamma / 255,
+            self.test_step,
+            self.norm,
+            self.test_randinit,
+        )
+
+    @property
+    def train_ball(self) -> str:
+        """As people say it: ``linf 8/255``."""
+        return f"{self.norm} {self.train_eps:g}/255"
+
+    @property
+    def test_ball(self) -> str:
+        return f"{self.norm} {self.test_eps:g}/255"
+
+    def milestones_in(self, epochs: int) -> tuple[int, ...]:
+        """Epochs of a training of ``epochs`` at which the learning rate is divided by ten."""
+        return tuple(
+            epoch_number(part, epochs, "--decreasing_lr")
+            for part in self.decreasing_lr.split(",")
+            if part.strip()
+        )
+
+    def plan(self, kind: str, epochs: int, seed: int) -> Plan:
+        """How a stage of some kind (one of ``STAGE_KINDS``) trains."""
+        if kind == "fast":
+            return Plan(
+                epochs,
+                fgsm_rs(self.train_eps / 255),
+                attack_training=False,
+                seed=seed,
+                lr=_FAST_PEAK,
+                milestones=None,
+            )
+        attack = self.train_attack if kind == "pgd" else None
+        return Plan(
+            epochs,
+            attack,
+            attack_training=self.attack_mode == "train",
+            seed=seed,
+            lr=self.lr,
+            milestones=self.milestones_in(epochs),
+        )
+
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        """The stages of a run, each with whether attacked images are looked at after its epochs."""
+        raise NotImplementedError
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """How many epochs of each stage lie behind a run, by its lines of metrics."""
+        raise NotImplementedError
+
+    # ---- identity
+
+    def with_values(self, **values: Any) -> Self:
+        """The same settings but for some, and with the notes of their command line."""
+        changed = dataclasses.replace(self, **values)
+        object.__setattr__(changed, "notes", self.notes)
+        return changed
+
+    def on_machine(self, device: torch.device, processes: int) -> list[Self]:
+        """What these settings mean there: first as a fresh run takes them, then as one that was
+        begun elsewhere may have them."""
+        usual = best_precision(device)
+        precisions = (
+            [usual, *(p for p in PRECISIONS if p != usual)]
+            if self.precision == "auto"
+            else [self.precision]
+        )
+        # Of one process there is nothing to synchronize; what several have begun, one may go on
+        # with.
+        synchronized = [False, True] if self.sync_bn and processes == 1 else [self.sync_bn]
+        return [self.with_values(precision=p, sync_bn=s) for s in synchronized for p in precisions]
+
+    def canonical(self) -> dict[str, Any]:
+        """The fields with different spellings of one meaning made alike."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run's result differ from that of another: the settings that are not at
+        their default."""
+        values = self.canonical()
+        return {
+            f.name: values[f.name]
+            for f in dataclasses.fields(self)
+            if f.metadata["result"] and values[f.name] != f.default
+        }
+
+    def run_name(self, images: str = "") -> str:
+        """``<method>_<arch>_<dataset>_<what matters>_<hash>``; ``images`` is the digest of the data
+        set (``Data.digest``)."""
+        text = json.dumps(self.identity() | ({"images": images} if images else {}), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return "_".join(
+            [self.method, self.arch, self.dataset, *self.name_parts(), f"s{self.seed}", digest]
+        )
+
+    def name_parts(self) -> list[str]:
+        """What matters most, for the run's name."""
+        raise NotImplementedError
+
+    # ---- what is refused, and what is said
+
+    @classmethod
+    def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The data set that ``--data`` holds or is called, unless ``--dataset`` says it;
+        ``InputError`` where neither tells."""
+        if "data" not in given or "dataset" in given:
+            return {}
+        dataset, folder = guess_data_set(given["data"]), Path(given["data"])
+        why = (
+            "holds no data set that is known by its files, and"
+            if folder.is_dir()
+            else "is no folder, and"
+        )
+        require(
+            dataset is not None,
+            f"--data {folder} {why} names no data set; --dataset says which it is",
+        )
+        return {"dataset": dataset}
+
+    def check_values(self) -> None:
+        """Raise ``InputError`` for values that make no sense in any run."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            require(
+                not isinstance(value, float) or abs(value) < _FLOAT32_MAX,
+                f"--{f.name} must be finite (in float32), not {value}",
+            )
+        require(
+            self.batch_size >= 2,
+            f"--batch_size must be at least 2 (batch norm needs two images), not {self.batch_size}",
+        )
+        for name in ("image_size", "train_subset", "test_subset", "save_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
+        self.check_numbers(
+            at_least_one=["print_freq", "eval_every", "test_every"],
+            positive=["lr", "width", "save_minutes"],
+            not_negative=_NOT_NEGATIVE,
+        )
+        require(
+            self.time_limit is None or self.time_limit > 0,
+            f"--time_limit must be positive, not {self.time_limit}",
+        )
+        require(self.save_dir != "", "--save_dir must not be empty")
+
+    def check_numbers(
+        self,
+        at_least_one: Sequence[str] = (),
+        positive: Sequence[str] = (),
+        not_negative: Sequence[str] = (),
+    ) -> None:
+        for name in at_least_one:
+            require(
+                getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}"
+            )
+        for name in positive:
+            require(
+                getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}"
+            )
+        for name in not_negative:
+            require(
+                getattr(self, name) >= 0,
+                f"--{name} must not be negative, but is {getattr(self, name)}",
+            )
+
+    def check_milestones(self, epochs: int) -> None:
+        milestones = self.milestones_in(epochs)
+        require(
+            milestones == tuple(sorted(milestones)),
+            f"--decreasing_lr {self.decreasing_lr}: epochs must not fall (of {epochs})",
+        )
+
+    def refuse_late_milestones(self, epochs: int) -> None:
+        """Raise ``InputError`` if ``--decreasing_lr`` names an epoch that a training of ``epochs``
+        does not have."""
+        for part in (part.strip() for part in self.decreasing_lr.split(",") if part.strip()):
+            epoch = epoch_number(part, epochs, "--decreasing_lr")
+            why = (
+                f"--decreasing_lr {self.decreasing_lr} lies past the end of {epochs} epochs;"
+                " fractions such as 0.5 work too"
+            )
+            if float(part) < 1:
+                why = (
+                    f"--decreasing_lr {self.decreasing_lr}: {part} of {epochs} epochs comes to"
+                    f" epoch {epoch}, the end; leave it out"
+                )
+            require(epoch < epochs, why)
+
+    def refuse_wrong_units(self, given: frozenset[str]) -> None:
+        """Raise ``InputError`` for radii and step sizes that were given in another unit than
+        1/255."""
+        for name in [name for name in _IN_LEVELS if name in given]:
+            value, kind = getattr(self, name), name.split("_")[1]
+            small = (
+                f"--{name} is in 1/255, of which {value:g} does next to nothing; give"
+                f" {255 * value:.4g} for {value:g} in [0, 1]"
+            )
+            require(value == 0 or value >= _LEAST_LENGTHS[self.norm, kind], small)
+            everything = kind == "eps" and self.norm == "linf" and value > 255
+            require(
+                not everything,
+                f"--{name} is in 1/255 and lies in [0, 255] with --norm linf, not at {value:g}; 8"
+                " is usual",
+            )
+
+    def attack_cautions(self, part: str, own_steps: bool = False) -> list[str]:
+        """What to say of the ball in ``train`` or ``test``, which nobody may have meant; with
+        ``own_steps`` the flags' do not count."""
+        eps, gamma, steps = (getattr(self, f"{part}_{name}") for name in ("eps", "gamma", "step"))
+        radius, step = {"linf": (8, 2), "l2": (128, 15)}[self.norm]
+        usual = f"--{part}_eps {radius}" + ("" if own_steps else f" --{part}_gamma {step}")
+        if self.norm == "linf" and eps >= _GRAY:
+            return [f"--norm linf with --{part}_eps {eps:g} lets every image become gray"]
+        if 0 < eps < _WEAK[self.norm]:
+            return [
+                f"--norm {self.norm} with --{part}_eps {eps:g} attacks next to nothing; {usual} is"
+                " usual"
+            ]
+        if self.norm == "l2" and 0 < steps * gamma < eps / 2 and not own_steps:
+            return [
+                f"--norm l2: {steps} steps of --{part}_gamma {gamma:g} do not reach half of"
+                f" --{part}_eps {eps:g}; {usual} is usual"
+            ]
+        return []
+
+    def idle(self, given: frozenset[str]) -> dict[str, str]:
+        """Flags that were given and are left aside, with the reason: a run says so at its start."""
+        return (
+            {"data": "--dataset digits needs no folder"}
+            if self.dataset == "digits" and "data" in given
+            else {}
+        )
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        """Raise ``InputError`` for flags that were given and could not take effect."""
+        decoded = self.dataset in DECODED_HERE
+        only(
+            given,
+            ["image_size", "cache_dir"],
+            decoded,
+            f"--dataset {self.dataset}, which is not decoded from a folder",
+        )
+        only(
+            given,
+            ["depth_factor", "width_factor"],
+            self.arch == "wideresnet",
+            f"--arch {self.arch}, only with wideresnet",
+        )
+        only(
+            given,
+            ["width"],
+            self.arch != "wideresnet",
+            "--arch wideresnet, which has --width_factor",
+        )
+        only(
+            given,
+            ["width"],
+            self.arch not in CUSTOM_ARCHITECTURES,
+            f"--arch {self.arch}, whose size is its own",
+        )
+        require(
+            not (self.device == "cpu" and self.gpu is not None),
+            "--gpu has no effect with --device cpu",
+        )
+        require(
+            not (self.resume and self.resume_dir),
+            "--resume names the folder by the flags, --resume_dir by its path; choose one",
+        )
+        only(
+            given,
+            ["save_dir"],
+            self.resume_dir is None,
+            "--resume_dir, which names the folder itself",
+        )
+        require(
+            not (self.sync_bn and self.compile == "on"),
+            "--compile on cannot take a network whose batch norm talks, as with --sync_bn",
+        )
+        only(given, ["train_gamma", "attack_mode"], self.train_step > 0, "--train_step 0")
+        only(given, ["test_gamma"], self.test_step > 0, "--test_step 0")
+
+    def may_differ(self, name: str) -> bool:
+        """Whether a flag may contradict the checkpoint's setting of that name."""
+        return False
+
+    def must_match_checkpoint(self, name: str) -> bool:
+        """Whether a flag can only repeat what the checkpoint says."""
+        return False
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+# ---------------------------------------------------------------- from the command line
+
+
+def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Settings with some fields given by name, each checked; raises ``InputError``."""
+    _refuse_odd_values(kind, values)
+    known = {f.name for f in dataclasses.fields(kind)}
+    settings = kind(**{name: value for name, value in values.items() if name in known})
+    try:
+        settings = dataclasses.replace(settings, arch=canonical_arch(settings.arch))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    settings.check_values()
+    return settings
+
+
+def _refuse_odd_values(kind: type[CommonSettings], values: Mapping[str, Any]) -> None:
+    """``InputError`` for values that no command line would have given: what comes from a file may
+    be anything."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if f.name in values:
+            value, types, choices = (
+                values[f.name],
+                get_args(hints[f.name]) or (hints[f.name],),
+                f.metadata["choices"],
+            )
+            fits = type(value) in types or (float in types and type(value) is int)
+            fits = fits and (type(value) is not int or abs(value) < 2**63)
+            # A registry may have had more where the run was made.
+            fits = fits and (not isinstance(choices, tuple) or not choices or value in choices)
+            odd = repr(value)[:40]
+            odd = odd if isinstance(value, (str, float)) else f"this {type(value).__name__}"
+            require(fits, f"--{f.name} cannot be {odd}")
+
+
+def allowed(f: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The values that a flag's field may have now, none where any will do."""
+    choices = f.metadata["choices"]
+    return tuple(choices() if callable(choices) else choices)
+
+
+def epoch_number(text: str, epochs: int, name: str) -> int:
+    """An epoch, given as its number or as a fraction of the run below one."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(
+            f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run"
+        ) from None
+    if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
+        raise InputError(f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run")
+    return round(value * epochs) if value < 1 else int(value)
+
+
+# ---------------------------------------------------------------- what is refused
+
+_FLOAT32_MAX = 3.4e38
+_IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
+# Less than this, in 1/255, is a length in units of [0, 1]: for radii below half a level of gray an
+# image is all but clean.
+_LEAST_LENGTHS = {
+    ("linf", "eps"): 0.5,
+    ("linf", "gamma"): 0.05,
+    ("l2", "eps"): 2.0,
+    ("l2", "gamma"): 0.3,
+}
+# radii in 1/255 that no network notices: of 32x32x3 values each moves by a third of a level
+_WEAK = {"linf": 0.5, "l2": 16.0}
+_GRAY = 127.5  # linf radius in 1/255 in which every image can become gray
+_NOT_NEGATIVE = (
+    "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
+)
+
+
+def only(given: frozenset[str], names: Sequence[str], allowed: bool, where: str) -> None:
+    """Refuse the flags ``names`` where they are given and not ``allowed``."""
+    for name in names:
+        require(allowed or name not in given, f"--{name} has no effect with {where}")

@@ -1,0 +1,312 @@
+"""Settings of the Robust Bird scripts: ``train_eb.py`` (the ticket when it emerges) and
+``train_base.py`` (after ``--epochs1``)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from models import CUSTOM_ARCHITECTURES
+from models.slimming import usual_floor
+from utils.early_bird import KINDS, TOLERANCES, EarlyBird
+from utils.errors import InputError, require
+from utils.seeding import stream
+from utils.settings.common import STAGE_KINDS, CommonSettings, flag, only
+from utils.storage.inputs import refuse_what_is_no_checkpoint
+from utils.training.schedule import Plan
+
+_OF_PGD = "train_step train_gamma train_randinit attack_mode".split()
+_OF_STAGE_1 = "stage1 epochs1 stage1_ra eb_window eb_tolerance".split()
+
+
+@dataclass(frozen=True)
+class TicketSettings(CommonSettings):
+    """Everything ``train_base.py`` can be told: the ticket is drawn after exactly ``--epochs1``
+    epochs."""
+
+    script: ClassVar[str] = "train_base.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        (
+            "python Robust-Bird/train_base.py --data data/cifar10 --stage1 fast --epochs1 30"
+            " --density 0.1"
+        ),
+        "python Robust-Bird/train_base.py --resume_dir runs/RUN",
+    )
+    may_grow: ClassVar[frozenset[str]] = frozenset({"epochs2"})
+    early_stop: ClassVar[bool] = False
+    method_name: ClassVar[str] = "oneshot"
+
+    # run
+    print_freq: int = flag(
+        100, "files", "steps between progress lines", result=False, metavar="STEPS"
+    )
+    # training
+    decreasing_lr: str = flag(
+        "50,150",
+        "training",
+        "epochs of a stage at which it is divided by 10; fractions of the stage too",
+        metavar="EPOCHS",
+    )
+    # stages
+    stage1: str = flag(
+        "sgd",
+        "stages",
+        "how the dense network is trained: clean, PGD or FGSM-RS images",
+        choices=STAGE_KINDS,
+    )
+    epochs1: int = flag(200, "stages", "epochs of stage 1", metavar="EPOCHS")
+    stage1_ra: bool = flag(
+        False,
+        "stages",
+        "measure RA, and the test set, in stage 1 too, which its training does not need",
+        result=False,
+    )
+    stage1_pretrained: str | None = flag(
+        None,
+        "stages",
+        "checkpoint of a dense network to prune instead of training one",
+        metavar="FILE",
+    )
+    stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
+    epochs2: int = flag(200, "stages", "epochs of stage 2", metavar="EPOCHS")
+    # sparsity
+    pruning: str = flag(
+        "unstructured",
+        "sparsity",
+        "single weights, or channels that are really removed",
+        choices=KINDS,
+    )
+    density: float = flag(0.2, "sparsity", "kept fraction of the weights, or of the channels")
+    channel_floor: float | None = flag(
+        None,
+        "sparsity",
+        "least kept fraction of each layer's channels (default: .1, at most half the density)",
+    )
+
+    @property
+    def method(self) -> str:
+        """``rb`` or ``oneshot``, with ``-channel`` where channels are removed."""
+        return self.method_name + ("-channel" if self.pruning == "channel" else "")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The kinds of the stages that are trained."""
+        return (self.stage2,) if self.stage1_pretrained is not None else (self.stage1, self.stage2)
+
+    def stage_text(self, kind: str) -> str:
+        """A kind of stage with its attack, for the headline."""
+        names = {
+            "sgd": "sgd",
+            "pgd": f"PGD-{self.train_step} training at {self.train_ball}",
+            "fast": f"fast at {self.train_ball}",
+        }
+        return names[kind]
+
+    @property
+    def plan1(self) -> Plan:
+        # Draws of its own: the second stage sees what a dense run of main_adv.py with this seed
+        # sees.
+        return self.plan(self.stage1, self.epochs1, stream(self.seed, "stage1"))
+
+    @property
+    def plan2(self) -> Plan:
+        return self.plan(self.stage2, self.epochs2, self.seed)
+
+    def trainings(self) -> list[tuple[Plan, bool]]:
+        first = [] if self.stage1_pretrained is not None else [(self.plan1, self.stage1_ra)]
+        return [*first, (self.plan2, True)]
+
+    def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """All of a stage 1 that found its ticket."""
+        first, second = ([row for row in history if row["stage"] == stage] for stage in (1, 2))
+        if self.stage1_pretrained is not None:
+            return [len(second)]
+        is_over = bool(second) or (self.early_stop and bool(first) and first[-1]["ticket"])
+        return [self.epochs1 if is_over else len(first), len(second)]
+
+    @property
+    def floor(self) -> float:
+        """Least kept fraction of each layer's channels."""
+        return usual_floor(self.density) if self.channel_floor is None else self.channel_floor
+
+    def early_bird(self) -> EarlyBird:
+        """What watches the masks of stage 1."""
+        return EarlyBird(self.density, kind=self.pruning)
+
+    def canonical(self) -> dict[str, Any]:
+        one, two = (
+            ",".join(map(str, self.milestones_in(epochs)))
+            for epochs in (self.epochs1, self.epochs2)
+        )
+        floor = None if self.floor == usual_floor(self.density) else self.floor
+        return {
+            **super().canonical(),
+            "decreasing_lr": one if one == two else f"{one}; {two}",
+            "channel_floor": floor,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        if self.stage1_pretrained is not None:  # what lies in the file counts, not where it lies
+            found["stage1_pretrained"] = _digest(self.stage1_pretrained)
+        return found
+
+    def name_parts(self) -> list[str]:
+        epochs = (
+            f"e{self.epochs2}"
+            if self.stage1_pretrained is not None
+            else f"e{self.epochs1}-{self.epochs2}"
+        )
+        return [f"d{self.density:g}", epochs]
+
+    # ---- what is refused, and what is said
+
+    def check_values(self) -> None:
+        super().check_values()
+        self.check_numbers(at_least_one=["epochs1", "epochs2"])
+        require(
+            0 < self.density <= 1,
+            f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
+        )
+        fits = (
+            f"--channel_floor {self.floor:g} lies in [0, --density {self.density:g}]: no layer can"
+            " keep more than its share for sure"
+        )
+        require(0 <= self.floor <= self.density, fits)
+        for epochs in (self.epochs1, self.epochs2):
+            self.check_milestones(epochs)
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        super().refuse_idle(given)
+        if self.stage1_pretrained is not None:
+            only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
+        removable = self.pruning != "channel" or self.arch not in CUSTOM_ARCHITECTURES
+        require(
+            removable,
+            f"--pruning channel cannot take {self.arch}: channels are removed from ResNets, VGGs"
+            " and wide ResNets",
+        )
+        only(given, ["channel_floor"], self.pruning == "channel", "--pruning unstructured")
+        only(given, ["channel_floor"], self.density < 1, "--density 1, which removes nothing")
+        kinds = set(self.stages)
+        require(
+            "fast" not in kinds or self.norm == "linf",
+            "--norm l2 has no effect with a stage fast, whose step is along the sign",
+        )
+        only(given, _OF_PGD, "pgd" in kinds, f"{' and '.join(self.stages)}, only with pgd")
+        only(given, ["train_eps"], kinds != {"sgd"}, "stages on clean images")
+        only(
+            given,
+            ["lr", "decreasing_lr"],
+            kinds != {"fast"},
+            "stages fast, whose learning rate follows a cycle of its own",
+        )
+        if "decreasing_lr" in given:
+            epochs = (
+                (self.epochs2,)
+                if self.stage1_pretrained is not None
+                else (self.epochs1, self.epochs2)
+            )
+            longest = max(
+                count for count, kind in zip(epochs, self.stages, strict=True) if kind != "fast"
+            )
+            self.refuse_late_milestones(longest)
+
+    def cautions(self) -> list[str]:
+        """What the settings leave idle although nobody asked for it in so many words; a run says so
+        at its start."""
+        found = [
+            *self.notes,
+            *(self.attack_cautions("train") if set(self.stages) != {"sgd"} else []),
+            *self.attack_cautions("test"),
+        ]
+        if self.density == 1:
+            found.append(
+                "--density 1 keeps everything, so nothing is pruned and both stages train the dense"
+                " network"
+            )
+        if self.stage2 != "fast" and not any(
+            milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)
+        ):
+            found.append(
+                f"the learning rate of stage 2 never falls, --decreasing_lr {self.decreasing_lr}"
+                " lies past its end"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EarlyBirdSettings(TicketSettings):
+    """Everything ``train_eb.py`` can be told: stage 1 ends when the ticket has emerged."""
+
+    script: ClassVar[str] = "train_eb.py"
+    examples: ClassVar[tuple[str, ...]] = (
+        (
+            "python Robust-Bird/train_eb.py --data data/cifar10 --stage1 sgd --stage2 pgd"
+            " --density 0.2"
+        ),
+        "python Robust-Bird/train_eb.py --data data/cifar10 --pruning channel --density 0.5",
+        "python Robust-Bird/train_eb.py --resume_dir runs/RUN",
+    )
+    early_stop: ClassVar[bool] = True
+    method_name: ClassVar[str] = "rb"
+
+    epochs1: int = flag(200, "stages", "most epochs of stage 1", metavar="EPOCHS")
+    eb_window: int = flag(
+        5,
+        "stages",
+        "epochs whose masks must agree for a ticket, the newest included",
+        metavar="EPOCHS",
+    )
+    eb_tolerance: float | None = flag(
+        None, "stages", "largest fraction of differing positions (default: .08, with channels .1)"
+    )
+
+    def early_bird(self) -> EarlyBird:
+        return EarlyBird(self.density, self.eb_window, self.eb_tolerance, self.pruning)
+
+    def canonical(self) -> dict[str, Any]:
+        usual = self.eb_tolerance == TOLERANCES[self.pruning]
+        return {**super().canonical(), "eb_tolerance": None if usual else self.eb_tolerance}
+
+    def check_values(self) -> None:
+        super().check_values()
+        self.check_numbers(at_least_one=["eb_window"])
+        tolerance = self.eb_tolerance
+        require(
+            tolerance is None or 0 <= tolerance <= 1,
+            f"--eb_tolerance is a fraction and lies in [0, 1], not {tolerance}",
+        )
+
+    def refuse_idle(self, given: frozenset[str]) -> None:
+        super().refuse_idle(given)
+        short = (
+            f"--eb_window {self.eb_window} masks cannot come together in --epochs1 {self.epochs1}"
+            " epochs, so no ticket could emerge"
+        )
+        require(not {"eb_window", "eb_tolerance"} & given or self.eb_window <= self.epochs1, short)
+        only(given, ["eb_tolerance"], self.eb_window > 1, "--eb_window 1, which compares nothing")
+
+    def cautions(self) -> list[str]:
+        found = super().cautions()
+        if self.stage1_pretrained is None and self.eb_window > self.epochs1:
+            found.append(
+                f"no ticket can emerge: it takes --eb_window {self.eb_window} masks and stage 1 has"
+                f" {self.epochs1} epochs"
+            )
+        return found
+
+
+def _digest(path: str) -> str:
+    refuse_what_is_no_checkpoint(path)
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        reason = (
+            f"cannot be read ({error.strerror or error}); --resume_dir goes on with a run that no"
+            " longer needs it"
+        )
+        raise InputError(f"--stage1_pretrained {path} {reason}") from error

@@ -1,0 +1,36 @@
+"""The settings of each training script, by its name: for what reads commands or checkpoints of all
+of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.common import CommonSettings
+from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
+from utils.storage.checkpoint import load_newest
+from utils.storage.paths import RunPaths
+
+SETTINGS_OF: dict[str, type[CommonSettings]] = {
+    kind.script: kind for kind in (AdversarialSettings, EarlyBirdSettings, TicketSettings)
+}
+
+
+def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
+    """The settings of the run in a folder; ``InputError`` if another script made it."""
+    paths = RunPaths(Path(resume_dir))
+    content, path, _ = load_newest(paths.checkpoint, paths.previous)
+    script = content.get("script", settings_script)
+    if script != settings_script:
+        raise InputError(f"{path} is of a run of {script}, which resumes it")
+    return settings_in(content, path)
+
+
+def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:
+    settings = content.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{path}: its settings are not names and values")
+    if settings.get("precision") == "auto":  # as runs once kept it
+        settings = {**settings, "precision": content.get("precision", "float32")}
+    return settings

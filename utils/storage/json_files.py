@@ -1,0 +1,113 @@
+"""JSON that anyone may have written: one kind of error for all that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError, one_line
+
+_FLOAT_MAX = 10**300
+
+
+def parsed(text: str | bytes) -> Any:
+    """The value in a JSON text; ``ValueError`` if there is none, also where it is nested deeper
+    than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The names and values in a JSON file; ``InputError`` if it cannot be read or holds something
+    else."""
+    try:
+        content = parsed(_bytes(path))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold names and values")
+    return content
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The names and values in each line of a file; ``InputError`` names the first line that holds
+    something else."""
+    rows = []
+    for number, line in enumerate(_bytes(path).splitlines(), 1):
+        try:
+            row = parsed(line)
+        except ValueError as error:
+            raise InputError(
+                f"line {number} of {path} cannot be read ({one_line(error)})"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"line {number} of {path} does not hold names and values")
+        rows.append(row)
+    return rows
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """What keeps a value of JSON from having a shape, in words; None if nothing does.
+
+    Args:
+        shape: a type (``float`` takes every number, None is for None alone), a tuple of shapes of
+            which one must fit, ``[shape]`` for a list of such, or shapes by name: those that end in
+            ``?`` may be missing, ``*`` is for every name.
+        name: of the value, for the words.
+    """
+    if isinstance(shape, tuple):
+        return (
+            None
+            if any(misfit(value, one) is None for one in shape)
+            else misfit(value, shape[0], name)
+        )
+    kind = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape
+    if not _is(value, kind):
+        is_nested = isinstance(value, (dict, list))
+        found = f"a {type(value).__name__}" if is_nested else repr(value)[:40]
+        return f"{name or 'it'} is {found}"
+    if isinstance(shape, list):
+        return next(filter(None, (misfit(item, shape[0], name) for item in value)), None)
+    if isinstance(shape, dict):
+        return _misfit_within(
+            value,
+            dict.fromkeys(value, shape["*"]) if "*" in shape else shape,
+            f"{name}." if name else "",
+        )
+    return None
+
+
+def _misfit_within(value: dict[str, Any], shape: Mapping[str, Any], inside: str) -> str | None:
+    for key, inner in shape.items():
+        name = key if key in value else key.removesuffix("?")
+        wrong = (
+            misfit(value[name], inner, inside + name)
+            if name in value
+            else f"it has no {inside}{name}"
+            if name == key
+            else None
+        )
+        if wrong:
+            return wrong
+    return None
+
+
+def _is(value: object, kind: type | None) -> bool:
+    if value is None or isinstance(value, bool):
+        return kind is (None if value is None else bool)
+    if kind is float and isinstance(value, int):
+        return abs(value) < _FLOAT_MAX
+    return kind is not None and isinstance(value, kind)

@@ -1,0 +1,87 @@
+"""Which software and hardware made a result."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.errors import InputError
+from utils.storage.json_files import misfit, read_object
+from utils.storage.paths import RunPaths
+
+if TYPE_CHECKING:
+    pass
+
+
+_ENVIRONMENT = ("versions", "revision", "device", "hardware")
+
+
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scikit-learn",
+    "Pillow",
+    "advertorch",
+    "pyautoattack",
+    "tensorboard",
+)
+
+
+def made_by(paths: RunPaths) -> list[dict[str, Any]]:
+    """The processes that made a run, by its ``config.json``: one entry a start or resume, of older
+    runs the last one alone."""
+    try:
+        config = read_object(paths.config)
+    except InputError:  # none yet, or a damaged one, which is written anew
+        return []
+    older = {name: config[name] for name in ("processes", *_ENVIRONMENT) if name in config}
+    entries = config.get("made_by", [older] if older else [])
+    return [] if misfit(entries, [{"processes?": int, "versions?": {"*": str}}]) else entries
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, source revision and hardware, for a process in ``config.json`` and for results."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    return dict(
+        zip(_ENVIRONMENT, (versions, source_revision(), str(device), hardware), strict=True)
+    )
+
+
+def source_revision() -> str:
+    """The commit of this source, with ``-dirty`` where files differ from it; ``unknown`` outside
+    git."""
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return (
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            or "unknown"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

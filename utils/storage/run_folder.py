@@ -1,0 +1,309 @@
+"""A run's folder: what it was told, a line an epoch, a log, a picture and a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from utils.errors import InputError, RunError
+from utils.storage.checkpoint import save_checkpoint, snapshot
+from utils.storage.files import json_bytes, write_atomically, write_figure
+from utils.storage.json_files import misfit, read_object, read_objects
+from utils.storage.paths import RunPaths
+from utils.storage.tensorboard import Events, require_tensorboard
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What is read of a run's files (``misfit``).
+_FINAL = {"epoch": int, "test_ra": float, "test_sa": float, "train_ra": float}
+_FLOPS = {"training": float, "inference": float}
+_SUMMARY = {
+    "method": str,
+    "run": str,
+    "best": _FINAL,
+    "final": _FINAL,
+    "diff": float,
+    "robust_gap": float,
+}
+_SUMMARY |= {"density": float, "flops": {"real": _FLOPS, "paper": _FLOPS}, "seconds?": float}
+_DRAWN_HERE = {"pretrained": None, "emerged": bool, "epochs": int, "kind": str, "val_sa": float}
+_EPOCH = {
+    "epoch": int,
+    "stage?": int,
+    "density?": float,
+    "layer_densities?": {"*": float},
+    "ticket?": bool,
+    "mask_distances?": [float],
+}
+_EPOCH |= {"updates?": [{"prune": bool, "grow": bool}]}
+_EPOCH |= {f"{part}_{kind}?": float for part in ("train", "val", "test") for kind in ("ra", "sa")}
+
+
+class RunFolder:
+    """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file
+    whole.
+
+    Checkpoints and the lines of ``metrics.jsonl`` are written behind the training, one after the
+    other in the order in which they came; a failure shows at the next of them, or where ``settled``
+    is left.
+    """
+
+    writes = True
+
+    def __init__(
+        self, paths: RunPaths, lock: IO[str] | None = None, tensorboard: bool = False
+    ) -> None:
+        self.paths = paths
+        self._lock = lock
+        self._tensorboard = tensorboard
+        self._events: Events | None = None  # from ``rewrite_epochs`` on, which knows the past
+        self._epochs = 0  # lines handed over so far
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._behind: deque[tuple[Path, Future[None]]] = deque()
+        self._broken = False  # after a failure nothing more is written behind
+
+    @classmethod
+    def create(
+        cls,
+        paths: RunPaths,
+        config: Mapping[str, Any],
+        tensorboard: bool = False,
+        stamps: object = None,
+    ) -> RunFolder:
+        """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be.
+
+        Args:
+            tensorboard: events too, of every epoch and picture, from ``rewrite_epochs`` on.
+            stamps: of the folder (``RunPaths.stamps``) when it was read, if it was: another process
+                may have trained since.
+        """
+        if tensorboard:
+            require_tensorboard()
+        try:
+            paths.root.mkdir(parents=True, exist_ok=True)
+            lock = _locked(paths)
+            if stamps not in (None, paths.stamps()):
+                lock.close()
+                raise InputError(
+                    f"another process has trained in {paths.root} in the meantime; --resume goes on"
+                    " from there"
+                )
+            for cut_off in paths.half_written():
+                cut_off.unlink()
+            write_atomically(paths.config, json_bytes(config))
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {paths.root} ({error.strerror or error})"
+            ) from error
+        return cls(paths, lock, tensorboard)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        with self._writing(self.paths.config):
+            write_atomically(self.paths.config, json_bytes(config))
+
+    def say(self, line: str) -> None:
+        """A line for the terminal and ``result.log``."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        with self._writing(self.paths.log), self.paths.log.open("a") as log:
+            log.write(line + "\n")
+
+    def append_epoch(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row) + "\n"
+        self._epochs += 1
+
+        def write() -> None:
+            with self.paths.metrics.open("a") as file:
+                file.write(line)
+            if self._events is not None:
+                self._events.append(row)
+
+        self._write_behind(self.paths.metrics, write)
+
+    def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``metrics.jsonl`` agree with a checkpoint: later lines are of epochs that will be
+        run again."""
+        self.settle()
+        self._epochs = len(rows)
+        with self._writing(self.paths.metrics):
+            write_atomically(
+                self.paths.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode()
+            )
+        if self._tensorboard:
+            with self._writing(self.paths.tensorboard):
+                self._events = Events(self.paths.tensorboard, rows)
+
+    def save(
+        self,
+        path: Path,
+        checkpoint: Mapping[str, Any],
+        keep: Path | None = None,
+        on_disk: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A checkpoint at ``path`` as it is now; the one that was there stays at ``keep``.
+        ``on_disk`` is called once it is written."""
+        if any(path == pending for pending, _ in self._behind):  # never further behind than by one
+            self.settle()
+        content = snapshot(checkpoint)
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(path, content, keep)
+            on_disk()
+
+        self._write_behind(path, write)
+
+    def _write_behind(self, path: Path, write: Callable[[], None]) -> None:
+        while self._behind and self._behind[0][1].done():
+            self._behind.popleft()[1].result()
+
+        def work() -> None:
+            if self._broken:  # no line of metrics for a checkpoint that is not there
+                return
+            self._broken = True
+            with self._writing(path):
+                write()
+            self._broken = False
+
+        self._behind.append((path, self._writer.submit(work)))
+
+    def has_failed(self) -> bool:
+        """Whether something that was written behind has failed; ``settle`` raises it."""
+        return any(future.done() and future.exception() is not None for _, future in self._behind)
+
+    def settle(self) -> None:
+        """Wait until everything is written; raises what went wrong with it."""
+        while self._behind:
+            self._behind.popleft()[1].result()
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Whatever happens within, it is left with everything written, or with the failure to do
+        so; and unlocked."""
+        try:
+            yield
+        finally:
+            try:
+                self.settle()
+            finally:
+                try:
+                    self._close_events()
+                finally:
+                    if self._lock is not None:
+                        self._lock.close()
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            with self._writing(self.paths.tensorboard):
+                self._events.close()
+
+    def drop(self, path: Path) -> None:
+        """Remove a file that is no longer true, or a folder that has served, with what lies in
+        it."""
+        self.settle()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        with self._writing(self.paths.summary):
+            write_atomically(self.paths.summary, json_bytes(summary))
+
+    def write_picture(self, path: Path, figure: Figure) -> None:
+        with self._writing(path):
+            write_figure(path, figure)
+            if self._events is not None:
+                self._events.picture(path.stem, figure, self._epochs)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {path} ({error.strerror or error}); what was saved before is intact"
+            ) from error
+
+
+def _locked(paths: RunPaths) -> IO[str]:
+    """The open log, locked as long as this process has it open; ``InputError`` if another process
+    trains here."""
+    lock = paths.log.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(f"another process is training in {paths.root}") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_locked(paths: RunPaths) -> None:
+    """Raise ``InputError`` if another process trains in the folder now; nothing is written."""
+    if paths.log.exists():
+        with contextlib.suppress(OSError):  # one that cannot be written says so when it is
+            _locked(paths).close()
+
+
+class SilentRunFolder(RunFolder):
+    """A run's folder as its other processes have it: the first one writes, and they say and write
+    nothing."""
+
+    writes = False
+
+    def write_config(self, config: Mapping[str, Any]) -> None: ...
+    def say(self, line: str) -> None: ...
+    def append_epoch(self, row: Mapping[str, Any]) -> None: ...
+    def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def save(
+        self,
+        path: Path,
+        checkpoint: Mapping[str, Any],
+        keep: Path | None = None,
+        on_disk: Callable[[], None] = lambda: None,
+    ) -> None: ...
+    def drop(self, path: Path) -> None: ...
+    def write_summary(self, summary: Mapping[str, Any]) -> None: ...
+    def write_picture(self, path: Path, figure: Figure) -> None: ...
+
+
+def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; ``InputError`` if the folder holds no run, or a line that is
+    of no epoch."""
+    rows = read_objects(paths.metrics)
+    for number, row in enumerate(rows, 1):
+        if wrong := misfit(row, _EPOCH):
+            raise InputError(f"line {number} of {paths.metrics} is of no epoch: {wrong}")
+    return rows
+
+
+def read_summary(paths: RunPaths) -> dict[str, Any]:
+    """``summary.json``; ``InputError`` if the run is not finished, or if it lacks what is told of a
+    finished run."""
+    if not paths.summary.exists():
+        raise InputError(
+            f"{paths.root} is not the folder of a finished run: it has no {paths.summary.name}"
+        )
+    summary = read_object(paths.summary)
+    shape: dict[str, Any] = {**_SUMMARY, "stage1?": (_DRAWN_HERE, {"pretrained": str}, None)}
+    if summary.get("method") == "static":
+        shape["settings"] = {"sparse_init": str}
+    if wrong := misfit(summary, shape):
+        raise InputError(
+            f"{paths.summary} is no summary of a run: {wrong}; without that file, --resume writes"
+            " it anew"
+        )
+    return summary

@@ -1,0 +1,73 @@
+"""Networks as safetensors: weights with their zeros in place, and in the metadata everything to
+build the network again.
+
+The format (https://huggingface.co/docs/safetensors) has text by name for metadata, so each value is
+written as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from utils.errors import BrokenCheckpointError, InputError
+from utils.storage.json_files import parsed
+
+SUFFIX = ".safetensors"
+# What describes the network; the rest of the metadata says where it comes from.
+_NETWORK = frozenset(
+    "arch num_classes mean std width depth_factor width_factor image_size kept classes".split()
+)
+
+
+def safetensors_bytes(
+    state: Mapping[str, Tensor], spec: Mapping[str, Any], about: Mapping[str, Any]
+) -> bytes:
+    """The content of a file.
+
+    Args:
+        state: the network's state dict.
+        spec: what ``models.loading.build_network`` needs.
+        about: plain values to be known of the network, under other names than those in ``spec``.
+    """
+    # as others mark torch's
+    metadata = {
+        "format": "pt",
+        **{name: json.dumps(value) for name, value in {**spec, **about}.items()},
+    }
+    return safetensors.torch.save(
+        {name: value.contiguous() for name, value in state.items()}, metadata
+    )
+
+
+def load_safetensors(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint would hold: ``state_dict``, ``network`` where the file describes one, and
+    what is told about it.
+
+    Raises:
+        InputError: no such file.
+        BrokenCheckpointError: not safetensors, cut, or metadata that are not ours.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            told = {
+                name: parsed(text)
+                for name, text in (file.metadata() or {}).items()
+                if name != "format"
+            }
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise BrokenCheckpointError(
+            f"{path} is not a safetensors file of ours, or a broken one"
+        ) from error
+    network = {name: value for name, value in told.items() if name in _NETWORK}
+    about = {name: value for name, value in told.items() if name not in _NETWORK}
+    return {**about, "state_dict": state, **({"network": network} if network else {})}

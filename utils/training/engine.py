@@ -1,0 +1,256 @@
+"""One training epoch: adversarial images, forward, backward, optimizer, masks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Batch
+from sparse_core import Masking, mask_hash
+from utils.attacks import PGD, attack_draws
+from utils.errors import RunError
+from utils.execution.distributed import World
+from utils.execution.forward import Forward
+from utils.seeding import lent_generators, stream
+from utils.training.schedule import Plan, set_learning_rate
+
+# looking waits for the device, so fast steps are not looked at one by one
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Mean loss and running accuracy (percent) on the images trained on, and the time it took in
+    seconds."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an epoch stands: ``step`` of ``steps``, mean loss and accuracy (percent) so far, images
+    a second."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+def sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD in one pass over the weights."""
+    return torch.optim.SGD(
+        model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    attack: PGD | None,
+    attack_training: bool,
+    key: tuple[int | str, ...],
+    forward: Forward | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update on one batch, masks apart.
+
+    Args:
+        model: attacked and updated; the attack does not wait for other processes, unless its batch
+            norm is synchronized.
+        attack: None trains on the images as they are.
+        attack_training: craft in train mode (the paper's way) or eval mode.
+        key: of the random start; the images' indices come on top.
+        forward: how the network is computed, and by which processes, each of which has its part of
+            the batch; plainly in float32 and alone by default.
+
+    Returns:
+        The mean loss and the number of right answers on the images trained on (by all processes),
+        detached and on the device.
+    """
+    x = batch.x
+    forward = Forward(model) if forward is None else forward
+    world = forward.world
+    if attack is not None:
+        draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
+        x = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
+    optimizer.zero_grad(set_to_none=True)
+    logits = forward.averaged(x)
+    loss = F.cross_entropy(logits, batch.y)
+    if world.size > 1:
+        # The average over processes of these is the mean over the whole batch, however it was
+        # divided.
+        loss = loss * (batch.weight * world.size)
+    loss.backward()
+    optimizer.step()
+    right = (logits.detach().argmax(dim=1) == batch.y).sum()
+    if world.size > 1:
+        world.share_buffers(model)
+        sums = world.total(
+            torch.stack([loss.detach().double() / world.size, right.double() * (batch.weight > 0)])
+        )
+        return sums[0].to(loss.dtype), sums[1].long()
+    return loss.detach(), right
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    plan: Plan,
+    epoch: int,
+    steps: int,
+    masking: Masking | None = None,
+    tally: Tally | None = None,
+    print_freq: int = 50,
+    forward: Forward | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    after_step: Callable[[Tally], None] = lambda tally: None,
+) -> EpochResult:
+    """Train for one epoch in train mode.
+
+    Args:
+        batches: the epoch's batches, from the first one that ``tally`` has not seen.
+        steps: batches in the whole epoch.
+        plan: the attack and the learning rate.
+        epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random
+            starts, with the step and the process that of what the network itself draws by the
+            global generators; those are left as found.
+        masking: stepped after each update.
+        tally: of the steps that were done before, for an epoch that goes on in its middle.
+        print_freq: most steps between calls of ``on_progress``, at which the losses are also
+            checked; they come once a second too, so that slow steps show.
+        forward: as in ``train_step``.
+        after_step: called after each step, masks and all; may save the tally, and may raise to
+            leave.
+
+    Raises:
+        RunError: a loss that is not finite; the step is named. The network is then of no use. Or
+            masks that are not the same in all processes.
+    """
+    model.train()
+    tally = Tally(steps) if tally is None else tally
+    forward = Forward(model) if forward is None else forward
+    key = (plan.seed, "attack", epoch)
+    looked_at = time.perf_counter()
+    start = looked_at - tally.seconds
+    with lent_generators(next(model.parameters()).device) as seed:
+        for step, batch in enumerate(batches, tally.step):
+            # dropout draws alike in a resumed run
+            seed(stream(plan.seed, "network", epoch, step, forward.world.rank))
+            set_learning_rate(optimizer, plan.rate(epoch, step, steps))
+            loss, right = train_step(
+                model,
+                optimizer,
+                batch,
+                attack=plan.attack,
+                attack_training=plan.attack_training,
+                key=key,
+                forward=forward,
+            )
+            if masking is not None:
+                masking.step()
+                if forward.world.size > 1 and masking.update_due():
+                    forward.world.require_equal(
+                        mask_hash(masking.masks), f"after {masking.steps} steps the masks"
+                    )
+            now = time.perf_counter()
+            tally.add(loss, right, batch.total)
+            tally.seconds = now - start
+            looks = (
+                (step + 1) % print_freq == 0
+                or step + 1 == steps
+                or now - looked_at > _SECONDS_BETWEEN_LOOKS
+            )
+            if forward.world.highest(looks):  # all of them at the same step
+                progress = _progress(tally, epoch, forward.world)
+                looked_at = time.perf_counter()
+                tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
+                on_progress(progress)
+            after_step(tally)
+    done = tally.progress(epoch)
+    return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
+
+
+def _progress(tally: Tally, epoch: int, world: World) -> Progress:
+    try:
+        return tally.progress(epoch)
+    except RunError as error:
+        world.fail(error)
+        raise
+
+
+class Tally:
+    """An epoch's running sums, which stay on the device until somebody looks, so that a step never
+    waits for them.
+
+    Attributes:
+        images: trained on so far; seconds: spent so far.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self._steps = steps
+        self._losses: list[Tensor] = []
+        self._right: Tensor | int = 0
+        self._weights: list[int] = []
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        self._losses.append(loss)
+        self._right = self._right + right
+        self._weights.append(images)
+        self.images += images
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self._losses)
+
+    def progress(self, epoch: int) -> Progress:
+        """Mean loss and accuracy so far; raises ``RunError`` if a loss is not finite."""
+        losses = torch.stack(self._losses).double().cpu()
+        if not bool(losses.isfinite().all()):
+            step = int((~losses.isfinite()).nonzero()[0]) + 1
+            raise RunError(
+                f"the loss became {losses[step - 1].item()} in epoch {epoch + 1}, step {step} of"
+                f" {self._steps}"
+            )
+        mean = (
+            losses * torch.tensor(self._weights, dtype=torch.float64)
+        ).sum().item() / self.images
+        accuracy = 100.0 * int(self._right) / self.images
+        return Progress(
+            self.step, self._steps, mean, accuracy, self.images / max(self.seconds, 1e-9)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        return {
+            "losses": losses,
+            "right": int(self._right),
+            "weights": list(self._weights),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take back a ``state_dict``; what is added later lies on ``device``."""
+        self._losses = list(state["losses"].to(device).unbind())
+        self._right = int(state["right"])
+        self._weights = [int(images) for images in state["weights"]]
+        if len(self._losses) != len(self._weights):
+            raise ValueError("the tally of an epoch in its middle is broken")
+        self.images = sum(self._weights)
+        self.seconds = float(state["seconds"])

@@ -1,0 +1,173 @@
+"""How long a run will take: the passes it makes over images, and what a pass costs on this
+machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data import Batch, Data, TrainLoader
+from models.loading import build_network
+from utils.attacks import PGD
+from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import best_precision
+from utils.settings.applied import network_spec
+from utils.settings.common import CommonSettings
+from utils.training.engine import sgd, train_step
+
+# In forward passes: an attack's step is one there and one back to the image, an update there and
+# back to image and weights.
+_ATTACK_STEP, _UPDATE = 2, 3
+_SECONDS = 2.0  # of measuring, after which one step more is not taken
+_LOOKING = 5.0  # seconds of a run's own training, after its first look, from which the rest is told
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many there are to train, validate and test on."""
+
+    train: int
+    val: int
+    test: int
+
+
+def images_of(data: Data) -> Images:
+    return Images(len(data.train), len(data.val), len(data.test))
+
+
+def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]) -> float:
+    """Forward passes of single images (or what costs as much) that a run has before it, stage 1 of
+    Robust Bird at its longest.
+
+    Args:
+        settings: of the run.
+        images: of its data.
+        done: epochs behind it, by stage; fractions too.
+    """
+    test = _passes_per_test_image(settings.test_attack)
+    total = 0.0
+    for (plan, attacked), behind in zip(settings.trainings(), done, strict=True):
+        epochs = plan.epochs - behind
+        validated, tested = (
+            epochs / settings.eval_every * images.val,
+            epochs / settings.test_every * images.test,
+        )
+        total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
+        total += (validated + tested) * test if attacked else epochs * images.val
+    # The best and the final model on test and training images, in float32, which takes about twice
+    # as long as bf16.
+    return total + 2 * 2 * test * (images.train + images.test)
+
+
+class Forecast:
+    """The pace of a training by its own first steps, told once: the first look only starts the
+    clock, since what comes before it (kernels chosen, memory taken) is slower, and so is all of a
+    very short first epoch."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+        self._is_warm = False
+        self._is_told = False
+
+    def look(self, images: int, seconds: float, is_over: bool) -> float | None:
+        """Seconds an image, when that can be said for the first time.
+
+        Args:
+            images: trained on so far in this epoch.
+            seconds: that took.
+            is_over: whether the epoch ends here.
+        """
+        if self._is_told:
+            return None
+        start, before = self._first = self._first or (
+            (0.0, 0) if self._is_warm else (seconds, images)
+        )
+        took = seconds - start
+        if took >= _LOOKING or (is_over and took and self._is_warm):
+            self._is_told = True
+            return took / (images - before)
+        if is_over:
+            self._first, self._is_warm = None, True
+        return None
+
+
+def seconds_left(
+    settings: CommonSettings,
+    images: Images,
+    history: Sequence[Mapping[str, Any]],
+    share: float,
+    pace: float,
+) -> float:
+    """Of a run in the middle of an epoch, tests included.
+
+    Args:
+        settings: of the run.
+        images: of its data.
+        history: its lines of metrics.
+        share: of the epoch's training that is done.
+        pace: seconds an image takes in this stage's training.
+    """
+    done = settings.epochs_done(history)
+    plans = [plan for plan, _ in settings.trainings()]
+    stage = next(number for number, plan in enumerate(plans) if done[number] < plan.epochs)
+    done[stage] += share
+    return (
+        pace
+        / (_UPDATE + _ATTACK_STEP * plans[stage].attack_steps)
+        * image_passes(settings, images, done)
+    )
+
+
+def _passes_per_test_image(attack: PGD) -> int:
+    """Passes to look at an image clean and attacked."""
+    return 2 + _ATTACK_STEP * attack.steps
+
+
+def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device) -> float:
+    """Measured on training steps of the dense network with a short attack, after one to warm up:
+    the fastest of at most three, since whatever else runs can only slow them. Nothing is
+    compiled."""
+    plan = settings.trainings()[-1][0]
+    model = build_network(network_spec(settings, data), device, settings.seed)
+    optimizer = sgd(
+        model, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    precision = best_precision(device) if settings.precision == "auto" else settings.precision
+    forward = Forward(model, Execution(precision, graphs=False))
+    batch = next(
+        TrainLoader(data.train, settings.batch_size, data.augmentation, settings.seed).epoch(0)
+    )
+    attack = PGD(settings.train_eps / 255, 1 / 255, 1, settings.norm, random_start=False)
+
+    def step(batch: Batch) -> None:
+        train_step(
+            model,
+            optimizer,
+            batch,
+            attack=attack,
+            attack_training=plan.attack_training,
+            key=(0,),
+            forward=forward,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    step(batch)
+    taken: list[float] = []
+    while len(taken) < 3 and sum(taken) < _SECONDS:
+        start = time.perf_counter()
+        step(batch)
+        taken.append(time.perf_counter() - start)
+    return min(taken) / (len(batch.y) * (_UPDATE + _ATTACK_STEP))
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    for limit, unit, size in ((90, "s", 1), (90 * 60, "min", 60), (48 * 3600, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86400:.1f} days"

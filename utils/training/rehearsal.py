@@ -1,0 +1,175 @@
+"""What must hold of a network of one's own before it trains for hours: a step and a checkpoint
+rehearsed on two images.
+
+Nothing is written, and the network and the global generators are left as they were found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Data, plain_batches
+from models import CUSTOM_ARCHITECTURES
+from models.loading import build_network
+from models.modes import in_mode
+from utils.errors import InputError, RunError, one_line
+from utils.evaluation.sanity import check_answers, close
+from utils.execution.distributed import ALONE
+from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import full_precision
+from utils.seeding import host_draws, lent_generators
+from utils.storage.checkpoint import checksum, load_weights, network_weights, snapshot
+from utils.storage.packing import compact, expand
+
+
+@contextlib.contextmanager
+def refusing(arch: str) -> Iterator[None]:
+    """Whatever fails with a network of ``CUSTOM_ARCHITECTURES`` as an ``InputError`` that names it;
+    other networks fail as they do."""
+    try:
+        yield
+    except (RunError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except InputError as error:
+        if arch not in CUSTOM_ARCHITECTURES or "--" in str(error):  # a flag says what it is of
+            raise
+        raise InputError(f"--arch {arch}: {error}") from error
+    except Exception as error:
+        if arch not in CUSTOM_ARCHITECTURES:
+            raise
+        raise InputError(
+            f"--arch {arch} cannot be trained so: {type(error).__name__}{_place(error)}:"
+            f" {one_line(error)[:300]}"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """The last line of the user's own code that led there."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename
+    ]
+    return f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+
+
+def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[list[str], bool]:
+    """One forward and backward pass in train mode and the answers in eval mode.
+
+    Returns:
+        The trained parameters that had no gradient, and whether the network draws by a generator of
+        the host.
+
+    Raises:
+        InputError: the logits are none, or what ``check_answers`` finds; images or parameters
+            without any gradient.
+    """
+    batch = next(plain_batches(data.train, 2))
+    forward = Forward(
+        model, dataclasses.replace(execution, compile=False, graphs=False, world=ALONE)
+    )
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with lent_generators(batch.x.device):
+        before = host_draws()
+        x = batch.x.detach().clone().requires_grad_()
+        with in_mode(model, True):
+            F.cross_entropy(_logits(forward, x, len(data.classes)), batch.y).backward()
+        draws = host_draws() != before
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        with in_mode(model, False), torch.no_grad(), full_precision():
+            _logits(forward, batch.x[:1], len(data.classes))
+            check_answers(model, batch.x)
+    if x.grad is None:
+        raise InputError("the network passes no gradient to its images, so they cannot be attacked")
+    if len(idle) == len(trained):
+        raise InputError("none of the network's parameters is trained")
+    return idle, draws
+
+
+def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        if shape != [len(x), classes]:
+            raise InputError(
+                f"the network answers {len(x)} images with {shape} and not with logits [{len(x)},"
+                f" {classes}]"
+            )
+
+    with forward.model.register_forward_hook(look):
+        return forward(x)
+
+
+def rehearse_checkpoint(
+    model: nn.Module,
+    states: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    data: Data,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Write a checkpoint into memory and make the network anew from it, which must give the same
+    answers.
+
+    Args:
+        states: of the optimizer and the masks, as a checkpoint has them.
+        spec: what ``build_network`` makes the network by, from other first weights than those of
+            ``seed``.
+
+    Raises:
+        InputError: something of the network is not in its checkpoint.
+    """
+    named = dict(model.named_parameters())
+    momenta = {
+        n: {"momentum_buffer": torch.zeros_like(p)}
+        for n, p in enumerate(named.values())
+        if p.requires_grad
+    }
+    content = snapshot(
+        {
+            "network": dict(spec),
+            "state_dict": model.state_dict(),
+            **states,
+            "optimizer": {**states["optimizer"], "state": momenta},
+        }
+    )
+    buffer = io.BytesIO()
+    torch.save(compact(content, list(named)), buffer)
+    buffer.seek(0)
+    stored = expand(torch.load(buffer, weights_only=True))
+    if checksum(stored) != checksum(content):
+        raise InputError("the network's checkpoint does not give back what it was given")
+    other = build_network(spec, device, seed + 1)
+    load_weights(other, network_weights(stored, "its checkpoint"), "its checkpoint", spec["arch"])
+    x = next(plain_batches(data.train, 2)).x
+    with (
+        in_mode(model, False),
+        in_mode(other, False),
+        torch.no_grad(),
+        full_precision(),
+        lent_generators(device),
+    ):
+        if not close(other(x), model(x)):
+            raise InputError(
+                "the network answers differently once it is loaded from its checkpoint: it keeps"
+                " numbers outside of its state_dict, which register_buffer takes in"
+            )

@@ -1,0 +1,392 @@
+"""The two stages of Robust Bird in one run: find a ticket in cheap training, prune to it, train it
+adversarially (SPEC 7)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from models import flops
+from models.loading import build_network, network_of, refuse_other_classes, spec_in
+from models.slimming import kept_channels, slim
+from sparse_core import Masking, MaskingConfig, initial_masks, prunable
+from utils.errors import InputError, require
+from utils.evaluation.scores import evaluate
+from utils.execution.distributed import joined
+from utils.settings.command_line import parse_settings
+from utils.settings.device import pick_device
+from utils.settings.robust_bird import TicketSettings
+from utils.settings.stored import settings_of_run
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.inputs import read_checkpoint, refuse_what_is_no_run
+from utils.training.engine import EpochResult
+from utils.training.forecast import Forecast
+from utils.training.run import Run
+from utils.training.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def main(kind: type[TicketSettings], description: str) -> None:
+    """A Robust Bird script with the settings ``kind``."""
+
+    def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not given.get("resume_dir"):
+            return {}
+        refuse_what_is_no_run(given["resume_dir"])
+        return settings_of_run(kind.script, given["resume_dir"])
+
+    with joined() as world:
+        settings = world.agree(
+            lambda: parse_settings(kind, sys.argv[1:], description, stored_settings)
+        )
+        device = world.agree(lambda: pick_device(settings, world))
+        world.agree(lambda: RobustBirdRun(settings, device, world), in_turn=True).train()
+
+
+class RobustBirdRun(Run):
+    """Stage 1 on the dense network until its ticket is drawn, stage 2 on the ticket."""
+
+    settings: TicketSettings
+
+    # ---- where it begins, or goes on
+
+    def first_stage(self) -> Stage:
+        settings = self.settings
+        self.early_bird = settings.early_bird()
+        model = build_network(self.spec, self.device, settings.seed)
+        self._refuse_what_cannot_be_pruned(model)
+        if settings.stage1_pretrained is not None:
+            model = self._pretrained(settings.stage1_pretrained)
+        return self._on_dense_weights(
+            Stage(model, self.data, settings.plan1, settings, self.execution)
+        )
+
+    def stage_of(self, content: Mapping[str, Any]) -> Stage:
+        settings = self.settings
+        self.early_bird = settings.early_bird()
+        dense = {name: value for name, value in self.spec.items() if name != "kept"}
+        stage = self._on_dense_weights(
+            Stage(
+                build_network(dense, self.device),
+                self.data,
+                settings.plan1,
+                settings,
+                self.execution,
+            )
+        )
+        if content["stage"] == 2:
+            return self._second_stage(
+                build_network(self.spec, self.device),
+                content["masking"] and content["masking"]["masks"],
+            )
+        masks = (
+            []
+            if self._ticket_is_drawn()
+            else [load_checkpoint(self.paths.mask(row["epoch"]))["mask"] for row in self.rows1]
+        )
+        self.early_bird.load_state_dict(
+            {"distances": [row["mask_distances"] for row in self.rows1], "masks": masks}
+        )
+        return stage
+
+    def _on_dense_weights(self, stage: Stage) -> Stage:
+        """Remember what the dense network costs; the ticket is compared with it."""
+        self.number = 1
+        self.dense_costs = stage.costs
+        return stage
+
+    def _refuse_what_cannot_be_pruned(self, model: nn.Module) -> None:
+        """Known from the start, so that nobody trains a stage for it."""
+        settings = self.settings
+        try:
+            if settings.pruning == "channel":
+                kept_channels(model, settings.density, settings.floor)
+            else:
+                initial_masks(model, settings.density, "magnitude")
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def _pretrained(self, path: str) -> nn.Module:
+        """The network of ``--stage1_pretrained``: dense, whole and of this architecture."""
+        content = read_checkpoint(path)
+        if "kept" in (spec_in(content, path) or {}):
+            raise InputError(
+                f"--stage1_pretrained {path} is a network whose channels were already removed; a"
+                " dense one is needed"
+            )
+        self._refuse_other_spec(path, spec_in(content, path) or {})
+        same = refuse_other_classes(path, spec_in(content, path) or {}, self.data.classes)
+        require(
+            same, f"--stage1_pretrained {path} numbers the classes in another order than the data"
+        )
+        model = network_of(content, path, self.spec, self.device)
+        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+            raise InputError(f"--stage1_pretrained {path} has weights that are not finite")
+        weights = prunable(model).values()
+        live, total = (
+            sum(int(weight.count_nonzero()) for weight in weights),
+            sum(weight.numel() for weight in weights),
+        )
+        if self.settings.pruning == "unstructured" and live < round(self.settings.density * total):
+            sparse = (
+                f"--stage1_pretrained {path} is sparse already: {live / total:.4f} of its weights"
+                " are not zero"
+            )
+            # Some grew and had no gradient since: where a map has one pixel, all of a 3x3 kernel
+            # but its centre.
+            why = (
+                f"fewer than --density {self.settings.density:g} keeps (the density of its run"
+                " counts live weights that are zero too)"
+            )
+            raise InputError(f"{sparse}, {why}; a dense network is needed, or a lower --density")
+        return model
+
+    def _refuse_other_spec(self, path: str, theirs: Mapping[str, Any]) -> None:
+        """Name the flags in which a checkpoint that says what it is differs from this run."""
+        names = [
+            name
+            for name in ("arch", "width", "depth_factor", "width_factor")
+            if name in theirs and theirs[name] != self.spec[name]
+        ]
+        if names:
+            was, now = (
+                " ".join(f"--{name} {spec[name]}" for name in names) for spec in (theirs, self.spec)
+            )
+            raise InputError(
+                f"--stage1_pretrained {path} is not a checkpoint of this network: it was trained"
+                f" with {was}, this run has {now}"
+            )
+
+    @property
+    def epochs(self) -> int:
+        return self.settings.epochs2
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in self.history if row["stage"] == 2]
+
+    @property
+    def rows1(self) -> list[Row]:
+        return [row for row in self.history if row["stage"] == 1]
+
+    def headline(self) -> str:
+        s, kept = self.settings, "channels" if self.settings.pruning == "channel" else "weights"
+        if s.stage1_pretrained is not None:
+            now = f"pruning {s.stage1_pretrained}"
+        else:
+            now = (
+                f"{s.stage_text(s.stage1)} for {'at most ' if s.early_stop else ''}{s.epochs1}"
+                " epochs"
+            )
+        what = f"{s.method} at density {s.density:g} of the {kept}: {self.where_and_what()}"
+        return f"{what}, {now}, then {s.stage_text(s.stage2)} for {s.epochs2}, {self.on_what()}"
+
+    def cautions(self) -> Sequence[str]:
+        return self.settings.cautions() if self.number == 1 else ()
+
+    def further_state(self) -> dict[str, Any]:
+        return {"stage": self.number}
+
+    def where(self) -> str:
+        return f"stage {self.number}: "
+
+    def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
+        return {"stage": self.number, **super().common_row(epoch, trained, seconds)}
+
+    # ---- the two stages
+
+    def train_stages(self) -> None:
+        settings = self.settings
+        if self.number == 1:
+            if settings.stage1_pretrained is None:
+                self._find_ticket()
+            self._prune()
+        for epoch in range(len(self.rows), settings.epochs2):
+            self.adversarial_epoch(epoch, f"stage 2 epoch {epoch + 1}/{settings.epochs2}")
+        # Not before: should the last checkpoint of stage 1 be damaged, the one before goes on with
+        # these masks.
+        self.folder.drop(self.paths.mask(1).parent)
+
+    def _find_ticket(self) -> None:
+        while not self._ticket_is_drawn():
+            self._epoch_of_stage_1(len(self.history))
+        self.folder.write_picture(self.paths.distances, self._picture())
+        self.folder.save(self.paths.stage1, self.network_content())
+        last, recent, tolerance = (
+            self.rows1[-1],
+            self.early_bird.recent(),
+            self.early_bird.tolerance,
+        )
+        if not self.settings.early_stop:
+            self.folder.say(f"the ticket is drawn after epoch {last['epoch']}")
+            return
+        if last["ticket"]:
+            found = f"the ticket emerged after epoch {last['epoch']}"
+        else:
+            found = (
+                f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on"
+                " with the mask of its last epoch"
+            )
+        if recent:
+            found += (
+                f" (its mask differs from the {len(recent)} before in at most {max(recent):.4f},"
+                f" tolerance {tolerance:g})"
+            )
+        self.folder.say(found)
+
+    def _ticket_is_drawn(self) -> bool:
+        rows = self.rows1
+        return bool(rows) and (
+            len(rows) == self.settings.epochs1 or (self.settings.early_stop and rows[-1]["ticket"])
+        )
+
+    def _epoch_of_stage_1(self, epoch: int) -> None:
+        """Train, look at the clean validation images, draw the mask, record."""
+        title = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}"
+        trained, start = self.train_epoch(epoch, title), time.perf_counter()
+        if self.settings.stage1_ra:
+            measured = self.attacked_scores(title)
+        else:
+            clean = evaluate(
+                self.stage.model,
+                self.data.val,
+                forward=self.stage.forward,
+                on_batch=lambda images: self.leave_if_asked(),
+            )
+            measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
+        self.refuse_broken_network(
+            epoch,
+            self.stage.steps,
+            measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"],
+        )
+        measured["eval_seconds"] = time.perf_counter() - start
+        emerged = self.early_bird.observe(self.stage.model)
+        drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
+        self.history.append(
+            {
+                **self.common_row(epoch, trained, trained.seconds + time.perf_counter() - start),
+                **measured,
+                **drawn,
+            }
+        )
+        # Each mask is written once: with all of them in every checkpoint, 200 epochs would write
+        # tens of gigabytes.
+        self.folder.save(
+            self.paths.mask(epoch + 1), {"mask": self.early_bird.state_dict()["masks"][-1]}
+        )
+        self.save()
+        self.say_epoch(title)
+
+    def _prune(self) -> None:
+        """From the weights of stage 1, without rewinding, to the ticket with a fresh optimizer."""
+        settings, model = self.settings, self.stage.model
+        if settings.density == 1:
+            self.folder.say("warning: --density 1 keeps everything, nothing is pruned")
+        elif settings.pruning == "channel":
+            kept, helped = kept_channels(model, settings.density, settings.floor)
+            for name, count in helped.items():
+                self.folder.say(
+                    f"note: {name} would have kept {count} of its channels and keeps its"
+                    f" {len(kept[name])} largest"
+                )
+            self.spec = {**self.spec, "kept": kept}
+            weights = slim(model, kept).state_dict()
+            # as a resumed run builds it, so that not even strides differ
+            model = build_network(self.spec, self.device)
+            model.load_state_dict(weights)
+        masks = None
+        if settings.pruning == "unstructured" and settings.density < 1:
+            masks = initial_masks(model, settings.density, "magnitude", seed=settings.seed)
+        self.stage = self._second_stage(model, masks)
+        self.folder.write_config(self.config())
+        self.require_same_state()
+        if settings.density < 1:
+            self._say_pruned()
+
+    def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
+        settings = self.settings
+        self.number = 2
+        self.forecast = Forecast()  # attacks, and fewer weights or channels: another pace
+        stage = Stage(
+            model,
+            self.data,
+            settings.plan2,
+            settings,
+            self.execution,
+            {cost.name: cost.weights for cost in self.dense_costs},
+        )
+        if masks is not None:
+            steps = settings.epochs2 * stage.steps
+            config = MaskingConfig(
+                settings.density, steps, sparse_init="magnitude", fixed=True, seed=settings.seed
+            )
+            stage.masking = Masking(stage.model, stage.optimizer, config, masks=masks)
+        return stage
+
+    def _say_pruned(self) -> None:
+        live, figures = self.stage.live_counts(), self.stage.figures()
+        dense = flops.real_inference(self.dense_costs)
+        channels = ""
+        if "kept" in self.spec:
+            channels = f"{sum(map(len, self.spec['kept'].values()))} batch norm channels, "
+        self.folder.say(
+            f"pruned: {channels}{sum(live.values())} weights stay (density"
+            f" {figures['density']:.4f}), {figures['inference_flops']:.4g} FLOPs an image,"
+            f" {figures['inference_flops'] / dense:.3f} of the dense network's"
+        )
+        for name in [name for name, count in live.items() if count == 0]:
+            self.folder.say(f"note: {name} lost all of its weights")
+
+    # ---- report
+
+    def draw(self) -> None:
+        super().draw()
+        if self.number == 1 and self.rows1 and self.folder.writes:
+            self.folder.write_picture(self.paths.distances, self._picture())
+
+    def _picture(self) -> Figure:
+        from utils.training.curves import mask_distances
+
+        rows, watched = self.rows1, self.early_bird
+        drawn = rows[-1]["epoch"] if self._ticket_is_drawn() else None
+        seen = (
+            (watched.window, watched.tolerance, rows[-1]["ticket"])
+            if self.settings.early_stop
+            else None
+        )
+        return mask_distances([row["mask_distances"] for row in rows], drawn, seen)
+
+    def summary(self) -> Row:
+        settings, rows = self.settings, self.rows1
+        first: Row = {
+            "kind": settings.stage1 if rows else None,
+            "epochs": len(rows),
+            "pretrained": settings.stage1_pretrained,
+        }
+        if rows:
+            seconds = sum(row["seconds"] for row in rows)
+            first |= {
+                "emerged": settings.early_stop and rows[-1]["ticket"],
+                "val_sa": rows[-1]["val_sa"],
+                "seconds": seconds,
+            }
+        kept = {name: len(channels) for name, channels in self.spec.get("kept", {}).items()}
+        return {**super().summary(), "stage1": first, "channels": kept}
+
+    def flops(self) -> dict[str, dict[str, int]]:
+        """Both counts of the ticket, with what stage 1 took added to the training."""
+        counts, rows = super().flops(), self.rows1
+        images, steps = len(self.data.train), self.settings.plan1.attack_steps
+        counts["real"]["training"] += flops.real_training(
+            [row["inference_flops"] for row in rows], images, steps
+        )
+        dense = flops.paper_inference(self.dense_costs)
+        counts["paper"]["training"] += flops.paper_training(dense, images, steps, len(rows))
+        return counts

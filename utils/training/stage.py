@@ -1,0 +1,185 @@
+"""A network in training, with its optimizer, masks and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import Data, TrainLoader
+from models import CUSTOM_ARCHITECTURES, flops
+from sparse_core import Masking
+from utils.errors import require
+from utils.evaluation.scores import EVAL_BATCH
+from utils.execution.distributed import synchronize_batch_norm
+from utils.execution.forward import PLAIN, Execution, Forward
+from utils.settings.common import CommonSettings
+from utils.training.engine import EpochResult, Tally, sgd, train_epoch
+from utils.training.rehearsal import refusing, rehearse_step
+from utils.training.schedule import Plan
+
+Row = dict[str, Any]
+
+
+class Stage:
+    """A network in training: its optimizer, its masks if it has any, and what one image costs it.
+
+    Args:
+        model: trained in place.
+        data: its training split is used.
+        plan: epochs, attack and learning rate.
+        settings: batch size, momentum and weight decay.
+        execution: how the network is computed, and by which processes.
+        dense: weights of each prunable layer before channels were removed; the network's own by
+            default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        plan: Plan,
+        settings: CommonSettings,
+        execution: Execution = PLAIN,
+        dense: Mapping[str, int] | None = None,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        world = execution.world
+        together = self._synchronized = settings.sync_bn and world.size > 1
+        least = 1 if together else 2
+        too_small = (
+            f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least}"
+            " image(s) each"
+        )
+        require(world.size == 1 or settings.batch_size >= least * world.size, too_small)
+        self.loader = TrainLoader(
+            data.train, settings.batch_size, data.augmentation, plan.seed, world=world, least=least
+        )
+        # A repeated image would count in the shared statistics of batch norm.
+        smallest = (
+            f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for"
+            f" {world.size} processes; another --batch_size"
+        )
+        require(not together or self.loader.smallest >= world.size, smallest)
+        rate = plan.rate(0, 0, len(self.loader))
+        self.optimizer = sgd(
+            model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.masking: Masking | None = None
+        idle, draws = _rehearsed(model, data, settings.arch, execution)
+        self.costs = flops.layer_costs(model, data.image_shape)
+        work = flops.real_training(
+            [flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps
+        )
+        self.execution = (
+            dataclasses.replace(execution, compile=False)
+            if together
+            else execution.for_training(work, data.train.device)
+        )
+        self.forward = Forward(
+            model,
+            self.execution,
+            sizes=(self.loader.most, EVAL_BATCH),
+            has_idle=bool(idle) or draws,
+        )
+        self._is_prepared = not self.execution.compile
+        self._most_tested = max(len(data.val), len(data.test))
+        self._dense = dense or {cost.name: cost.weights for cost in self.costs}
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch."""
+        return len(self.loader)
+
+    def prepare(self) -> str | None:
+        """Compile, before the first step, if that is to be; what to say of it."""
+        if self._is_prepared:
+            return None
+        self._is_prepared = True
+        batch, tested = (
+            next(iter(self.loader.epoch(0))),
+            EVAL_BATCH if self._most_tested >= EVAL_BATCH else 0,
+        )
+        return self.forward.prepare(
+            batch, self.plan.attack is not None, self.plan.attack_training, tested
+        )
+
+    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
+        """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to
+        ``engine.train_epoch``."""
+        if self._synchronized:  # not before: the processes build their stages each for itself
+            synchronize_batch_norm(self.model)
+        batches = self.loader.epoch(epoch, first_step=tally.step)
+        given: dict[str, Any] = {
+            "plan": self.plan,
+            "epoch": epoch,
+            "steps": self.steps,
+            "masking": self.masking,
+            "tally": tally,
+        }
+        return train_epoch(
+            self.model, self.optimizer, batches, forward=self.forward, **given, **options
+        )
+
+    def live_counts(self) -> dict[str, int]:
+        """Live weights of each prunable layer."""
+        return (
+            self.masking.live_counts()
+            if self.masking
+            else {cost.name: cost.weights for cost in self.costs}
+        )
+
+    def figures(self) -> Row:
+        """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""
+        live = self.live_counts()
+        masks = self.masking.masks if self.masking else {}
+        # a layer that is not used costs nothing
+        dense = {name: self._dense.get(name) or masks[name].numel() for name in live}
+        density = sum(live.values()) / sum(dense.values())
+        return {
+            "density": density,
+            "explored": self.masking.explored_fraction() if self.masking else density,
+            "layer_densities": (
+                {name: live[name] / dense[name] for name in live} if density < 1 else {}
+            ),
+            "inference_flops": flops.real_inference(self.costs, {**live, **masks}),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "masking": self.masking.state_dict() if self.masking else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                # laid out as the weights are: a step is one pass
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(
+                        parameter, dtype=value.dtype, requires_grad=False
+                    ).copy_(value)
+        if self.masking is not None:
+            self.masking.load_state_dict(state["masking"])
+
+
+def _rehearsed(
+    model: nn.Module, data: Data, arch: str, execution: Execution
+) -> tuple[list[str], bool]:
+    """What ``rehearse_step`` finds of a network of one's own; the others are known."""
+    if arch not in CUSTOM_ARCHITECTURES:
+        return [], False
+    with refusing(arch):
+        idle, draws = rehearse_step(model, data, execution)
+    if idle:
+        warnings.warn(
+            f"without a gradient on the first images, so they stay as they are: {', '.join(idle)}",
+            stacklevel=2,
+        )
+    return idle, draws
