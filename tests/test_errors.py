@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -104,7 +105,8 @@ def test_a_warning_is_one_line():
 
 def test_help_and_refusals_do_not_wait_for_libraries_that_they_do_not_need():
     """Drawing, downloads and events import theirs where they use them."""
-    scripts = [ROOT / "main_adv.py", *ROOT.glob("Robust-Bird/*.py"), *ROOT.glob("scripts/*.py")]
+    root = Path(__file__).parents[1]
+    scripts = [root / "main_adv.py", *root.glob("Robust-Bird/*.py"), *root.glob("scripts/*.py")]
     heavy = "matplotlib torchvision sklearn tensorboard onnx onnxruntime advertorch pyautoattack"
     code = f"""
 import runpy, sys
