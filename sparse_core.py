@@ -5,14 +5,14 @@ The parts compose and each can be used alone:
 * ``layer_densities`` / ``layer_counts`` spread a density over the layers (IGQ, ERK, ER, uniform);
 * ``initial_masks`` draws or scores the first masks (also SNIP, GraSP, SynFlow, magnitude);
 * ``drop_lowest`` and ``grow_highest`` are the two halves of every mask update, with exact counts;
-* ``DropFractionSchedule`` says how much to drop, ``DensityController`` is Flying Bird+'s verdict;
+* ``DropFractionSchedule`` gives how much to drop, ``DensityController`` is Flying Bird+'s verdict;
 * ``Masking`` holds the masks of a network in training and applies all of this.
 
 Sources: "Sparsity Winning Twice" (Chen et al., ICLR 2022) for Flying Bird and Flying Bird+;
 "Rigging the Lottery" (Evci et al., ICML 2020) for ERK and gradient growth; "Connectivity Matters"
 (Vysogorets and Kempe, JMLR 2023) for the ideal gas quotas (IGQ).
 
-In someone else's training loop::
+In any training loop::
 
     config = MaskingConfig(density=0.1, total_steps=epochs * len(loader))
     masking = Masking(model, optimizer, config)
@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ _GRASP_TEMPERATURE = 200.0
 _SYNFLOW_ROUNDS = 100
 
 ImagesAndLabels = tuple[Tensor, Tensor]
-# Weights by name, or which of a model's are meant: by their name, their layer and themselves.
+# Weights by name, or a test of a parameter's name, layer and value.
 Choice = Mapping[str, nn.Parameter] | Callable[[str, nn.Module, nn.Parameter], bool]
 
 
@@ -82,14 +83,10 @@ def layer_densities(
         return dict.fromkeys(shapes, density)
     if method == "igq":
         return _igq(sizes, density)
-    if method == "erk":
-        return _erdos_renyi(
-            sizes, {name: sum(s) / math.prod(s) for name, s in shapes.items()}, density
-        )
-    if method == "er":
-        return _erdos_renyi(
-            sizes, {name: (s[0] + s[1]) / (s[0] * s[1]) for name, s in shapes.items()}, density
-        )
+    if method in ("erk", "er"):
+        dims = {name: s if method == "erk" else s[:2] for name, s in shapes.items()}
+        weights = {name: sum(d) / math.prod(d) for name, d in dims.items()}
+        return _erdos_renyi(sizes, weights, density)
     raise ValueError(f"unknown density method {method!r}; known: {', '.join(DENSITY_METHODS)}")
 
 
@@ -126,7 +123,7 @@ def layer_counts(
     """Live weights of each layer: ``layer_densities`` in whole weights.
 
     They sum to ``round(density * total)`` exactly (largest remainders, ties to the earlier layer),
-    and no layer is left without a weight, so that no network is cut in two by rounding.
+    and no layer is left without a weight, so that rounding cannot cut a network in two.
     """
     densities = layer_densities(shapes, density, method)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -141,9 +138,7 @@ def layer_counts(
     while missing < 0:
         largest = max(counts, key=lambda name: counts[name])
         if counts[largest] == 1:
-            raise ValueError(
-                f"density {density} leaves fewer weights than the network has layers ({len(sizes)})"
-            )
+            raise _too_few(density, f"the network has layers ({len(sizes)})")
         counts[largest] -= 1
         missing += 1
     return counts
@@ -152,6 +147,10 @@ def layer_counts(
 def _check_density(density: float) -> None:
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is the kept fraction and lies in (0, 1], not {density}")
+
+
+def _too_few(density: float, needed: str) -> ValueError:
+    return ValueError(f"density {density} leaves fewer weights than {needed}")
 
 
 # ---------------------------------------------------------------- drop and grow
@@ -187,11 +186,9 @@ def _switch(
     score: Tensor, mask: Tensor, n: int, *, lowest: bool, tie_key: int | None = None
 ) -> Tensor:
     if score.shape != mask.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"score {tuple(score.shape)} and bool mask {tuple(mask.shape)} must have the same shape"
-        )
-    # Row-major order whatever the memory format, so that ties break alike for channels-last
-    # weights.
+        shapes = f"score {tuple(score.shape)} and bool mask {tuple(mask.shape)}"
+        raise ValueError(f"{shapes} must have the same shape")
+    # Row-major whatever the memory format, so that ties break alike for channels-last weights.
     positions = (mask if lowest else ~mask).reshape(-1).nonzero().squeeze(1)
     if not 0 <= n <= positions.numel():
         raise ValueError(f"cannot choose {n} of {positions.numel()} positions")
@@ -206,12 +203,12 @@ def _switch(
 
 
 def _extreme(values: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
-    """Indices of the values that are surely among the ``n`` lowest (or highest), and of those that
-    tie for the rest; both ascending."""
+    """Indices of the values surely among the ``n`` lowest (or highest), and of those that tie for
+    the rest; both ascending."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     chosen = values.topk(n, largest=not lowest, sorted=False).values
     threshold = chosen.amax() if lowest else chosen.amin()
-    # topk breaks ties as it likes, so it only gives the threshold.
+    # topk breaks ties in no fixed order, so it only gives the threshold.
     beyond = (values < threshold if lowest else values > threshold).nonzero().squeeze(1)
     return beyond, (values == threshold).nonzero().squeeze(1)
 
@@ -221,11 +218,10 @@ def _extreme(values: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DropFractionSchedule:
-    """The fraction of a layer's live weights dropped at a mask update after ``step`` optimizer
-    steps.
+    """The fraction of a layer's live weights that a mask update drops; the paper's death rate.
 
     ``cosine`` and ``linear`` go from ``initial`` to ``minimum`` over ``total_steps`` and stay
-    there; ``constant`` stays at ``initial``. The paper calls it the death rate.
+    there; ``constant`` stays at ``initial``.
     """
 
     initial: float
@@ -254,8 +250,7 @@ class DropFractionSchedule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Flying Bird+ adds to one mask update, for all layers: ``prune`` further weights,
-    ``grow`` more."""
+    """What Flying Bird+ adds to a mask update in all layers: an extra prune, an extra growth."""
 
     prune: bool = False
     grow: bool = False
@@ -263,7 +258,7 @@ class Verdict:
 
 @dataclass
 class DensityController:
-    """Flying Bird+'s two tests on how training goes (paper, section 3.2; SPEC 6).
+    """Flying Bird+'s two tests on how training goes (paper, section 3.2).
 
     ``prune``: (training accuracy - validation RA) rose in at least ``threshold`` of the last
     ``epoch_range`` epoch-to-epoch differences. ``grow``: the validation robust loss did not fall in
@@ -278,47 +273,38 @@ class DensityController:
 
     def __post_init__(self) -> None:
         if self.epoch_range < 1:
-            raise ValueError(
-                "epoch_range counts epoch-to-epoch differences and is at least 1, not"
-                f" {self.epoch_range}"
-            )
+            raise ValueError(f"epoch_range counts epochs and is at least 1, not {self.epoch_range}")
         if not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"the threshold is a fraction in (0, 1], not {self.threshold}")
 
     def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
-        """Take in one finished epoch: accuracies in percent, the mean robust loss on validation
-        images."""
+        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
         self.gaps.append(float(train_ra) - float(val_ra))
         self.val_losses.append(float(val_loss))
 
     def decide(self, epoch: int) -> Verdict:
-        """The verdict during ``epoch`` (from 0), which sees the epochs observed before it."""
+        """The verdict during ``epoch`` (from 0), from the epochs observed before it."""
         if epoch < self.start_epoch:
             return Verdict()
-        rises = [after > before for before, after in _pairs(self.gaps[:epoch], self.epoch_range)]
-        not_falls = [
-            after >= before for before, after in _pairs(self.val_losses[:epoch], self.epoch_range)
-        ]
+        rises = [after > before for before, after in self._recent(self.gaps[:epoch])]
+        not_falls = [after >= before for before, after in self._recent(self.val_losses[:epoch])]
         return Verdict(prune=self._reached(rises), grow=self._reached(not_falls))
+
+    def _recent(self, values: Sequence[float]) -> list[tuple[float, float]]:
+        return list(itertools.pairwise(values))[-self.epoch_range :]
 
     def _reached(self, held: Sequence[bool]) -> bool:
         return bool(held) and sum(held) / len(held) >= self.threshold
 
 
-def _pairs(values: Sequence[float], most: int) -> list[tuple[float, float]]:
-    """The last ``most`` pairs of neighbours."""
-    return list(itertools.pairwise(values))[-most:]
-
-
-# ---------------------------------------------------------------- first masks
+# ---------------------------------------------------------------- prunable weights
 
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of convolutions (also 1-d, 3-d and transposed), linear layers and attention's
-    projections, by name.
+    """Weights of convolutions (1-d to 3-d, transposed), linear layers and attention's projections.
 
     Biases, norms, embeddings and free parameters are never masked, whatever their shape; frozen
     weights (``requires_grad`` False) are left alone and do not count. A weight that several layers
@@ -326,8 +312,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         ValueError: a layer whose weight is computed from others, as by ``weight_norm`` or
-            ``torch.nn.utils.prune``, so that zeros in what is trained are not zeros in what is
-            computed.
+            ``torch.nn.utils.prune``: zeros in the trained tensor are not zeros of that weight.
     """
     return _unfrozen(_chosen(model, None))
 
@@ -337,125 +322,91 @@ def _unfrozen(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
-    """The weights to mask and those that would be if they were not frozen, in the model's order: by
-    its layers, or by a choice."""
+    """The weights to mask, frozen ones included, in the model's order."""
     if choice is None:
-        layers = [
-            (name, module, leaf)
+        wanted = [
+            _trained_weight(module, leaf, name)
             for name, module in model.named_modules()
             for leaf in _weight_names(module)
         ]
-        wanted = {id(_trained_weight(module, leaf, name)) for name, module, leaf in layers}
     elif isinstance(choice, Mapping):
         own = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in choice.items():
             if own.get(name) is not parameter:
                 raise ValueError(f"prunable names {name}, which is no parameter of this model")
             _refuse_unmaskable(model, name, parameter)
-        wanted = {id(parameter) for parameter in choice.values()}
+        wanted = list(choice.values())
     else:
-        asked = {
-            name: p
+        asked = [
+            (name, p)
             for name, p in model.named_parameters()
             if isinstance(p, nn.UninitializedParameter) or p.dim() > 1
-        }
-        chosen = {
-            name: parameter
-            for name, parameter in asked.items()
-            if choice(name, _layer_of(model, name)[1], parameter)
-        }
-        return _chosen(model, chosen)
-    return {
-        name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted
-    }
+        ]
+        return _chosen(model, {n: p for n, p in asked if choice(n, _layer_of(model, n)[1], p)})
+    ids = {id(parameter) for parameter in wanted}
+    return {name: p for name, p in model.named_parameters() if id(p) in ids}
 
 
 def _refuse_unmaskable(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     layer_name, layer, leaf = _layer_of(model, name)
     if _trained_weight(layer, leaf, layer_name) is not parameter:
-        raise ValueError(
-            f"{name} is one of the parts that {leaf} is computed from, so its zeros would be no"
-            " zeros of that"
-        )
+        raise ValueError(f"{leaf} is computed from {name}, whose zeros are not zeros of {leaf}")
     if parameter.dim() < 2:
-        raise ValueError(
-            f"{name} has the shape {tuple(parameter.shape)}; weights to mask have two dimensions or"
-            " more"
-        )
+        shape = tuple(parameter.shape)
+        raise ValueError(f"{name} has the shape {shape}; weights to mask are at least 2-d")
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
-    """The layer that a parameter belongs to, its name first, and under which name it computes with
-    it."""
+    """The name and the layer that a parameter belongs to, and the attribute it stands behind."""
     path, _, leaf = name.rpartition(".")
     before, parametrized, part = f".{path}".rpartition(".parametrizations.")
     if parametrized:
         return before[1:], model.get_submodule(before[1:]), part.partition(".")[0]
     layer = model.get_submodule(path)
-    # than parametrizations
-    older = next(
-        (leaf.removesuffix(end) for end in ("_orig", "_g", "_v") if leaf.endswith(end)), leaf
-    )
-    return path, layer, older if hasattr(layer, older) else leaf
+    ends = ("_orig", "_g", "_v")  # of norms and pruning from before parametrizations
+    plain = next((leaf.removesuffix(end) for end in ends if leaf.endswith(end)), leaf)
+    return path, layer, plain if hasattr(layer, plain) else leaf
 
 
 def _weight_names(module: nn.Module) -> list[str]:
-    # its last projection is a linear layer of its own
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention):  # its out_proj is a linear layer itself
         return [leaf for leaf in _ATTENTION_WEIGHTS if getattr(module, leaf) is not None]
     return ["weight"] if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) else []
 
 
 def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
-    """The parameter behind a layer's weight: itself, or what a spectral norm divides, since there a
-    zero stays one."""
+    """The parameter behind a layer's weight: itself, or the tensor that a spectral norm divides."""
     own = dict(module.named_parameters(recurse=False))
-    name = name or type(module).__name__  # of a model that is one layer
     if isinstance(own.get(leaf), nn.UninitializedParameter):
-        raise ValueError(
-            f"{name} has no weight before its first batch; call the model once, and make the"
-            " optimizer after that"
-        )
-    if leaf in own:
+        advice = "call the model once, and make the optimizer after that"
+        problem = f"no weight before its first batch; {advice}"
+    elif leaf in own:
         return own[leaf]
-    if hasattr(module, f"{leaf}_mask"):
-        raise ValueError(
-            f"{name} is masked by torch.nn.utils.prune already; torch.nn.utils.prune.remove(layer,"
-            f" '{leaf}') makes that plain"
-        )
-    if f"{leaf}_orig" in own:  # the older spectral norm
-        # of an attention, which does not call it
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            older = "older spectral_norm, which an attention never computes"
-            raise ValueError(
-                f"{name} has the {older}; take torch.nn.utils.parametrizations.spectral_norm"
-            )
-        return own[f"{leaf}_orig"]
-    if f"{leaf}_g" in own:
-        raise ValueError(
-            f"{name} has a weight_norm, whose zeros are no zeros of its weight;"
-            " torch.nn.utils.remove_weight_norm takes it off"
-        )
-    if nn.utils.parametrize.is_parametrized(module, leaf):
+    elif hasattr(module, f"{leaf}_mask"):
+        advice = f"torch.nn.utils.prune.remove(layer, '{leaf}') makes that permanent"
+        problem = f"a mask of torch.nn.utils.prune already; {advice}"
+    elif f"{leaf}_orig" in own:  # the older spectral norm, which an attention never computes
+        if not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return own[f"{leaf}_orig"]
+        advice = "take torch.nn.utils.parametrizations.spectral_norm"
+        problem = f"the older spectral_norm, which attention does not compute; {advice}"
+    elif f"{leaf}_g" in own:
+        advice = "torch.nn.utils.remove_weight_norm removes it"
+        problem = f"a weight_norm, whose zeros are not zeros of its weight; {advice}"
+    elif nn.utils.parametrize.is_parametrized(module, leaf):
         parts: Any = module.parametrizations[leaf]  # type: ignore[index]
         kinds = [type(part).__name__ for part in parts]
         if kinds == ["_SpectralNorm"]:
             return parts.original
-        computed = f"computed by {', '.join(kinds).strip('_')}, whose zeros are no zeros of it"
-        raise ValueError(
-            f"{name} has a weight {computed}; torch.nn.utils.parametrize.remove_parametrizations"
-            " takes that off"
-        )
-    raise ValueError(f"{name} has a {leaf} that is no parameter, so it cannot be masked")
+        advice = "torch.nn.utils.parametrize.remove_parametrizations removes that"
+        computed = f"computed by {', '.join(kinds).strip('_')}, whose zeros are not its zeros"
+        problem = f"a weight {computed}; {advice}"
+    else:
+        problem = f"a {leaf} that is no parameter, so it cannot be masked"
+    raise ValueError(f"{name or type(module).__name__} has {problem}")  # a model may be one layer
 
 
-def _warn_of_frozen(weights: Mapping[str, nn.Parameter]) -> None:
-    """Name what a caller may have expected to be masked."""
-    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
-    if frozen:
-        warnings.warn(
-            f"frozen layers are left alone and do not count: {', '.join(frozen)}", stacklevel=3
-        )
+# ---------------------------------------------------------------- first masks
 
 
 def initial_masks(
@@ -470,7 +421,7 @@ def initial_masks(
     """First masks (name -> bool, True is live) with ``round(density * total)`` live weights in all.
 
     Args:
-        model: left as it is; scores are computed on a copy.
+        model: not changed; scores are computed on a copy.
         density: kept fraction in (0, 1].
         method: a density method (positions drawn at random within the layer's exact count), or a
             score over all layers together: ``magnitude``, ``random_global``, ``snip`` (Lee et al.,
@@ -490,70 +441,54 @@ def initial_masks(
     weights = _unfrozen(_chosen(model, prunable))
     _refuse_nothing(weights)
     if method in DENSITY_METHODS:
-        counts = layer_counts(
-            {name: tuple(w.shape) for name, w in weights.items()}, density, method
-        )
-        return {
-            name: grow_highest(
-                _random_score(w, seed, "init", name),
-                torch.zeros_like(w, dtype=torch.bool),
-                counts[name],
-            )
-            for name, w in weights.items()
-        }
+        counts = layer_counts({n: tuple(w.shape) for n, w in weights.items()}, density, method)
+        scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
+        empty = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in weights.items()}
+        return {name: grow_highest(scores[name], empty[name], counts[name]) for name in weights}
     if method not in SCORED_STARTS:
         raise ValueError(f"unknown sparse start {method!r}; known: {', '.join(SPARSE_INITS)}")
     if method in ("snip", "grasp", "synflow") and not batches:
         raise ValueError(f"{method} needs batches of images and labels to score the weights")
     if method == "random_global":
-        return _connected_masks(
-            {name: _random_score(w, seed, "init", name) for name, w in weights.items()}, density
-        )
+        scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
+        return _connected_masks(scores, density)
     tie_key = stream(seed, "ties", method)
     if method == "synflow":
         return _synflow_masks(model, list(weights), density, batches[0][0][:1], tie_key)
     if method == "magnitude":
         scores = {name: w.detach().abs() for name, w in weights.items()}
     else:
-        # dropout drops alike at each start
-        with _global_draws(stream(seed, method), batches[0][0].device):
-            scores = (_snip_scores if method == "snip" else _grasp_scores)(
-                model, list(weights), batches
-            )
+        score = _snip_scores if method == "snip" else _grasp_scores
+        with _global_draws(stream(seed, method), batches[0][0].device):  # of dropout
+            scores = score(model, list(weights), batches)
     _refuse_useless(scores, method)
     return _connected_masks(scores, density, tie_key)
 
 
 def _refuse_nothing(weights: Mapping[str, nn.Parameter]) -> None:
     if not weights:
-        raise ValueError(
-            "the network has no weights to mask: no trained convolution, linear layer or attention,"
-            " or none is chosen"
-        )
+        kinds = "no trained convolution, linear layer or attention, or none is chosen"
+        raise ValueError(f"the network has no weights to mask: {kinds}")
 
 
 def _refuse_useless(scores: Mapping[str, Tensor], method: str) -> None:
-    """A start by them would be one by chance, and say that it is not."""
+    """Such scores would start from chance without saying so."""
     broken = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if broken:
-        raise ValueError(
-            f"{method} scores the weights of {', '.join(broken)} with what is not finite: look at"
-            " weights and batches"
-        )
+        what = f"scores the weights of {', '.join(broken)} with values that are not finite"
+        raise ValueError(f"{method} {what}: check the weights and the batches")
     if not any(bool(score.any()) for score in scores.values()):
-        raise ValueError(
-            f"{method} scores every weight with zero: the loss on these batches, or the output,"
-            " does not depend on them"
-        )
+        why = "the loss on these batches, or the output, does not depend on them"
+        raise ValueError(f"{method} scores every weight with zero: {why}")
 
 
 def _connected_masks(
     scores: Mapping[str, Tensor], density: float, tie_key: int | None = None
 ) -> dict[str, Tensor]:
-    """``global_masks`` that leave each layer its highest weight, and the last one, the classifier,
-    that of each output.
+    """``global_masks`` that leave each layer its highest weight, and the last layer, the
+    classifier, the highest of each output.
 
-    A layer that a start empties lets nothing through, so it never has a gradient to grow by.
+    A layer that starts empty lets nothing through, so it never has a gradient to grow by.
     """
     masks = global_masks(scores, density, tie_key=tie_key)
     *_, classifier = scores
@@ -565,14 +500,10 @@ def _connected_masks(
         return masks
     least = len(scores) - 1 + len(lacking[classifier])
     if round(density * sum(score.numel() for score in scores.values())) < least:
-        raise ValueError(
-            f"density {density} leaves fewer weights than one a layer and one for each output of"
-            f" {classifier}, {least}"
-        )
-    # Rows are views of it, which a channels-last tensor does not have.
-    raised = {
-        name: score.clone(memory_format=torch.contiguous_format) for name, score in scores.items()
-    }
+        raise _too_few(density, f"one a layer and one for each output of {classifier}, {least}")
+    # Rows are views, which a channels-last tensor does not have.
+    plain = torch.contiguous_format
+    raised = {name: score.clone(memory_format=plain) for name, score in scores.items()}
     for name, score in raised.items():
         rows = score.view(len(lacking[name]), -1)
         rows.scatter_(1, rows.argmax(dim=1, keepdim=True), float("inf"))
@@ -590,15 +521,11 @@ def global_masks(
     flat = torch.cat([score.reshape(-1) for score in scores.values()])
     live = round(density * flat.numel())
     if live < len(scores):
-        raise ValueError(
-            f"density {density} leaves fewer weights than the network has layers ({len(scores)})"
-        )
+        raise _too_few(density, f"the network has layers ({len(scores)})")
     kept = grow_highest(flat, torch.zeros_like(flat, dtype=torch.bool), live, tie_key=tie_key)
     parts = kept.split([score.numel() for score in scores.values()])
-    return {
-        name: part.view(score.shape)
-        for (name, score), part in zip(scores.items(), parts, strict=True)
-    }
+    shapes = [score.shape for score in scores.values()]
+    return {n: part.view(shape) for n, part, shape in zip(scores, parts, shapes, strict=True)}
 
 
 def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
@@ -606,75 +533,65 @@ def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
     return uniform(stream(seed, *names), counter).view(weight.shape)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy that may be scored; what a forward pass left in it is no leaf, like the older spectral
-    norm's weight, and is detached."""
+def _copied(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A copy to score, and its weights of these names."""
+    # A forward pass may leave tensors with a history, as the older spectral norm does; deepcopy
+    # refuses those, so they are detached.
     left = [
         value
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     ]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
+    own = dict(copied.named_parameters())
+    return copied, {name: own[name] for name in names}
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    own = dict(model.named_parameters())
-    return {name: own[name] for name in names}
+def _gradients(
+    output: Tensor, weights: Mapping[str, Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """Of a scalar; zeros for weights that it does not reach."""
+    inputs = list(weights.values())
+    grad = functools.partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
+    return list(grad(output, inputs, create_graph=create_graph))
+
+
+def _summed_gradients(outputs: Iterable[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+    totals = [torch.zeros_like(w) for w in weights.values()]
+    for output in outputs:
+        torch._foreach_add_(totals, _gradients(output, weights))
+    return totals
 
 
 def _snip_scores(
     model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]
 ) -> dict[str, Tensor]:
     """|w * dL/dw| with the loss summed over all batches."""
-    model = _copy(model).train()
-    weights = _named(model, names)
-    for x, y in batches:
-        F.cross_entropy(model(x), y, reduction="sum").backward()
-    # A layer that the loss does not reach has no gradient.
-    return {
-        name: (w.detach() * (torch.zeros_like(w) if w.grad is None else w.grad)).abs()
-        for name, w in weights.items()
-    }
+    model, weights = _copied(model, names)
+    model.train()
+    losses = (F.cross_entropy(model(x), y, reduction="sum") for x, y in batches)
+    gradients = _summed_gradients(losses, weights)
+    return {n: (w.detach() * g).abs() for (n, w), g in zip(weights.items(), gradients, strict=True)}
 
 
 def _grasp_scores(
     model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]
 ) -> dict[str, Tensor]:
-    """w * (H g): how much gradient flow is lost with a weight (kept: the highest), logits divided
-    by 200."""
-    model = _copy(model).train()
-    weights = _named(model, names)
+    """w * (H g): the gradient flow lost with a weight (the highest are kept), logits over 200."""
+    model, weights = _copied(model, names)
+    model.train()
 
-    def gradients(x: Tensor, y: Tensor, create_graph: bool) -> Sequence[Tensor]:
-        loss = F.cross_entropy(model(x) / _GRASP_TEMPERATURE, y, reduction="sum")
-        return torch.autograd.grad(
-            loss,
-            list(weights.values()),
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x) / _GRASP_TEMPERATURE, y, reduction="sum")
 
-    totals = [torch.zeros_like(w) for w in weights.values()]
-    for x, y in batches:
-        torch._foreach_add_(totals, list(gradients(x, y, create_graph=False)))
-    products = [torch.zeros_like(w) for w in weights.values()]
-    for x, y in batches:
-        terms = [
-            (g * t).sum() for g, t in zip(gradients(x, y, create_graph=True), totals, strict=True)
-        ]
-        torch._foreach_add_(
-            products,
-            list(
-                torch.autograd.grad(
-                    torch.stack(terms).sum(),
-                    list(weights.values()),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            ),
-        )
+    totals = _summed_gradients((loss(x, y) for x, y in batches), weights)
+
+    def flow(x: Tensor, y: Tensor) -> Tensor:
+        gradients = _gradients(loss(x, y), weights, create_graph=True)
+        return torch.stack([(g * t).sum() for g, t in zip(gradients, totals, strict=True)]).sum()
+
+    products = _summed_gradients((flow(x, y) for x, y in batches), weights)
     return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), products, strict=True)}
 
 
@@ -683,9 +600,10 @@ def _synflow_masks(
 ) -> dict[str, Tensor]:
     """100 rounds of keeping the highest |w * dR/dw|, R = the network's output on ones with all
     weights positive."""
+    model, _ = _copied(model, names)
     # float64: in a deep positive network the products span more than float32 holds.
-    model = _copy(model).double().eval()
-    weights = _named(model, names)
+    own = dict(model.double().eval().named_parameters())
+    weights = {name: own[name] for name in names}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()
@@ -695,22 +613,166 @@ def _synflow_masks(
         ones = ones * normalize.std.view(1, -1, 1, 1) + normalize.mean.view(1, -1, 1, 1)
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     for done in range(1, _SYNFLOW_ROUNDS + 1):
-        gradients = torch.autograd.grad(
-            model(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True
-        )
-        scores = {
-            name: (w.detach() * g).abs()
-            for (name, w), g in zip(weights.items(), gradients, strict=True)
-        }
+        gradients = zip(weights.items(), _gradients(model(ones).sum(), weights), strict=True)
+        scores = {name: (w.detach() * g).abs() for (name, w), g in gradients}
         if done == 1:
             _refuse_useless(scores, "synflow")
-        # A weight that is lost stays so: below those that score zero.
+        # A lost weight stays lost: it ranks below those that score zero.
         scores = {name: score.masked_fill(~masks[name], -1.0) for name, score in scores.items()}
         masks = _connected_masks(scores, density ** (done / _SYNFLOW_ROUNDS), tie_key)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.mul_(masks[name])
     return masks
+
+
+# ---------------------------------------------------------------- the optimizer's memory
+
+
+_MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
+_MOMENTUM_NEEDED = (
+    "momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the"
+    " Adam family"
+)
+_NO_MOMENTUM = (
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.ASGD,
+    torch.optim.LBFGS,
+    torch.optim.Rprop,
+)
+
+
+class _Memory:
+    """The state that an optimizer, and those that it wraps, keep of the weights: momentum would
+    bring masked weights back."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._optimizers = _with_wrapped(optimizer)
+        self._model = model
+        self._weights = weights
+
+    def refuse_other(self) -> None:
+        """Refuse an optimizer of a copy of the network, say, or of a part of it."""
+        trained = {id(parameter) for _, group in self._groups() for parameter in group["params"]}
+        for name, weight in self._weights.items():
+            if id(weight) not in trained:
+                advice = "make it of this model's parameters, after the model is complete"
+                raise ValueError(f"the optimizer does not hold {name}: {advice}")
+
+    def refuse_without_momentum(self) -> None:
+        """Before the first step, when the state is still empty; an unknown optimizer passes."""
+        for name, weight in self._weights.items():
+            if self._keeps_momentum(weight) is False:
+                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
+
+    def refuse_hidden(self) -> None:
+        """Refuse tensors like a weight outside of ``state[weight]``: they cannot be masked."""
+        like = {tuple(weight.shape): name for name, weight in self._weights.items()}
+        masked = {id(weight) for weight in self._weights.values()}
+        trained = (parameter for _, group in self._groups() for parameter in group["params"])
+        parameters = [*self._model.parameters(), *trained]
+        known = {id(p) for p in parameters} | {id(p.grad) for p in parameters if p.grad is not None}
+        states = {id(getattr(optimizer, "state", None)) for optimizer in self._optimizers}
+        for optimizer in self._optimizers:
+            for held in getattr(optimizer, "__dict__", {}).values():
+                # Under a masked weight only a state's tensors are masked.
+                passed = known if id(held) in states else known - masked
+                for part in _leaves(held, passed):
+                    if isinstance(part, Tensor) and id(part) not in known:
+                        _refuse_like(part, like, optimizer)
+
+    def of(self, name: str) -> list[Tensor]:
+        """Every tensor of the state that is shaped like the weight."""
+        weight = self._weights[name]
+        held = (part for state in self._states(weight) for part in _leaves(state))
+        found = [t for t in held if isinstance(t, Tensor) and t.shape == weight.shape]
+        for tensor in found:
+            if not tensor.is_floating_point():  # a zero code need not mean zero
+                kept = f"its state of {name} in {tensor.dtype}, which cannot be masked"
+                raise ValueError(f"the optimizer keeps {kept}; take one that keeps floats")
+        return found
+
+    def momentum(self, name: str) -> Tensor | None:
+        """The momentum of a weight; None before the first step that uses it.
+
+        Raises:
+            ValueError: an optimizer without momentum, or whose momentum is not shaped like the
+                weight.
+        """
+        weight = self._weights[name]
+        states = [state for state in self._states(weight) if state]
+        # Sums of squares, as of Adagrad and RMSprop, have no direction.
+        momenta = [state[key] for state in states for key in _MOMENTA if key in state]
+        momentum = next((held for held in momenta if isinstance(held, Tensor)), None)
+        if momentum is None:
+            if states or not self._keeps_momentum(weight):
+                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
+        elif momentum.shape != weight.shape or not momentum.is_floating_point():
+            needed = f"a momentum shaped like {name}, in floats"
+            kept = f"{momentum.dtype} {tuple(momentum.shape)}"
+            raise ValueError(f"momentum growth needs {needed}; the optimizer keeps {kept}")
+        return momentum
+
+    def _keeps_momentum(self, weight: Tensor) -> bool | None:
+        """Whether one of the optimizers will keep it; None if none of them is known."""
+        answers = {
+            _keeps_momentum(optimizer, group)
+            for optimizer, group in self._groups()
+            if any(parameter is weight for parameter in group["params"])
+        }
+        return next((answer for answer in (True, False) if answer in answers), None)
+
+    def _groups(self) -> list[tuple[Any, dict[str, Any]]]:
+        return [(o, group) for o in self._optimizers for group in getattr(o, "param_groups", [])]
+
+    def _states(self, weight: Tensor) -> list[Mapping[str, Any]]:
+        return [getattr(optimizer, "state", {}).get(weight, {}) for optimizer in self._optimizers]
+
+
+def _keeps_momentum(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
+    if "momentum" in group:
+        return bool(group["momentum"])
+    if "betas" in group:
+        return True
+    return False if isinstance(optimizer, _NO_MOMENTUM) else None
+
+
+def _refuse_like(part: Tensor, like: Mapping[tuple[int, ...], str], optimizer: Any) -> None:
+    name = like.get(tuple(part.shape))
+    if name is not None:
+        where = f"tensors of the shape of {name} outside of state[weight]"
+        problem = f"{type(optimizer).__name__} keeps {where}, where they cannot be masked"
+        raise ValueError(f"{problem}; take an optimizer that keeps them there")
+
+
+def _with_wrapped(optimizer: Any) -> list[Any]:
+    """An optimizer and those that it wraps: in its attributes, or in lists and dicts there."""
+    found = [optimizer]
+    for outer in found:  # which grows
+        for part in _leaves(getattr(outer, "__dict__", {})):
+            if hasattr(part, "param_groups") and all(part is not known for known in found):
+                found.append(part)
+    return found
+
+
+def _leaves(held: Any, passed: Collection[int] = ()) -> Iterator[Any]:
+    """The parts of nested containers, but not those under the tensors in ``passed`` as keys."""
+    if isinstance(held, Mapping):
+        parts: Iterable[Any] = [part for key, part in held.items() if id(key) not in passed]
+    elif isinstance(held, (list, tuple, deque)):
+        parts = held
+    else:
+        yield held
+        return
+    for part in parts:
+        yield from _leaves(part, passed)
 
 
 # ---------------------------------------------------------------- masks in training
@@ -724,7 +786,7 @@ class MaskingConfig:
         density: kept fraction of the prunable weights at the start, in (0, 1].
         total_steps: optimizer steps of the whole run; the drop fraction's schedule spans them.
         sparse_init: one of ``SPARSE_INITS``.
-        fixed: the masks of the start stay (static sparsity).
+        fixed: the first masks stay (static sparsity).
         growth: one of ``GROWTHS``: ``random``, ``gradient`` (largest |gradient| of the last batch)
             or ``momentum``.
         drop_fraction, drop_schedule: of a layer's live weights, dropped and regrown at one update.
@@ -755,15 +817,14 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         _check_density(self.density)
-        if self.sparse_init not in SPARSE_INITS:
-            raise ValueError(
-                f"unknown sparse start {self.sparse_init!r}; known: {', '.join(SPARSE_INITS)}"
-            )
-        if self.growth not in GROWTHS:
-            raise ValueError(f"unknown growth {self.growth!r}; known: {', '.join(GROWTHS)}")
-        if self.update_frequency < 1 or (
-            self.second_frequency is not None and self.second_frequency < 1
-        ):
+        for what, value, known in [
+            ("sparse start", self.sparse_init, SPARSE_INITS),
+            ("growth", self.growth, GROWTHS),
+        ]:
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        frequencies = (self.update_frequency, self.second_frequency)
+        if any(frequency is not None and frequency < 1 for frequency in frequencies):
             raise ValueError("update frequencies count optimizer steps and are at least 1")
         if self.prune_ratio < 0 or self.growth_ratio < 0:
             raise ValueError("prune_ratio and growth_ratio must not be negative")
@@ -775,222 +836,8 @@ def update_is_due(config: MaskingConfig, step: int) -> bool:
     """Whether the masks change after ``step`` optimizer steps (from 1)."""
     if config.fixed:
         return False
-    late = 2 * step > config.total_steps
-    frequency = (
-        config.second_frequency if late and config.second_frequency else config.update_frequency
-    )
-    return step % frequency == 0
-
-
-_MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
-_MOMENTUM_NEEDED = (
-    "momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the"
-    " Adam family"
-)
-_NO_MOMENTUM = (
-    torch.optim.Adadelta,
-    torch.optim.Adafactor,
-    torch.optim.Adagrad,
-    torch.optim.ASGD,
-    torch.optim.LBFGS,
-    torch.optim.Rprop,
-)
-
-
-class _Memory:
-    """What an optimizer, and those that it wraps, remember of the weights: momentum would bring
-    masked weights back."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-    ) -> None:
-        self._optimizers = list(_optimizers(optimizer, set()))
-        self._model = model
-        self._weights = weights
-
-    def refuse_other(self) -> None:
-        """An optimizer of a copy of the network, say, or of a part of it."""
-        trained = {id(parameter) for group in self._groups() for parameter in group["params"]}
-        for name, weight in self._weights.items():
-            if id(weight) not in trained:
-                raise ValueError(
-                    f"the optimizer does not hold {name}: make it of this model's parameters, after"
-                    " the model is complete"
-                )
-
-    def refuse_without_momentum(self) -> None:
-        """Known before the first step, when the state is empty still; of a foreign optimizer only
-        once it has made a step."""
-        without = {
-            id(p)
-            for optimizer, group in self._pairs()
-            if _has_momentum(optimizer, group) is False
-            for p in group["params"]
-        }
-        promised = self._promised()
-        for name, weight in self._weights.items():
-            if id(weight) in without - promised:
-                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
-
-    def refuse_hidden(self) -> None:
-        """Tensors like a weight that no state says to be of one: they cannot be masked."""
-        like = {tuple(weight.shape): name for name, weight in self._weights.items()}
-        trained = [
-            parameter
-            for group in getattr(self._optimizers[0], "param_groups", [])
-            for parameter in group["params"]
-        ]
-        parameters = [*self._model.parameters(), *trained]
-        known = {id(p) for p in parameters} | {id(p.grad) for p in parameters if p.grad is not None}
-        states = {id(getattr(optimizer, "state", None)) for optimizer in self._optimizers}
-        for optimizer in self._optimizers:
-            for tensor in _hidden(
-                getattr(optimizer, "__dict__", {}),
-                known,
-                {id(weight) for weight in self._weights.values()},
-                states,
-            ):
-                if tuple(tensor.shape) in like:
-                    kind, name = type(optimizer).__name__, like[tuple(tensor.shape)]
-                    where = f"tensors of the shape of {name} outside of state[weight]"
-                    raise ValueError(
-                        f"{kind} keeps {where}, where they cannot be masked; take an optimizer that"
-                        " keeps them there"
-                    )
-
-    def of(self, name: str) -> list[Tensor]:
-        """Every tensor of the state that is shaped like the weight."""
-        weight = self._weights[name]
-        found = [
-            tensor
-            for state in self._states(weight)
-            for tensor in _tensors(state)
-            if tensor.shape == weight.shape
-        ]
-        for tensor in found:
-            if not tensor.is_floating_point():  # its zero need not mean zero
-                raise ValueError(
-                    f"the optimizer keeps its state of {name} in {tensor.dtype}, which cannot be"
-                    " masked; take one in floats"
-                )
-        return found
-
-    def momentum(self, name: str) -> Tensor | None:
-        """The momentum of a weight; None before the first step that uses it.
-
-        Raises:
-            ValueError: an optimizer without momentum, or with one that is not shaped like the
-                weight.
-        """
-        weight = self._weights[name]
-        states = [state for state in self._states(weight) if state]
-        momentum = next(
-            (
-                state[key]
-                for state in states
-                for key in _MOMENTA
-                if isinstance(state.get(key), Tensor)
-            ),
-            None,
-        )
-        # sums and averages of squares, as of Adagrad and RMSprop, have no direction
-        if momentum is None:
-            if states or id(weight) not in self._promised():
-                raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
-        elif momentum.shape != weight.shape or not momentum.is_floating_point():
-            kept = f"{momentum.dtype} {tuple(momentum.shape)}"
-            raise ValueError(
-                f"momentum growth needs a momentum shaped like {name}, in floats; the optimizer"
-                f" keeps {kept}"
-            )
-        return momentum
-
-    def _promised(self) -> set[int]:
-        return {
-            id(p)
-            for optimizer, group in self._pairs()
-            if _has_momentum(optimizer, group)
-            for p in group["params"]
-        }
-
-    def _pairs(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        return (
-            (optimizer, group)
-            for optimizer in self._optimizers
-            for group in getattr(optimizer, "param_groups", [])
-        )
-
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        return (group for _, group in self._pairs())
-
-    def _states(self, weight: Tensor) -> list[Mapping[str, Any]]:
-        return [getattr(optimizer, "state", {}).get(weight, {}) for optimizer in self._optimizers]
-
-
-def _has_momentum(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
-    """Whether an optimizer will keep a momentum of a group's parameters; None of an unknown one."""
-    if "momentum" in group:
-        return bool(group["momentum"])
-    if "betas" in group:
-        return True
-    return False if isinstance(optimizer, _NO_MOMENTUM) else None
-
-
-def _optimizers(held: Any, seen: set[int]) -> Iterator[Any]:
-    """An optimizer and those that it wraps: in its attributes, or in lists and dicts there."""
-    first = not seen
-    if id(held) in seen or isinstance(held, Tensor):
-        return
-    seen.add(id(held))
-    if first or hasattr(held, "param_groups"):
-        yield held
-        held = getattr(held, "__dict__", {})
-    for part in _parts(held):
-        yield from _optimizers(part, seen)
-
-
-def _parts(held: Any) -> Iterable[Any]:
-    if isinstance(held, Mapping):
-        return held.values()
-    return held if isinstance(held, (list, tuple, deque)) else ()
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    for part in _parts(held):
-        if isinstance(part, Tensor):
-            yield part
-        else:
-            yield from _tensors(part)
-
-
-def _hidden(held: Any, known: set[int], masked: set[int], states: set[int]) -> Iterator[Tensor]:
-    """Tensors in the attributes of an optimizer but those of the model and what is of one
-    parameter, in a state if that is masked."""
-    if isinstance(held, Tensor):
-        if id(held) not in known:
-            yield held
-    else:
-        reached = known if id(held) in states else known - masked
-        keys = held if isinstance(held, Mapping) else itertools.repeat(None)
-        for key, part in zip(keys, _parts(held), strict=False):
-            if not (isinstance(key, Tensor) and id(key) in reached):
-                yield from _hidden(part, known, masked, states)
-
-
-def _warn_of_idle_updates(config: MaskingConfig) -> None:
-    if not config.fixed and not any(
-        update_is_due(config, step) for step in range(1, config.total_steps + 1)
-    ):
-        frequency = f"update_frequency={config.update_frequency}"
-        advice = "a smaller one moves the masks, fixed=True says that they shall stay"
-        # The line named is the one that makes the Masking.
-        warnings.warn(
-            f"with {frequency} no mask update falls into {config.total_steps} steps; {advice}",
-            stacklevel=3,
-        )
+    second = config.second_frequency if 2 * step > config.total_steps else None
+    return step % (second or config.update_frequency) == 0
 
 
 class Masking:
@@ -1034,7 +881,6 @@ class Masking:
     ) -> None:
         self.config = config
         self.steps = 0
-        self._put_off = False  # an update that fell on gradients or momentum without use
         self.events: list[dict[str, Any]] = []
         self.controller = DensityController(
             config.epoch_range, config.update_threshold, config.start_epoch
@@ -1043,12 +889,15 @@ class Masking:
             config.drop_fraction, config.total_steps, config.drop_schedule
         )
         chosen = _chosen(model, prunable)
-        self.weights = _unfrozen(chosen)
-        self._optimizer = optimizer
-        self._memory = _Memory(optimizer, model, self.weights)
-        self._said_dead: set[str] = set()
-        _refuse_nothing(self.weights)
-        _warn_of_frozen(chosen)
+        self.weights = weights = _unfrozen(chosen)
+        self._memory = _Memory(optimizer, model, weights)
+        self._postponed = False  # an update that met gradients or momentum without use
+        self._known_dead: set[str] = set()
+        _refuse_nothing(weights)
+        frozen = [name for name in chosen if name not in weights]
+        if frozen:  # which a caller may expect to be masked
+            named = ", ".join(frozen)
+            warnings.warn(f"frozen layers are left alone and do not count: {named}", stacklevel=2)
         self._memory.refuse_other()
         if config.growth == "momentum" and not config.fixed:
             self._memory.refuse_without_momentum()
@@ -1060,10 +909,8 @@ class Masking:
                 config.sparse_init,
                 seed=config.seed,
                 batches=batches,
-                prunable=self.weights,
+                prunable=weights,
             )
-        self.masks: dict[str, Tensor] = {}
-        self._explored: dict[str, Tensor] = {}
         self._set_masks(masks)
         self._explored = {name: mask.clone() for name, mask in self.masks.items()}
         self._warn_of_dead(self.live_counts())
@@ -1077,68 +924,63 @@ class Masking:
         self.steps += 1
         if self.steps == 1:
             self._memory.refuse_hidden()
-        if not self.update_due():
-            self.apply()
-        elif self.config.growth in _GROUNDS and not self._grounds_tell():
-            self._put_off = True
-            self.apply()
-        else:
-            self._put_off = False
+        due = self.update_due()
+        self._postponed = due and self.config.growth in _SIGNALS and not self._signals_are_useful()
+        if due and not self._postponed:
             self.update_topology()
+        else:
+            self.apply()
 
     def update_due(self) -> bool:
         """Whether the masks change after the step that was just counted."""
-        return self._put_off or update_is_due(self.config, self.steps)
+        return self._postponed or update_is_due(self.config, self.steps)
 
-    def _grounds_tell(self) -> bool:
-        """Whether the gradients, or the momentum, say where to grow: finite, and not all zero, as
-        after a step that a scaler skipped.
+    def _signals_are_useful(self) -> bool:
+        """Whether gradients or momentum are finite and not all zero, as after a step that a scaler
+        skipped.
 
-        They are all zero, too, for as long as an empty layer lets nothing through: then the draw
-        among ties decides.
+        They are all zero, too, while an empty layer lets nothing through: then the draw among ties
+        decides.
         """
-        grounds = self._grounds()
-        if not grounds and self.config.growth == "momentum":  # no step was made yet
+        signals = self._signals()
+        if not signals and self.config.growth == "momentum":  # no step was made yet
             return False
-        # of NaN that is NaN
-        largest = torch.stack([ground.abs().amax() for ground in self._required(grounds)])
+        largest = torch.stack([signal.abs().amax() for signal in self._required(signals)])
         emptied = torch.stack([~mask.any() for mask in self.masks.values()]).any()
         return bool(largest.isfinite().all() & ((largest > 0).any() | emptied))
 
-    def _grounds(self) -> list[Tensor]:
-        found = [_GROUNDS[self.config.growth](self, name) for name in self.weights]
-        return [ground for ground in found if ground is not None]
+    def _signals(self) -> list[Tensor]:
+        found = [_SIGNALS[self.config.growth](self, name) for name in self.weights]
+        return [signal for signal in found if signal is not None]
 
-    def _required(self, grounds: list[Tensor]) -> list[Tensor]:
-        if grounds:
-            return grounds
-        if self.config.growth == "momentum":
-            raise ValueError(
-                "momentum growth needs a step of the optimizer before the masks are updated"
-            )
-        raise ValueError(
-            "gradient growth needs the gradients of the last batch: update masks before zero_grad()"
-        )
+    def _required(self, signals: list[Tensor]) -> list[Tensor]:
+        if not signals:
+            needed = {
+                "gradient": "the gradients of the last batch: update masks before zero_grad()",
+                "momentum": "a step of the optimizer before the masks are updated",
+            }[self.config.growth]
+            raise ValueError(f"{self.config.growth} growth needs {needed}")
+        return signals
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights and their momentum to zero, in place."""
         for name, weight in self.weights.items():
             for tensor in (weight, *self.moments(name)):
-                # not times 0, which an infinite gradient would make NaN
+                # Not times 0, which makes an infinite value NaN.
                 tensor.masked_fill_(self._dead[name], 0.0)
 
     def moments(self, name: str) -> Iterable[Tensor]:
-        """What the optimizer, or one that it wraps, remembers of a layer, each tensor shaped like
-        its weight: the momentum of SGD."""
+        """The optimizer's tensors of a layer (also of one that it wraps) shaped like its weight:
+        the momentum of SGD."""
         return self._memory.of(name)
 
     # ---- every update
 
     @torch.no_grad()
     def update_topology(self) -> None:
-        """Drop and grow in every layer that is not fully dense, once, by the schedule and the
-        verdict now.
+        """Drop and grow in every layer that is not fully dense, by the current schedule and
+        verdict.
 
         Called by ``step`` when due. Needs the gradients of the last batch for ``gradient`` growth
         and the optimizer's momentum, not yet masked, for ``momentum`` growth. Where scores tie, the
@@ -1146,37 +988,28 @@ class Masking:
 
         A layer without a live weight has none to drop, so none would ever grow: it grows one, and
         the layer with the most live weights, one that is not fully dense if there is one, grows one
-        less. The number of all together stays exact.
+        less. The total stays exact.
         """
         self._memory.refuse_hidden()
-        if self.config.growth in _GROUNDS:
-            self._required(self._grounds())  # without any, nothing would move
+        if self.config.growth in _SIGNALS:
+            self._required(self._signals())  # without any, nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
         fraction = self.schedule.at(self.steps)
-        live_counts = self.live_counts()  # one wait for the device
-        self._warn_of_dead(live_counts)
-        changes = {
-            name: self._change(name, live, fraction, verdict) for name, live in live_counts.items()
-        }
-        self._revive(changes, live_counts)
+        counts = self.live_counts()  # one wait for the device
+        self._warn_of_dead(counts)
+        changes = {name: self._change(name, counts[name], fraction, verdict) for name in counts}
+        self._revive(changes, counts)
         updated = {name: self._update_layer(name, *change) for name, change in changes.items()}
-        # old masks first: what grows starts at zero; a weight dropped and regrown at once keeps its
-        # value
+        # The old masks first: grown weights start at zero, and a weight dropped and regrown at once
+        # keeps its value.
         self.apply()
         self._set_masks(updated)
         for name, mask in self.masks.items():
             self._explored[name] |= mask
         self.apply()
-        self.events.append(
-            {
-                "step": self.steps,
-                "epoch": self.epoch,
-                "drop_fraction": fraction,
-                "prune": verdict.prune,
-                "grow": verdict.grow,
-                "density": self.density(),
-            }
-        )
+        event = {"step": self.steps, "epoch": self.epoch, "drop_fraction": fraction}
+        event |= {"prune": verdict.prune, "grow": verdict.grow, "density": self.density()}
+        self.events.append(event)
 
     def _change(self, name: str, live: int, fraction: float, verdict: Verdict) -> tuple[int, int]:
         """How many weights a layer drops and then grows."""
@@ -1190,29 +1023,25 @@ class Masking:
         return n_dropped, min(n_grow, size - live + n_dropped)
 
     def _can_grow(self, name: str) -> bool:
-        """Not by the gradient or momentum of a layer that was not used, which keeps its mask."""
-        return (
-            self.config.growth not in _GROUNDS
-            or _GROUNDS[self.config.growth](self, name) is not None
-        )
+        """False for a layer that was not used: it has no gradient or momentum, and keeps its
+        mask."""
+        signal = _SIGNALS.get(self.config.growth)
+        return signal is None or signal(self, name) is not None
 
-    def _revive(self, changes: dict[str, tuple[int, int]], live_counts: Mapping[str, int]) -> None:
-        """Let each layer that is left without a live weight grow one, and the layer with the most
-        give it."""
+    def _revive(self, changes: dict[str, tuple[int, int]], counts: Mapping[str, int]) -> None:
+        """Let each layer left without a live weight grow one, which the layer with the most gives
+        up."""
         after = {
-            name: live_counts[name] - dropped + grown
+            name: counts[name] - dropped + grown
             for name, (dropped, grown) in changes.items()
             if self._can_grow(name)
         }
+
+        def rank(name: str) -> tuple[bool, bool, int]:
+            return after[name] > 1, counts[name] < self.masks[name].numel(), after[name]
+
         for name in [name for name, live in after.items() if live == 0]:
-            giver = max(
-                after,
-                key=lambda name: (
-                    after[name] > 1,
-                    live_counts[name] < self.masks[name].numel(),
-                    after[name],
-                ),
-            )
+            giver = max(after, key=rank)
             if after[giver] < 2:
                 return
             dropped, grown = changes[giver]
@@ -1221,41 +1050,28 @@ class Masking:
             after[giver], after[name] = after[giver] - 1, 1
 
     def _update_layer(self, name: str, n_drop: int, n_grow: int) -> Tensor:
-        mask, weight, config = self.masks[name], self.weights[name], self.config
+        mask, growth, seed = self.masks[name], self.config.growth, self.config.seed
         if n_drop == n_grow == 0:
             return mask
         # Random growth has drawn already: its few ties may go by index.
-        tie_key = (
-            None if config.growth == "random" else stream(config.seed, "ties", self.steps, name)
-        )
-        return grow_highest(
-            GROWTHS[config.growth](self, name),
-            drop_lowest(weight.abs(), mask, n_drop),
-            n_grow,
-            tie_key=tie_key,
-        )
+        tie_key = None if growth == "random" else stream(seed, "ties", self.steps, name)
+        kept = drop_lowest(self.weights[name].abs(), mask, n_drop)
+        return grow_highest(GROWTHS[growth](self, name), kept, n_grow, tie_key=tie_key)
 
-    def _warn_of_dead(self, live_counts: Mapping[str, int]) -> None:
-        dead = [
-            name for name, live in live_counts.items() if live == 0 and name not in self._said_dead
-        ]
-        self._said_dead |= set(dead)
+    def _warn_of_dead(self, counts: Mapping[str, int]) -> None:
+        dead = [n for n, live in counts.items() if live == 0 and n not in self._known_dead]
+        self._known_dead |= set(dead)
         if dead:
-            what = (
-                "fixed masks leave it so"
-                if self.config.fixed
-                else "a mask update lets each grow one"
-            )
-            warnings.warn(
-                f"layers without a live weight let nothing through, {what}: {', '.join(dead)}",
-                stacklevel=3,
-            )
+            fixed = self.config.fixed
+            then = "fixed masks leave it so" if fixed else "a mask update lets each grow one"
+            what = f"layers without a live weight let nothing through, {then}: {', '.join(dead)}"
+            warnings.warn(what, stacklevel=3)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        if {name: mask.shape for name, mask in masks.items()} != shapes:
             raise ValueError("the masks do not fit the network: names or shapes differ")
-        # Same device and memory layout as the weights, so that applying them is one pass.
+        # Device and memory layout of the weights, so that applying masks is one pass.
         self.masks = {
             name: torch.empty_like(weight, dtype=torch.bool, requires_grad=False).copy_(masks[name])
             for name, weight in self.weights.items()
@@ -1270,8 +1086,7 @@ class Masking:
         return len(self.controller.gaps)
 
     def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
-        """Take in a finished epoch (accuracies in percent, mean validation robust loss); once an
-        epoch."""
+        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
         self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
 
     def density(self) -> float:
@@ -1293,10 +1108,9 @@ class Masking:
         return explored / sum(seen.numel() for seen in self._explored.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes in training, as tensors and plain values; copies, so it can be
-        kept."""
-        put_off = {"put_off": True} if self._put_off else {}
-        return put_off | {
+        """Everything that changes in training, as tensors and plain values, all copied."""
+        postponed = {"put_off": True} if self._postponed else {}
+        return postponed | {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "explored": {name: seen.clone() for name, seen in self._explored.items()},
             "steps": self.steps,
@@ -1306,15 +1120,13 @@ class Masking:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back a ``state_dict``; raises ``ValueError`` if it is of another network. Masks are
-        applied at once."""
+        """Restore a ``state_dict`` and apply its masks; raises ``ValueError`` for one of another
+        network."""
         self._set_masks(state["masks"])
-        self._explored = {
-            name: state["explored"][name].to(mask.device).clone()
-            for name, mask in self.masks.items()
-        }
+        explored = state["explored"]
+        self._explored = {n: explored[n].to(mask.device).clone() for n, mask in self.masks.items()}
         self.steps = int(state["steps"])
-        self._put_off = bool(state.get("put_off", False))
+        self._postponed = bool(state.get("put_off", False))
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
         self.events = [dict(event) for event in state["events"]]
@@ -1322,50 +1134,36 @@ class Masking:
         self.apply()
 
 
+def _warn_of_idle_updates(config: MaskingConfig) -> None:
+    steps = range(1, config.total_steps + 1)
+    if not config.fixed and not any(update_is_due(config, step) for step in steps):
+        problem = f"update_frequency={config.update_frequency} no mask update falls into"
+        advice = "a smaller one moves the masks, fixed=True keeps them on purpose"
+        # The warning names the line that makes the Masking.
+        warnings.warn(f"with {problem} {config.total_steps} steps; {advice}", stacklevel=3)
+
+
 def _random_growth(masking: Masking, name: str) -> Tensor:
     return _random_score(masking.weights[name], masking.config.seed, "grow", masking.steps, name)
 
 
-def _gradient(masking: Masking, name: str) -> Tensor | None:
-    return masking.weights[name].grad
+def _signal_growth(masking: Masking, name: str) -> Tensor:
+    signal = _SIGNALS[masking.config.growth](masking, name)
+    return masking._required([] if signal is None else [signal])[0].abs()
 
 
-def _momentum(masking: Masking, name: str) -> Tensor | None:
-    return masking._memory.momentum(name)
-
-
-# What these growths go by, None of a layer that was not used.
-_GROUNDS: dict[str, Callable[[Masking, str], Tensor | None]] = {
-    "gradient": _gradient,
-    "momentum": _momentum,
+# The tensor that a growth follows, shaped like a layer's weight; None for an unused layer.
+_SIGNALS: dict[str, Callable[[Masking, str], Tensor | None]] = {
+    "gradient": lambda masking, name: masking.weights[name].grad,
+    "momentum": lambda masking, name: masking._memory.momentum(name),
 }
 
-
-def _gradient_growth(masking: Masking, name: str) -> Tensor:
-    gradient = _gradient(masking, name)
-    if gradient is None:
-        raise ValueError(
-            f"gradient growth needs the gradient of {name}: update masks before zero_grad()"
-        )
-    return gradient.abs()
-
-
-def _momentum_growth(masking: Masking, name: str) -> Tensor:
-    momentum = _momentum(masking, name)
-    if momentum is None:
-        raise ValueError(
-            f"momentum growth needs the momentum of {name}: update masks after a step of the"
-            " optimizer"
-        )
-    return momentum.abs()
-
-
-# Scores shaped like a layer's weight, by the masking and the layer's name; the highest among the
-# dead positions grow.
+# Scores shaped like a layer's weight, by the masking and the layer's name; the dead positions of
+# highest score grow.
 GROWTHS: dict[str, Callable[[Masking, str], Tensor]] = {
     "random": _random_growth,
-    "gradient": _gradient_growth,
-    "momentum": _momentum_growth,
+    "gradient": _signal_growth,
+    "momentum": _signal_growth,
 }
 
 
@@ -1375,18 +1173,15 @@ def mask_hash(masks: Mapping[str, Tensor]) -> int:
     total = 0
     for name, mask in masks.items():
         positions = mask.reshape(-1).nonzero().squeeze(1)
-        total ^= (
-            int(random_bits(stream(0, name), positions).sum().item()) if positions.numel() else 0
-        )
+        total ^= int(random_bits(stream(0, name), positions).sum().item())
     return total
 
 
 # ---------------------------------------------------------------- keyed draws
 
 # A counter-based generator, the splitmix64 finalizer of Steele, Lea and Flood ("Fast splittable
-# pseudorandom number generators",
-# OOPSLA 2014), in torch's wrapping int64 arithmetic: the same key and counter give the same bits on
-# every device.
+# pseudorandom number generators", OOPSLA 2014), in torch's wrapping int64 arithmetic: the same key
+# and counter give the same bits on every device.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
@@ -1415,16 +1210,12 @@ def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _global_draws(key: int, device: torch.device) -> Iterator[None]:
-    """Give code that draws by torch's global generators states by a key; afterwards they are as
-    they were found."""
+    """Seed torch's global generators with a key, and restore their states afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
-        torch.cuda.init()  # before it there are none
-        generators.append(
-            torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ]
-        )
+        torch.cuda.init()  # creates them
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

@@ -731,7 +731,7 @@ def test_dead_weights_stay_zero_when_their_gradient_is_infinite():
     model = nn.Sequential(nn.Linear(20, 20))
     masking = masking_of(model, fixed=True)
     model[0].weight.grad = torch.full_like(model[0].weight, float("inf"))
-    masking._optimizer.step()
+    masking._memory._optimizers[0].step()
     masking.step()
     assert bool((model[0].weight[~masking.masks["0.weight"]] == 0).all())
 
@@ -1270,7 +1270,7 @@ def test_a_predicate_sees_the_layer_that_computes():
             "normed has a weight computed by WeightNorm",
         ),
         (["older.weight_v"], "older has a weight_norm"),
-        (["pruned.weight_orig"], "pruned is masked by torch.nn.utils.prune"),
+        (["pruned.weight_orig"], "pruned has a mask of torch.nn.utils.prune"),
         ([], "none is chosen"),
     ],
 )
