@@ -8,7 +8,6 @@ one they are read again only if a name, size, time or inode has changed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -29,6 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.storage.files import locked
 
 _CACHE_FORMAT = 3
 _CHUNK = 512  # images decoded between writes
@@ -168,10 +168,11 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other process builds this cache: it would decode twice, and replace what the
     first already reads."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = locked(folder.with_name(f".{folder.name}.lock"))
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------- is the cache of these files, and

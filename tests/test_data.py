@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import data.folders
@@ -658,7 +658,7 @@ def test_two_processes_decode_once(image_tree, tmp_path, decoded):
         folder.rename(tmp_path / folder.name)
     with contextlib.ExitStack() as first, ThreadPoolExecutor(1) as pool:
         for lock in cache.glob(".*.lock"):
-            fcntl.flock(first.enter_context(lock.open("w")), fcntl.LOCK_EX)
+            first.enter_context(FileLock(lock))
         second = pool.submit(
             lambda: load_data("imagefolder", image_tree, cache_dir=cache).train.images
         )

@@ -1,6 +1,5 @@
 """A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
 
-import fcntl
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from main_adv import AdversarialRun
 from tests import toy
@@ -478,8 +478,7 @@ def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_
     paths = only_run(tmp_path)
     for path in (paths.checkpoint, paths.previous, paths.summary):
         path.unlink()
-    with paths.log.open() as first:
-        fcntl.flock(first, fcntl.LOCK_EX)
+    with FileLock(paths.lock):
         for flags in (["--resume"], []):
             outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, *flags)
             assert (outcome.code, outcome.err) == (

@@ -1,6 +1,9 @@
+import errno
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,7 +16,7 @@ from utils.storage import run_folder as metrics
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
 from utils.storage.provenance import environment, source_revision
-from utils.storage.run_folder import RunFolder, read_epochs, read_summary
+from utils.storage.run_folder import RunFolder, read_epochs, read_summary, refuse_locked
 from utils.training.display import EpochDisplay
 from utils.training.engine import Progress
 
@@ -148,6 +151,42 @@ def test_one_process_at_a_time_trains_in_a_folder(folder):
         pass
     with RunFolder.create(folder.paths, {"a": 2}).settled():
         assert json.loads(folder.paths.config.read_text()) == {"a": 2}
+    assert not folder.paths.lock.exists()
+
+
+def test_a_killed_process_leaves_its_folder_unlocked(tmp_path):
+    """The lock file stays; what it stands for goes with the process."""
+    paths = RunPaths(tmp_path)
+    held = "; ".join(
+        (
+            "import sys, time",
+            "from filelock import FileLock",
+            "lock = FileLock(sys.argv[1])",
+            "lock.acquire()",
+            "print(flush=True)",
+            "time.sleep(60)",
+        )
+    )
+    command = [sys.executable, "-c", held, str(paths.lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is training in"):
+            refuse_locked(paths)
+        other.kill()
+    assert paths.lock.exists()
+    refuse_locked(paths)
+    with RunFolder.create(paths, {}).settled():
+        assert paths.config.exists()
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with RunFolder.create(RunPaths(tmp_path), {"a": 1}).settled():
+        refuse_locked(RunPaths(tmp_path))
+    assert json.loads(RunPaths(tmp_path).config.read_text()) == {"a": 1}
 
 
 def test_folders_without_a_run_are_input_errors(tmp_path):
@@ -180,7 +219,7 @@ def test_display_is_a_bar_on_a_terminal(folder, monkeypatch):
         assert (shown.n, shown.postfix) == (50, "loss 2.000  acc 30.00")
         display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
     assert (shown.n, shown.postfix) == (100, "loss 1.500  acc 40.00")
-    assert folder.paths.log.read_text() == ""
+    assert not folder.paths.log.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and locks."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from utils.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-import os
-import tempfile
 
 FIGURE_KINDS = (".png", ".pdf", ".svg")
 
@@ -58,6 +60,22 @@ def write_atomically(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def locked(path: Path, timeout: float = -1) -> FileLock:
+    """The lock file at ``path``, held until ``release`` or the death of this process.
+
+    On a file system without locks it is not held. Raises ``Timeout`` if another process holds it
+    for longer than ``timeout`` seconds; by default it waits.
+    """
+    lock = FileLock(path, timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError:  # no locks here, or a folder that cannot be written, which shows later
+        pass
+    return lock
 
 
 def _umask() -> int:

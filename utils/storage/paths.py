@@ -25,6 +25,11 @@ class RunPaths:
         return self.root / "result.log"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains here; a killed one leaves it, unlocked."""
+        return self.root / ".lock"
+
+    @property
     def checkpoint(self) -> Path:
         return self.root / "checkpoint.pth.tar"
 

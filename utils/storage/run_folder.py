@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
@@ -11,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.errors import InputError, RunError
 from utils.storage.checkpoint import save_checkpoint, snapshot
-from utils.storage.files import json_bytes, write_atomically, write_figure
+from utils.storage.files import json_bytes, locked, write_atomically, write_figure
 from utils.storage.json_files import misfit, read_object, read_objects
 from utils.storage.paths import RunPaths
 from utils.storage.tensorboard import Events, require_tensorboard
@@ -62,7 +62,7 @@ class RunFolder:
     writes = True
 
     def __init__(
-        self, paths: RunPaths, lock: IO[str] | None = None, tensorboard: bool = False
+        self, paths: RunPaths, lock: FileLock | None = None, tensorboard: bool = False
     ) -> None:
         self.paths = paths
         self._lock = lock
@@ -94,7 +94,7 @@ class RunFolder:
             paths.root.mkdir(parents=True, exist_ok=True)
             lock = _locked(paths)
             if stamps not in (None, paths.stamps()):
-                lock.close()
+                _unlock(lock)
                 raise InputError(
                     f"another process has trained in {paths.root} in the meantime; --resume goes on"
                     " from there"
@@ -201,7 +201,7 @@ class RunFolder:
                     self._close_events()
                 finally:
                     if self._lock is not None:
-                        self._lock.close()
+                        _unlock(self._lock)
 
     def _close_events(self) -> None:
         if self._events is not None:
@@ -237,25 +237,24 @@ class RunFolder:
             ) from error
 
 
-def _locked(paths: RunPaths) -> IO[str]:
-    """The open log, locked as long as this process has it open; ``InputError`` if another process
-    trains here."""
-    lock = paths.log.open("a")
+def _locked(paths: RunPaths) -> FileLock:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+        return locked(paths.lock, timeout=0)
+    except Timeout:
         raise InputError(f"another process is training in {paths.root}") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
+
+
+def _unlock(lock: FileLock) -> None:
+    # Unlinked before it is released: a process that then gets the old file sees that it is gone.
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def refuse_locked(paths: RunPaths) -> None:
     """Raise ``InputError`` if another process trains in the folder now; nothing is written."""
-    if paths.log.exists():
-        with contextlib.suppress(OSError):  # one that cannot be written says so when it is
-            _locked(paths).close()
+    if paths.lock.exists():
+        _locked(paths).release()
 
 
 class SilentRunFolder(RunFolder):
