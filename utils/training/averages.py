@@ -1,0 +1,123 @@
+"""Averages of a network's weights over its training, kept beside it as a network of their own.
+
+``ExponentialAverage`` moves a little after every step; ``EpochAverage`` is the mean over epochs
+(stochastic weight averaging, Izmailov et al., 2018). Both follow the masks: a dead weight has the
+average zero, and a weight that grows begins its average anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core import Masking
+
+
+class Average:
+    """The averaged network.
+
+    Attributes:
+        model: the averaged weights and batch-norm statistics, in eval mode, without gradients.
+        count: how many networks are averaged so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.model.state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["weights"])
+        self.count = int(state["count"])
+
+
+class ExponentialAverage(Average):
+    """``average = d average + (1 - d) weights`` after every step, batch-norm statistics included.
+
+    Args:
+        model: its weights start the average.
+        decay: d once warm; the t-th step (from 0) takes min(d, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        self._masks: Mapping[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+        """Call after the masks of a step."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        mine, theirs = _tensors(self.model), _tensors(model)
+        moving = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+        ours = [mine[name] for name in moving]
+        torch._foreach_lerp_(ours, [theirs[name] for name in moving], 1 - decay)
+        for name in mine.keys() - moving:  # counts of batches
+            mine[name].copy_(theirs[name])
+        self.count += 1
+        # A weight that has just grown is zero, and so is its average since it was masked: it begins
+        # anew by itself.
+        if masking is not None and masking.masks is not self._masks:
+            self._masks = masking.masks
+            for name, mask in masking.masks.items():
+                mine[name].masked_fill_(~mask, 0.0)
+
+
+class EpochAverage(Average):
+    """The mean of the weights after each epoch.
+
+    Batch-norm statistics are not averaged: ``estimate_statistics`` computes them before a test.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # Epochs that each masked weight has been averaged over, since it grew.
+        self._ages: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module, masking: Masking | None) -> None:
+        """Call after an epoch's last step."""
+        masks = {} if masking is None else masking.masks
+        mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
+        for name, average in mine.items():
+            if name in masks:
+                age = self._ages.setdefault(name, torch.zeros_like(masks[name], dtype=torch.int16))
+                age.add_(1).mul_(masks[name])
+                average.add_((theirs[name] - average) / age.clamp_min(1))
+                average.masked_fill_(~masks[name], 0.0)
+            else:
+                average.add_((theirs[name] - average) / (self.count + 1))
+        self.count += 1
+
+    def after_update(self, masks: Mapping[str, Tensor]) -> None:
+        """Call after a mask update: what was dropped loses its average and its age."""
+        for name, average in self.model.named_parameters():
+            if name in masks:
+                average.data.masked_fill_(~masks[name], 0.0)
+                if name in self._ages:
+                    self._ages[name].mul_(masks[name])
+
+    def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Batch-norm statistics of the averaged weights on clean training images."""
+        torch.optim.swa_utils.update_bn(batches, self.model)
+        self.model.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ages": {n: age.clone() for n, age in self._ages.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._ages = {
+            name: age.to(next(self.model.parameters()).device)
+            for name, age in state["ages"].items()
+        }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

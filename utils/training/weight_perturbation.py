@@ -1,0 +1,57 @@
+"""Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+_TINY = 1e-20  # of the authors' code: a layer without a gradient is not moved
+
+
+@contextlib.contextmanager
+def perturbed_weights(
+    model: nn.Module,
+    gamma: float,
+    loss: Callable[[], Tensor],
+    dead: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Within, each layer is moved uphill by ``gamma`` of its norm, along ``loss()``'s gradient.
+
+    Afterwards weights are bit for bit as before, and gradients are those computed within. The
+    ascent leaves no trace in batch-norm statistics.
+
+    Args:
+        model: its trained parameters of two dimensions or more are moved, so no bias or norm.
+        gamma: length of the move in relation to the layer's norm.
+        loss: computes the training loss of a batch, with the gradients averaged over processes.
+        dead: masked positions by weight name, which stay zero.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.zero_grad(set_to_none=True)
+    loss().backward()
+    moved = [
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if weight.dim() > 1 and weight.grad is not None
+    ]
+    weights = [weight.detach() for _, weight in moved]
+    directions = [weight.grad for _, weight in moved if weight.grad is not None]
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for (name, _), direction in zip(moved, directions, strict=True):
+            if dead and name in dead:
+                direction.masked_fill_(dead[name], 0.0)
+        kept = [weight.clone() for weight in weights]
+        lengths = torch._foreach_norm(weights)
+        torch._foreach_mul_(lengths, gamma)
+        torch._foreach_div_(lengths, torch._foreach_add(torch._foreach_norm(directions), _TINY))
+        torch._foreach_add_(weights, torch._foreach_mul(directions, lengths))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, kept)
