@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style, types and behaviour: about 12 minutes on 2 cores.
+# Sets up what is missing, then checks style, types and behaviour: about 10 minutes on 2 cores.
 #   bash scripts/test.sh [--all] [arguments of pytest]      --all adds the long tests
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
@@ -12,4 +12,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "long or not long" "$@"
 fi
-.venv/bin/python -m pytest "$@"
+# One thread in each process: threads of several processes would wait for each other.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@"

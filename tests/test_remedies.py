@@ -1,4 +1,4 @@
-"""Training losses, weight perturbation and averages against references written from their papers."""
+"""Losses, weight perturbation and averages against references written from their papers."""
 
 import math
 
