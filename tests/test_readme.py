@@ -1,9 +1,10 @@
-"""Every command of the README, and of docs/deploying.md, runs past its first mask update, at toy
-size."""
+"""The commands of the README and of the pages on recipes, evaluation, deploying and clusters run at
+toy size, trainings past their first mask update."""
 
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,21 +21,24 @@ from utils.storage.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DEPLOYING = (ROOT / "docs" / "deploying.md").read_text()
+RECIPES, EVALUATING, DEPLOYING, CLUSTERS, PRECISION, REPRODUCING = (
+    (ROOT / "docs" / f"{name}.md").read_text()
+    for name in "recipes evaluation deploying clusters precision reproducing".split()
+)
 
 
-def blocks(language, page=README):
+def blocks(language, page):
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.S)
 
 
-def commands(program, page=README):
+def commands(program, page):
     lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0] for line in lines if line.startswith(program)]
 
 
-BIRD = commands("python Robust-Bird/")
-TRAINING = [c for c in commands("python main_adv.py") if "--eval" not in c]
-EVALUATION = [c for c in commands("python main_adv.py") if "--eval" in c]
+BIRD = commands("python Robust-Bird/", README + RECIPES)
+TRAINING = commands("python main_adv.py", README + RECIPES)
+EVALUATION = commands("python main_adv.py", EVALUATING)
 
 
 def arguments_of(command):
@@ -67,8 +71,7 @@ def smaller(arguments):
 
 @pytest.fixture
 def toy_data(tmp_path, monkeypatch):
-    """Every data set of the README's commands, small: stand-ins for downloads, real folders for the
-    rest."""
+    """Every data set of the commands, small: stand-ins for downloads, folders for the rest."""
     rng = np.random.RandomState(0)
     classes = 10
     pixels, labels = rng.randint(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % classes
@@ -86,10 +89,11 @@ def toy_data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_readme_has_the_papers_commands():
+def test_the_pages_have_their_commands():
+    assert len(commands("python", README)) == 4  # the paper's
     assert len(TRAINING) == 9
     assert len(BIRD) == 4
-    assert len(EVALUATION) == 6
+    assert len(EVALUATION) == 6 == sum("--eval " in command for command in EVALUATION)
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -122,16 +126,34 @@ def smaller_bird(arguments):
     return [flag.replace("0.0625", "0.125") for flag in small]
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Runs that several tests look at, each trained once."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def train_as(store, run_adv, run_eb, toy_data):
+    """``train_as("fb")`` leaves the run of the recipe with that name in ``experiment/fb/RUN``."""
+
+    def train(name):
+        if not (store / name).exists():
+            (source,) = [c for c in TRAINING + BIRD if f"--save_dir experiment/{name} " in f"{c} "]
+            run, small = (run_eb, smaller_bird) if source in BIRD else (run_adv, smaller)
+            outcome = run(*small(arguments_of(source)), "--save_dir", "out")
+            assert outcome.code == 0, outcome.err
+            next((toy_data / "out").iterdir()).rename(store / name)
+            (toy_data / "out").rmdir()
+        shutil.copytree(store / name, toy_data / "experiment" / name / "RUN")
+
+    return train
+
+
 @pytest.mark.parametrize("command", BIRD)
-def test_robust_bird_commands(command, run_bird, toy_data):
+def test_robust_bird_commands(command, run_bird, train_as, toy_data):
     script = Path(shlex.split(command)[1]).name
     if "--stage1_pretrained" in command:
-        first = arguments_of(BIRD[0])
-        assert (
-            run_bird["train_eb.py"](*smaller_bird(first), "--save_dir", "experiment/rb").code == 0
-        )
-        (run,) = (toy_data / "experiment" / "rb").iterdir()
-        run.rename(run.with_name("RUN"))
+        train_as("rb")
     outcome = run_bird[script](*smaller_bird(arguments_of(command)), "--save_dir", "out")
     assert outcome.code == 0, outcome.err
     assert "pruned: " in outcome.out
@@ -150,30 +172,21 @@ def test_robust_birds_commands_parse_as_they_stand(monkeypatch):
         assert parse_settings(kind, arguments_of(command), "", lambda given: {}).epochs2 == 200
 
 
-def train_as(name, run_adv, folder):
-    """A small run as the README's recipes leave it, in a folder RUN."""
-    source = next(command for command in TRAINING if f"experiment/{name} " in f"{command} ")
-    assert run_adv(*smaller(arguments_of(source)), "--save_dir", f"experiment/{name}").code == 0
-    (run,) = (folder / "experiment" / name).iterdir()
-    run.rename(run.with_name("RUN"))
-
-
 @pytest.mark.parametrize("command", EVALUATION)
-def test_evaluation_commands(command, run_adv, toy_data):
-    train_as("fbp", run_adv, toy_data)
+def test_evaluation_commands(command, run_adv, train_as):
+    train_as("fbp")
     if "--source" in command:
-        train_as("dense", run_adv, toy_data)
+        train_as("dense")
     test_alone = any(word in command for word in ("autoattack", "masking", "--source"))
-    outcome = run_adv(
-        *arguments_of(command), "--test_subset", 10, *([] if test_alone else ["--train_subset", 10])
-    )
+    subsets = ["--test_subset", 10, *([] if test_alone else ["--train_subset", 10])]
+    outcome = run_adv(*arguments_of(command), *subsets)
     assert outcome.code == 0, outcome.err
     assert "test RA" in outcome.out
 
 
-def test_the_command_that_explains(run_adv, toy_data, monkeypatch, capsys):
-    train_as("fbp", run_adv, toy_data)
-    (command,) = commands("python scripts/explain.py")
+def test_the_command_that_explains(train_as, toy_data, monkeypatch, capsys):
+    train_as("fbp")
+    (command,) = commands("python scripts/explain.py", EVALUATING)
     outcome = toy.Command("explain", monkeypatch, capsys)(
         *arguments_of(command), "--grid", 3, "--explain_images", 2
     )
@@ -188,34 +201,23 @@ def test_every_format_is_exported():
     from utils.export import FORMATS
 
     assert {arguments_of(command)[2] for command in EXPORTS} == set(FORMATS)
-    assert set(commands("python scripts/export.py")) < set(EXPORTS)
 
 
 @pytest.mark.parametrize("command", EXPORTS)
-def test_the_commands_that_export(command, run_adv, run_eb, toy_data, monkeypatch, capsys):
-    if "rb-channel" in command:
-        (source,) = [command for command in BIRD if "--save_dir experiment/rb-channel" in command]
-        assert (
-            run_eb(*smaller_bird(arguments_of(source)), "--save_dir", "experiment/rb-channel").code
-            == 0
-        )
-        (run,) = (toy_data / "experiment" / "rb-channel").iterdir()
-        run.rename(run.with_name("RUN"))
-    else:
-        train_as("fb", run_adv, toy_data)
+def test_the_commands_that_export(command, train_as, monkeypatch, capsys):
+    train_as("rb-channel" if "rb-channel" in command else "fb")
     outcome = toy.Command("export", monkeypatch, capsys)(*arguments_of(command))
     assert outcome.code == 0, outcome.err
     assert Path(outcome.out.split(": ")[0]).is_file()
 
 
-@pytest.mark.parametrize("page", [README, DEPLOYING], ids=["README.md", "deploying.md"])
-def test_the_snippets_that_load_a_network(page, run_adv, toy_data, capsys):
-    train_as("fb", run_adv, toy_data)
-    (snippet,) = [block for block in blocks("python", page) if "load_model" in block]
+def test_the_snippet_that_loads_a_network(train_as, capsys):
+    train_as("fb")
+    (snippet,) = [block for block in blocks("python", DEPLOYING) if "load_model" in block]
     names = {}
     exec(compile(snippet, "snippet", "exec"), names)
     assert names["model"](torch.rand(5, 3, 32, 32)).shape == (5, 10)
-    assert capsys.readouterr().out.startswith("tensor([" if page == DEPLOYING else "")
+    assert capsys.readouterr().out.startswith("tensor([")
 
 
 def rows_of(page, heading):
@@ -257,24 +259,26 @@ def test_what_is_said_of_inference_is_what_was_measured():
     assert all(0.97 < speed < 1.03 for row in masked for speed in row[:5])
     assert all(row[5] > 3 for row in masked)
     assert all(min(row) > 1.9 for row in slim)
-    names = {
-        "half of the channels": "Robust Bird, channels 0.5",
-        "a fifth of the channels": "Robust Bird, channels 0.2",
-    }
-    names |= {f"density {density}": f"Flying Bird, density {density}" for density in (0.2, 0.1)}
-    table = {row[0]: row[1:] for row in rows_of(README, "## Using what was trained")[1:]}
-    assert set(table) == set(names)
-    for kept, cells in table.items():
-        pytorch, onnxruntime, _, size = ratios[names[kept]][2:]
-        assert [float(cell.split("x ")[0]) for cell in cells] == pytest.approx(
-            [pytorch, onnxruntime, size], abs=0.06
-        )
+    (claim,) = re.findall(r"inference is \[([\d.]+) times\]", README)
+    assert float(claim) == pytest.approx(ratios["Robust Bird, channels 0.5"][2], abs=0.05)
+
+
+def test_what_is_said_of_a_step_is_what_was_measured():
+    (claim,) = re.findall(r"\[([\d.]+) times\]\(docs/precision", README)
+    records = (ROOT / "benchmarks" / "RECORDS.md").read_text()
+    (paper, compiled) = re.findall(
+        r"PGD-10, `--repeats 3` \| ([\d,]+) ms .*?, [\d.]+x \| ([\d,]+) ms \(370\)", records
+    )[0]
+    seconds = [float(ms.replace(",", "")) / 1000 for ms in (paper, compiled)]
+    assert seconds[0] / seconds[1] == pytest.approx(float(claim), abs=0.05)
+    assert all(f"{second:.1f} s" in " ".join(PRECISION.split()) for second in seconds)
 
 
 def test_the_scripts_in_the_table_are_those_there():
     named = set(
         re.findall(
-            r"`(?:scripts/)?(\w+\.sh)`", README.split("## The paper's tables")[1].split("```")[0]
+            r"\b(\w+\.sh)\b",
+            "\n".join(line for line in REPRODUCING.splitlines() if line.startswith("| ")),
         )
     )
     sourcing = {
@@ -296,56 +300,37 @@ def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):
         ).epochs in (12, 200)
 
 
-def test_the_loop_for_schedulers_ends_with_a_finished_run(tmp_path):
-    (loop,) = commands("until python main_adv.py")
-    small = (
-        "--width 0.0625 --train_subset 50 --test_subset 20 --train_step 1 --test_step 1"
-        " --batch_size 25 --save_dir"
-    )
-    loop = loop.replace(
-        "python main_adv.py", f"echo turn; {sys.executable} main_adv.py {small} {tmp_path}", 1
-    )
-    for long, short in (
-        ("--epochs 40", "--epochs 3"),
-        ("--update_frequency 8", "--update_frequency 2"),
-        ("--time_limit 55", "--time_limit 0.0001"),
-    ):
-        assert long in loop
-        loop = loop.replace(long, short)
-    result = subprocess.run(
-        ["bash", "-c", loop], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.stdout.count("turn") > 1, result.stderr
-    assert "stopped by --time_limit" in result.stderr
+def test_the_loop_for_schedulers_ends_with_a_finished_run(run_adv, tmp_path):
+    """The shell repeats the command while it runs out of time, and repeating it finishes it."""
+    (loop,) = commands("until python main_adv.py", CLUSTERS)
+    turns = "python() { echo turn; n=$((n + 1)); [ $n = 3 ] || return 75; }\n"
+    result = subprocess.run(["bash", "-c", turns + loop], capture_output=True, text=True)
+    assert result.stdout == "turn\n" * 3
+    flags = shlex.split(loop.split(";")[0])[3:]
+    assert flags[-3:] == ["--time_limit", "55", "--resume"]
+    small = "--train_subset 50 --test_subset 20 --time_limit 0.0001"
+    arguments = [*smaller(flags), *small.split(), "--save_dir", tmp_path]
+    codes = []
+    while not codes or codes[-1] == 75:
+        outcome = run_adv(*arguments)
+        codes.append(outcome.code)
+    assert codes[-1] == 0, outcome.err
+    assert len(codes) > 2
     (run,) = tmp_path.iterdir()
     assert (run / "summary.json").exists()
+    assert load_checkpoint(run / "checkpoint.pth.tar")["masking"]["events"]
 
 
 def test_the_commands_for_several_processes(tmp_path):
     from utils.settings.command_line import parse_settings
     from utils.settings.robust_bird import EarlyBirdSettings
 
-    here, elsewhere = (shlex.split(command)[3:] for command in commands("torchrun"))
+    here, elsewhere, _ = (shlex.split(c)[3:] for c in commands("torchrun", CLUSTERS))
     assert (here[0], elsewhere[0]) == ("main_adv.py", "Robust-Bird/train_eb.py")
     assert parse_settings(EarlyBirdSettings, elsewhere[1:], "", lambda given: {}).sync_bn
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "main_adv.py",
-    ]
-    small = [
-        *smaller(here[1:]),
-        "--train_subset",
-        "60",
-        "--test_subset",
-        "20",
-        "--save_dir",
-        str(tmp_path),
-    ]
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 main_adv.py"
+    command = [sys.executable, *launcher.split()]
+    small = [*smaller(here[1:]), *"--train_subset 60 --test_subset 20 --save_dir".split(), tmp_path]
     result = subprocess.run(
         [*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -355,7 +340,7 @@ def test_the_commands_for_several_processes(tmp_path):
 
 
 def test_the_library_snippet_runs(capsys):
-    (snippet,) = [block for block in blocks("python") if "Masking" in block]
+    (snippet,) = blocks("python", README)
     exec(compile(snippet, "README.md", "exec"), {})
     density, explored = map(float, capsys.readouterr().out.split())
     assert density == pytest.approx(0.1, abs=1e-4)
@@ -372,10 +357,8 @@ def test_the_table_is_that_of_the_stored_runs():
     assert summary_table(stored) in (ROOT / "results" / "quickstart" / "README.md").read_text()
 
 
-def test_named_files_exist():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
-        r"bash (scripts/\S+\.sh)", README
-    ):
+def test_named_scripts_exist():
+    for path in re.findall(r"bash (scripts/\S+\.sh)", README):
         assert (ROOT / path).exists(), path
 
 
@@ -396,15 +379,8 @@ def test_the_quickstart_is_what_its_script_says(run_adv, run_eb, tmp_path, monke
             if name in flags:
                 flags[flags.index(name) + 1] = "4"
         flags[flags.index("--width") + 1] = "0.0625"
-        flags += [
-            "--train_subset",
-            "200",
-            "--test_subset",
-            "100",
-            "--test_step",
-            "2",
-            *(["--update_frequency", "2"] if "fb" in tail else []),
-        ]
+        flags += "--train_subset 200 --test_subset 100 --test_step 2".split()
+        flags += ["--update_frequency", "2"] if "fb" in tail else []
         outcome = (run_adv if program == "main_adv.py" else run_eb)(*flags)
         assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "out").iterdir())) == 5

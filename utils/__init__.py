@@ -1,1 +1,1 @@
-"""The parts every training script shares; see README, "The house"."""
+"""The parts every training script shares; docs/architecture.md is its map."""
