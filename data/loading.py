@@ -91,7 +91,7 @@ def load_data(
     cache_dir: str | Path | None = None,
     memory_budget: int | None = None,
 ) -> Data:
-    """Load a data set of SPEC 2.
+    """Load one of the six data sets.
 
     Args:
         name: one of ``SOURCES``.

@@ -1,4 +1,4 @@
-"""The six data sets of SPEC 2: where their images come from and how they are split."""
+"""The six data sets: where their images come from and how they are split."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def build_model(
         num_classes: number of classes.
         mean, std: by channel, for the ``normalize`` module; their length is the number of image
             channels.
-        width: factor on every channel count of ResNets and VGGs (SPEC: the paper's "small dense"
+        width: factor on every channel count of ResNets and VGGs (the paper's "small dense"
             baseline).
         depth_factor, width_factor: depth and widening of ``wideresnet``.
         image_size: side of the images in pixels, checked against what the network can take.

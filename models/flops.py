@@ -1,4 +1,4 @@
-"""The two FLOPs counts of SPEC 9, always side by side: *real* and *paper*.
+"""The two FLOPs counts (docs/runs.md), always side by side: *real* and *paper*.
 
 *Real* is 2 x live weights x output positions, summed over convolutions and linear layers. *Paper*
 counts the output channels twice and leaves linear layers out; it exists to be laid beside the

@@ -1,5 +1,5 @@
 """Channels removed for good: a network whose convolutions, norms and classifier are really smaller
-(SPEC 7, ``channel``).
+(Robust Bird, ``channel``).
 
 Channels are chosen by the size of their batch-norm scale (Liu et al., "Network Slimming", 2017). In
 a pre-activation network several norms read one residual stream, each with a choice of its own: such

@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -217,51 +219,43 @@ def test_nothing_of_ones_own_is_known_without_it(run_adv):
     assert "invalid choice: 'plain'" in run_adv("--arch", "plain").err
 
 
-def test_a_project_of_ones_own(tmp_path):
-    """The command of the page, on a copy, into another place than the environment of the tests; the
-    project has what we call so too."""
+def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
+    """A wheel built from the tree, in an environment that otherwise holds only torch and what torch
+    needs, serves a project whose packages are called data, models and utils too."""
     pytest.importorskip("setuptools")
-    (command,) = re.findall(r"`pip (install FOLDER)`", (ROOT / "docs" / "extending.md").read_text())
-    copy, site, project = tmp_path / "copy", tmp_path / "site", tmp_path / "project"
+    extending = ROOT / "docs" / "extending.md"
+    assert "`pip install FOLDER`" in extending.read_text()
+    tree, wheels, project = tmp_path / "tree", tmp_path / "wheels", tmp_path / "project"
     for name in ("data", "models", "utils"):
-        shutil.copytree(
-            ROOT / name,
-            copy / name,
-            ignore=lambda folder, names: [n for n in names if not n.endswith(".py")],
-        )
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text("MINE = True")
     for name in ("sparse_core.py", "main_adv.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, copy)
-    offline = [
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    pip = [sys.executable, "-m", "pip", *command.replace("FOLDER", str(copy)).split(), *offline]
-    subprocess.run([*pip, "--target", site], cwd=tmp_path, check=True)
-    assert [
-        path.name
-        for path in site.iterdir()
-        if path.suffix != ".dist-info" and path.name != "__pycache__"
-    ] == ["sparse_core.py"]
-    (snippet,) = [
-        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "prunable=" in block
-    ]
-    code = (
-        f"{snippet}\nimport data, models, sparse_core, utils\nassert data.MINE and models.MINE and"
-        " utils.MINE\nprint(sparse_core.__file__)"
+        shutil.copy(ROOT / name, tree)
+
+    def pip(*words):
+        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
+        subprocess.run([*command, "--no-deps", "--no-index"], cwd=tmp_path, check=True)
+
+    pip("wheel", tree, "--no-build-isolation", "--wheel-dir", wheels)
+    (wheel,) = wheels.iterdir()
+    modules = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in modules if not name.endswith(".dist-info")} == {"sparse_core.py"}
+
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    python = tmp_path / "venv" / "bin" / "python"
+    pip("--python", python, "install", wheel)
+    (snippet,) = [block for block in blocks(extending, "python") if "prunable=" in block]
+    check = "assert data.MINE and models.MINE and utils.MINE\nprint(sparse_core.__file__)"
+    (project / "train.py").write_text(
+        f"{snippet}\nimport data, models, sparse_core, utils\n{check}"
     )
-    given = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "train.py"]
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=project,
-        env=given,
-        capture_output=True,
-        text=True,
-        check=True,
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
     assert Path(result.stdout.splitlines()[-1]) == site / "sparse_core.py"
 

@@ -1,4 +1,4 @@
-"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2; SPEC section 4."""
+"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2."""
 
 from __future__ import annotations
 

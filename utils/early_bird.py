@@ -1,7 +1,7 @@
 """When a ticket has emerged: masks of successive epochs that hardly differ (You et al., "Drawing
 Early-Bird Tickets", 2020).
 
-The paper's Robust Bird draws it by cheap standard training (SPEC 7).
+The paper's Robust Bird draws it by cheap standard training (docs/algorithms.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accuracy on clean and on attacked images, and the figures that end a run (SPEC 8)."""
+"""Accuracy on clean and on attacked images, and the figures that end a run."""
 
 from __future__ import annotations
 

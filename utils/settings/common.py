@@ -27,7 +27,7 @@ from utils.training.schedule import Plan
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
 # rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
-_FAST_PEAK = 0.2  # highest learning rate of ``fast`` (SPEC 4)
+_FAST_PEAK = 0.2  # highest learning rate of ``fast``
 
 
 # Groups of flags, with their headings in --help and in this order.

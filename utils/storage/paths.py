@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Files of one run folder (SPEC 11)."""
+    """Files of one run folder (docs/runs.md)."""
 
     root: Path
 

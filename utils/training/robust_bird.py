@@ -1,5 +1,5 @@
 """The two stages of Robust Bird in one run: find a ticket in cheap training, prune to it, train it
-adversarially (SPEC 7)."""
+adversarially (docs/algorithms.md)."""
 
 from __future__ import annotations
 
