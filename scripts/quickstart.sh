@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# From a bare machine to a table: dense, Robust Bird (weights, channels), Flying Bird and Flying Bird+ on scikit-learn's
-# digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method solves the digits.
-#   bash scripts/quickstart.sh       OMP_NUM_THREADS=2 is what the table in the README was made with; others change it a little
-# Run it again and finished runs are read, not repeated; delete runs/quickstart to train anew.
+# From a bare machine to a table: dense, Robust Bird (weights, channels), Flying Bird and Flying Bird+
+# on scikit-learn's digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method
+# solves the digits.
+#   bash scripts/quickstart.sh       OMP_NUM_THREADS=2 made the table in the README
+# A second call reads finished runs; delete runs/quickstart to train again.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 [ $# = 0 ] || { echo "error: scripts/quickstart.sh takes nothing but --help, not '$*'" >&2; exit 2; }
