@@ -1,11 +1,12 @@
-import io
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from tables import plan
 
 from tests import toy
+from utils.errors import InputError
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.applied import load_data_for
 from utils.settings.command_line import parse_settings
@@ -123,74 +124,32 @@ def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.fixture
-def run_plan(monkeypatch, capsys):
-    """Run scripts/plan.py in this process on some commands."""
-    command = toy.Command("plan", monkeypatch, capsys)
-
-    def run(lines, *flags):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        return command(*flags)
-
-    return run
-
-
-def test_the_plan_knows_what_is_finished_begun_and_new(run_adv, run_plan, tmp_path):
-    common = [*toy.TOY_RUN, "--save_dir", tmp_path]
+def test_the_plan_knows_what_is_finished_begun_and_new(run_adv, capsys, tmp_path):
+    common = [*toy.TOY_RUN, "--save_dir", str(tmp_path)]
     assert run_adv(*common, "--seed", 1).code == 0
     assert run_adv(*common, "--seed", 2, "--time_limit", 0.0001).code == 75
-    lines = [
-        " ".join(map(str, ["main_adv.py", *common, "--seed", seed, "--resume"]))
-        for seed in (1, 2, 3)
-    ]
-    lines.append(
-        " ".join(
-            map(
-                str,
-                [
-                    "Robust-Bird/train_eb.py",
-                    *toy.TOY_BIRD,
-                    "--density",
-                    0.3,
-                    "--save_dir",
-                    tmp_path,
-                ],
-            )
-        )
-    )
-    result = run_plan(lines, "--jobs", "2")
-    assert result.code == 0, result.err
-    rows = [line.split("\t") for line in result.out.splitlines()]
-    assert [row[:2] for row in rows] == [
-        ["0", "finished"],
-        ["1", "begun"],
-        ["2", "new"],
-        ["3", "new"],
-    ]
-    assert Path(rows[0][2]).is_dir()
-    assert not Path(rows[2][2]).exists()
-    table = result.err.splitlines()
+    runs = [["main_adv.py", *common, "--seed", seed, "--resume"] for seed in "123"]
+    bird = [*toy.TOY_BIRD, "--density", "0.3", "--save_dir", str(tmp_path)]
+    states = plan([*runs, ["Robust-Bird/train_eb.py", *bird]], jobs=2)
+    assert [state for state, _ in states] == ["finished", "begun", "new", "new"]
+    assert Path(states[0][1]).is_dir()
+    assert not Path(states[2][1]).exists()
+    table = capsys.readouterr().err.splitlines()
     assert table[0].endswith("finished")
     assert "about" in table[2]
     assert table[-1].startswith("3 of 4 runs to train, about")
 
 
-def test_a_plan_of_finished_runs_measures_nothing(run_adv, run_plan, tmp_path):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
-    result = run_plan([" ".join(map(str, ["main_adv.py", *toy.TOY_RUN, "--save_dir", tmp_path]))])
-    assert result.err.splitlines()[-1] == "0 of 1 runs to train"
+def test_a_plan_of_finished_runs_measures_nothing(run_adv, capsys, tmp_path):
+    run = [*toy.TOY_RUN, "--save_dir", str(tmp_path)]
+    assert run_adv(*run).code == 0
+    plan([["main_adv.py", *run]], jobs=1)
+    assert capsys.readouterr().err.splitlines()[-1] == "0 of 1 runs to train"
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("main_adv.py --densty 3", "unknown argument"),
-        ("train.py", "trains nothing"),
-        ("main_adv.py --density 7", "(0, 1]"),
-    ],
+    ("flags", "message"), [("--densty 3", "unknown argument"), ("--density 7", "(0, 1]")]
 )
-def test_bad_commands_are_one_line(run_plan, line, message):
-    result = run_plan([line])
-    assert result.code == 2
-    assert message in result.err
-    assert len(result.err.strip().splitlines()) == 1
+def test_a_plan_refuses_what_a_run_would_refuse(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan([["main_adv.py", *flags.split()]], jobs=1)

@@ -282,9 +282,7 @@ def test_the_scripts_in_the_table_are_those_there():
         )
     )
     sourcing = {
-        path.name
-        for path in (ROOT / "scripts").glob("*.sh")
-        if "table_begin" in path.read_text() and path.name != "table.sh"
+        path.name for path in (ROOT / "scripts").glob("*.sh") if "/tables.sh" in path.read_text()
     }
     assert named == sourcing
 

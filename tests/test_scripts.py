@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 
 from tests import toy
@@ -223,6 +224,34 @@ def test_the_benchmark_evaluates_what_it_trained(images, environment):
     assert "AutoAttack" in (Path(environment["OUT"]) / "report" / "evaluations.md").read_text()
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [("3,5", {"3", "5"}), ("", {"none"})])
+def test_runs_side_by_side_share_gpus_or_cores(gpus, seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "visible_gpus", lambda: gpus.split(",") if gpus else [])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    note = (
+        "import os, sys, time; time.sleep(0.5); e = os.environ.get; open(sys.argv[1], 'w').write("
+        "e('CUDA_VISIBLE_DEVICES', 'none') + ' ' + e('OMP_NUM_THREADS', 'none'))"
+    )
+    names = [str(tmp_path / name) for name in "abcd"]
+    assert tables.run_all({name: ["-c", note, name] for name in names}, jobs=2) == []
+    found = [Path(name).read_text().split() for name in names]
+    assert {gpu for gpu, _ in found} == seen
+    assert {threads for _, threads in found} == {"none" if gpus else "4"}
+
+
+def test_failures_keep_their_exit_codes_and_a_time_limit_starts_nothing_more(tmp_path, capsys):
+    ends = {str(code): ["-c", f"raise SystemExit({code})"] for code in (3, 0, 2)}
+    killed = {"killed": ["-c", "import os; os.kill(os.getpid(), 9)"]}
+    assert tables.run_all(ends | killed, jobs=1) == [(3, "3"), (2, "2"), (137, "killed")]
+    later = {"later": ["-c", f"open({str(tmp_path / 'begun')!r}, 'w')"]}
+    with pytest.raises(SystemExit, match="75"):
+        tables.run_all({"late": ["-c", "raise SystemExit(75)"]} | later, jobs=1)
+    assert "75  late" in capsys.readouterr().err
+    assert not (tmp_path / "begun").exists()
+
+
 SBATCH = """#!/usr/bin/env bash
 # Does at once what a cluster would do later: a task for each number, in order.
 echo "$*" >> "$CALLS"
@@ -286,7 +315,7 @@ def test_a_cluster_gets_an_array_job_and_a_report(images, environment, tmp_path)
         ),
         (["digits"], {"EPOCHS": "two"}, "EPOCHS is a number"),
         (["digits", "--densty", "2"], {}, "did you mean --density"),
-        (["digits"], {"JOBS": "0"}, "--jobs must be at least 1"),
+        (["digits"], {"JOBS": "0"}, "JOBS must be at least 1"),
     ],
 )
 def test_bad_calls_are_one_line(environment, arguments, variables, message):
@@ -316,13 +345,13 @@ def test_help_is_what_stands_at_the_top(environment):
     assert result.returncode == 0
     assert "Fig. 1" in result.stdout
     assert "JOBS=1" in result.stdout
-    assert "table_begin" not in result.stdout
+    assert "tables.sh" not in result.stdout
 
 
 SHELL = sorted(
     str(path.relative_to(ROOT))
     for path in ROOT.glob("*/*.sh")
-    if path.stem not in ("table", "help")
+    if path.stem not in ("tables", "help")
 )
 
 
@@ -344,7 +373,7 @@ def test_help_starts_nothing(name, environment):
 def test_a_variable_of_another_name_is_told(environment):
     result = script("fb", "digits", environment, PLAN=1, SMOKE=1, EPOCH=2)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("note: EPOCH is not looked at; did you mean EPOCHS?\n")
+    assert result.stderr.startswith("note: EPOCH is ignored; did you mean EPOCHS?\n")
     assert "note: " not in script("fb", "digits", environment, PLAN=1, SMOKE=1).stderr
 
 
