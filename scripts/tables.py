@@ -34,6 +34,8 @@ from data.guess import guess_data_set
 from utils.errors import InputError, require, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+_MODES = ("--plan", "--task", "--report")  # of the processes that a call starts
+_TABLES = "table1 architectures baselines fig1 benchmark dense rb fb fbp".split()
 _STOPS = (75, 130, 143)  # exit codes of a run that was asked to stop; then all stop
 _BIRD = "Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd --arch {arch} --seed {seed} --pruning"
 _FLYING = "main_adv.py --arch {arch} --seed {seed} --density {density}"
@@ -336,7 +338,12 @@ def finish(call: Call, folders: list[str], failed: list[tuple[int, str]], jobs: 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    mode = arguments.pop(0) if arguments[0].startswith("--") else ""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    mode = arguments.pop(0) if arguments[:1] and arguments[0] in _MODES else ""
+    named = len(arguments) >= 2 and arguments[0] in _TABLES
+    require(named, "tables.py is called by the scripts of tables, as bash scripts/table1.sh DATA")
     call = read_call(*arguments)
     runs = commands(call)
     if mode == "--plan":
