@@ -10,7 +10,7 @@ from torch import nn
 from sparse_core import Masking, MaskingConfig
 from tests import toy
 from utils.training.averages import EpochAverage, ExponentialAverage
-from utils.training.losses import LOSSES
+from utils.training.losses import LOSSES, Options
 from utils.training.weight_perturbation import perturbed_weights
 
 
@@ -37,7 +37,7 @@ def by_hand(a, b):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_is_of_the_attacked_images_and_smoothed(smoothing):
     loss, logits = LOSSES["ce"].compute(
-        two_layers(), CLEAN, ATTACKED, Y, beta=0.0, label_smoothing=smoothing
+        two_layers(), CLEAN, ATTACKED, Y, Options(label_smoothing=smoothing)
     )
     p = by_hand(0.5, 0.75)
     expected = -(1 - smoothing / 2) * math.log(p[0]) - smoothing / 2 * math.log(p[1])
@@ -46,9 +46,7 @@ def test_cross_entropy_is_of_the_attacked_images_and_smoothed(smoothing):
 
 
 def test_trades_is_the_clean_loss_and_the_divergence():
-    loss, _ = LOSSES["trades"].compute(
-        two_layers(), CLEAN, ATTACKED, Y, beta=6.0, label_smoothing=0.0
-    )
+    loss, _ = LOSSES["trades"].compute(two_layers(), CLEAN, ATTACKED, Y, Options(beta=6.0))
     p, q = by_hand(1.0, 1.5), by_hand(0.5, 0.75)
     divergence = sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
     assert loss.item() == pytest.approx(-math.log(p[0]) + 6 * divergence, abs=1e-12)
@@ -65,8 +63,8 @@ def test_gradients_of_the_losses_are_those_of_finite_differences(name):
         def network(images):
             return torch.func.functional_call(model, {"0.weight": weight}, images)
 
-        options = {"beta": LOSSES[name].beta or 0.0, "label_smoothing": 0.1}
-        return LOSSES[name].compute(network, x, x_adv, y, **options)[0]
+        options = Options(LOSSES[name].beta or 0.0, label_smoothing=0.1)
+        return LOSSES[name].compute(network, x, x_adv, y, options)[0]
 
     assert torch.autograd.gradcheck(loss, (model[0].weight.detach().clone().requires_grad_(),))
 

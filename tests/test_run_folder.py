@@ -151,7 +151,16 @@ def test_one_process_at_a_time_trains_in_a_folder(folder):
         pass
     with RunFolder.create(folder.paths, {"a": 2}).settled():
         assert json.loads(folder.paths.config.read_text()) == {"a": 2}
-    assert not folder.paths.lock.exists()
+
+
+def test_a_released_lock_is_the_file_that_others_wait_for(folder):
+    """A lock file that was removed and made again would let two processes in."""
+    before = folder.paths.lock.stat().st_ino
+    with folder.settled():
+        pass
+    with RunFolder.create(folder.paths, {}).settled():
+        assert folder.paths.lock.stat().st_ino == before
+    assert folder.paths.lock.stat().st_ino == before
 
 
 def test_a_killed_process_leaves_its_folder_unlocked(tmp_path):

@@ -25,7 +25,7 @@ TOY_RUN = (
 ).split()
 # What a finished run leaves.
 RUN_FILES = (
-    "config.json metrics.jsonl result.log checkpoint.pth.tar checkpoint_previous.pth.tar"
+    "config.json metrics.jsonl result.log run.lock checkpoint.pth.tar checkpoint_previous.pth.tar"
     " model_RA_best.pth.tar model_SA_best.pth.tar net_train.png summary.json"
 ).split()
 # Robust Bird on the same: a ticket emerges (at the second epoch, any masks agree) and is trained

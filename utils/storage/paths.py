@@ -26,8 +26,8 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains here; a killed one leaves it, unlocked."""
-        return self.root / ".lock"
+        """Held by the process that trains here. It stays: removing it would let two in."""
+        return self.root / "run.lock"
 
     @property
     def checkpoint(self) -> Path:

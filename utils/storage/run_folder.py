@@ -94,7 +94,7 @@ class RunFolder:
             paths.root.mkdir(parents=True, exist_ok=True)
             lock = _locked(paths)
             if stamps not in (None, paths.stamps()):
-                _unlock(lock)
+                lock.release()
                 raise InputError(
                     f"another process has trained in {paths.root} in the meantime; --resume goes on"
                     " from there"
@@ -201,7 +201,7 @@ class RunFolder:
                     self._close_events()
                 finally:
                     if self._lock is not None:
-                        _unlock(self._lock)
+                        self._lock.release()
 
     def _close_events(self) -> None:
         if self._events is not None:
@@ -242,13 +242,6 @@ def _locked(paths: RunPaths) -> FileLock:
         return locked(paths.lock, timeout=0)
     except Timeout:
         raise InputError(f"another process is training in {paths.root}") from None
-
-
-def _unlock(lock: FileLock) -> None:
-    # Unlinked before it is released: a process that then gets the old file sees that it is gone.
-    if lock.is_locked:
-        Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
 
 
 def refuse_locked(paths: RunPaths) -> None:

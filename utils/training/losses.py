@@ -1,10 +1,9 @@
-"""Losses of adversarial training: what an update descends, and what its attack ascends."""
+"""Losses of adversarial training, which an update descends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,19 +11,17 @@ from torch import Tensor
 Network = Callable[[Tensor], Tensor]
 
 
-class Compute(Protocol):
-    """Mean loss over a batch, and the logits of the attacked images."""
+@dataclass(frozen=True)
+class Options:
+    """Settings of a loss: the weight of its robust term, and the smoothing of its labels."""
 
-    def __call__(
-        self,
-        network: Network,
-        images: Tensor,
-        attacked: Tensor,
-        y: Tensor,
-        *,
-        beta: float,
-        label_smoothing: float,
-    ) -> tuple[Tensor, Tensor]: ...
+    beta: float = 0.0
+    label_smoothing: float = 0.0
+
+
+# Network, images [N, C, H, W], the same attacked, labels [N], options -> the mean loss over the
+# batch, and the logits of the attacked images.
+Compute = Callable[[Network, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,46 +29,26 @@ class TrainLoss:
     """A loss to train by; ``LOSSES`` names them, and a custom one is added there.
 
     Attributes:
-        compute: the loss (``Compute``); ``network`` maps images ``[N, C, H, W]`` to logits.
+        compute: the loss.
         reference: where it comes from.
-        attack_loss: what the attack ascends, one of ``utils.attacks.LOSSES``.
-        attack_start: the attack's random start, one of ``utils.attacks.STARTS``.
-        attack_training: whether the attack runs in train mode.
-        clean_passes: forward and backward passes on clean images that an update adds.
         beta: the default weight of its robust term; None without one.
     """
 
     compute: Compute
     reference: str
-    attack_loss: str = "ce"
-    attack_start: str = "uniform"
-    attack_training: bool = True
-    clean_passes: int = 0
     beta: float | None = None
 
 
 def cross_entropy(
-    network: Network,
-    images: Tensor,
-    attacked: Tensor,
-    y: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float,
+    network: Network, images: Tensor, attacked: Tensor, y: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the attacked images."""
     logits = network(attacked)
-    return F.cross_entropy(logits, y, label_smoothing=label_smoothing), logits
+    return F.cross_entropy(logits, y, label_smoothing=options.label_smoothing), logits
 
 
 def trades(
-    network: Network,
-    images: Tensor,
-    attacked: Tensor,
-    y: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float,
+    network: Network, images: Tensor, attacked: Tensor, y: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """CE(p(x), y) + beta KL(p(x) || p(x')): accuracy on clean images against stability around them.
 
@@ -79,8 +56,8 @@ def trades(
     so that batch norm sees each by itself.
     """
     clean, logits = network(images), network(attacked)
-    loss = F.cross_entropy(clean, y, label_smoothing=label_smoothing)
-    return loss + beta * kl_divergence(logits, clean).mean(), logits
+    loss = F.cross_entropy(clean, y, label_smoothing=options.label_smoothing)
+    return loss + options.beta * kl_divergence(logits, clean).mean(), logits
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -91,13 +68,5 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
 
 LOSSES = {
     "ce": TrainLoss(cross_entropy, "Madry et al., 2018"),
-    "trades": TrainLoss(
-        trades,
-        "Zhang et al., 2019",
-        attack_loss="kl",
-        attack_start="gaussian",
-        attack_training=False,
-        clean_passes=1,
-        beta=6.0,
-    ),
+    "trades": TrainLoss(trades, "Zhang et al., 2019", beta=6.0),
 }
