@@ -21,8 +21,8 @@ from utils.evaluation.explain import captum_methods, explain
 from utils.execution.hardware import full_precision
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import OneLineParser, parse_settings
-from utils.settings.common import only
 from utils.settings.device import pick_device
+from utils.settings.rules import refuse_flags
 from utils.storage.files import json_bytes, writable_folder, write_atomically, write_figure
 from utils.storage.provenance import environment
 
@@ -136,7 +136,7 @@ def _read(command_line: Sequence[str]) -> tuple[Path, argparse.Namespace, Advers
     settings = parse_settings(
         AdversarialSettings, ["--eval", "--pretrained", *rest], parser.description or "", stored
     )
-    only(frozenset(given), _IDLE, False, "explain.py")
+    refuse_flags(given, _IDLE, "explain.py")
     require(
         settings.pretrained == rest[0],
         "--pretrained has no effect with explain.py, whose first argument is the checkpoint",

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.errors import run_command
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import OneLineParser
-from utils.settings.common import GROUPS, CommonSettings, allowed
+from utils.settings.common import CommonSettings
+from utils.settings.flags import GROUPS, allowed
 from utils.settings.robust_bird import EarlyBirdSettings
 
 _HEAD = """# Flags

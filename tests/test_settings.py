@@ -164,8 +164,6 @@ def test_fractions_of_the_run():
         ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),
         ("--data somewhere", "is no folder, and names no data set; --dataset says which it is"),
         ("--image_size 16", "not decoded from a folder"),
-        ("--dataset cifar10 --cache_dir x", "not decoded from a folder"),
-        ("--arch resnet18 --depth_factor 28", "only with wideresnet"),
         ("--arch wideresnet --width 0.5", "--width_factor"),
         ("--device cpu --gpu 0", "no effect with --device cpu"),
         ("--epochs 0", "at least 1"),
@@ -179,9 +177,6 @@ def test_fractions_of_the_run():
         ("--time_limit -1", "positive"),
         ("--fbp --growth_ratio nan", "finite"),
         ("--resume_dir x --save_dir y", "names the folder itself"),
-        ("--train_step 0 --train_gamma 5", "--train_step 0"),
-        ("--train_step 0 --attack_mode eval", "--train_step 0"),
-        ("--test_step 0 --test_gamma 5", "--test_step 0"),
         ("--eval --pretrained x --eval_attack autoattack --train_subset 5", "test images alone"),
         ("--lr 0", "positive"),
         ("--train_eps -1", "negative"),
@@ -191,7 +186,6 @@ def test_fractions_of_the_run():
         ("--pretrained x", "add --eval"),
         ("--eval_attack cw", "add --eval"),
         ("--eval --pretrained x --save_dir y", "no effect with --eval"),
-        ("--eval --pretrained x --tensorboard", "no effect with --eval"),
         ("--eval --pretrained x --lr 0.2", "no effect with --eval"),
         ("--eval --pretrained x --eval_attack autoattack --test_step 5", "its own steps"),
     ],
@@ -367,28 +361,56 @@ def test_epochs_of_two_stages(kind):
         parse_settings(kind, ["--epochs", "5"], "", lambda given: {})
 
 
-def test_what_is_left_aside_is_said_and_does_not_change_the_run():
-    for line, name in (
-        ("--density 0.3", "--density 0.3"),
-        ("--density 0.2", "--density 0.2"),
-        ("--dataset digits --data x", "--data x"),
-    ):
-        settings = parse(f"{line} --decreasing_lr 9")
-        (note,) = settings.notes
-        assert note.startswith(f"{name} has no effect: ")
-        assert cautions(settings, 352) == [note]
-        assert settings == parse("--decreasing_lr 9")
-        assert settings.run_name() == parse("--decreasing_lr 9").run_name()
+@pytest.mark.parametrize(
+    ("line", "idle"),
+    [
+        ("", "--density 0.3"),
+        ("", "--density 0.2"),
+        ("--dataset digits", "--data x"),
+        ("--dataset cifar10", "--cache_dir x"),
+        ("--arch resnet18", "--depth_factor 28"),
+        ("--train_step 0", "--train_gamma 5"),
+        ("--train_step 0", "--attack_mode eval"),
+        ("--test_step 0", "--test_gamma 5"),
+    ],
+)
+def test_what_is_left_aside_is_said_and_does_not_change_the_run(line, idle):
+    settings, plain = parse(f"{line} {idle} --decreasing_lr 9"), parse(f"{line} --decreasing_lr 9")
+    (note,) = settings.notes
+    assert note.startswith(f"{idle.split()[0]} has no effect with ")
+    assert cautions(settings, 352) == [note, *cautions(plain, 352)]
+    assert settings == plain
+    assert settings.run_name() == plain.run_name()
+
+
+def test_what_takes_effect_is_not_left_aside():
     assert not parse("--fb --density 0.3").notes
     assert not parse("--dataset cifar10 --data x").notes
-    bird = parse_settings(
-        EarlyBirdSettings, "--dataset digits --data x".split(), "", lambda given: {}
+    assert not parse("--arch wideresnet --depth_factor 28").notes
+
+
+def test_a_flag_left_aside_leaves_the_checkpoint_as_it_is():
+    """It is not the default that counts then, but what the checkpoint says."""
+    stored = {"dataset": "digits", "data": "theirs", "epochs": 3, "train_step": 0, "fb": False}
+    settings = parse_settings(
+        AdversarialSettings,
+        "--resume_dir run --data x --train_gamma 5".split(),
+        "",
+        lambda given: stored | {"train_gamma": 3.0},
     )
-    assert (
-        bird.cautions()[0]
-        == bird.notes[0]
-        == "--data x has no effect: --dataset digits needs no folder"
+    assert (settings.data, settings.train_gamma) == ("theirs", 3.0)
+    assert len(settings.notes) == 2
+
+
+def test_an_evaluation_leaves_flags_of_training_aside():
+    settings = parse_settings(
+        AdversarialSettings,
+        "--eval --pretrained x --tensorboard --print_freq 5".split(),
+        "",
+        lambda given: {},
     )
+    assert not settings.tensorboard
+    assert [note.split()[0] for note in settings.notes] == ["--print_freq", "--tensorboard"]
 
 
 def test_a_flag_is_named_in_one_spelling():

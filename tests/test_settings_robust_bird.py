@@ -76,7 +76,6 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--eb_window 0", "at least 1"),
         ("--eb_tolerance 1.5", r"\[0, 1\]"),
         ("--eb_tolerance nan", "finite"),
-        ("--channel_floor 0.1", "no effect with --pruning unstructured"),
         ("--pruning channel --channel_floor 0.3", r"lies in \[0, --density 0.2\]"),
         ("--epochs1 0", "at least 1"),
         ("--epochs1 3 --eb_window 4", "no ticket could emerge"),
@@ -92,8 +91,6 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--stage1 fast --epochs1 4 --epochs2 1 --decreasing_lr 2", "past the end of 1 epochs"),
         ("--epochs1 2 --stage2 fast --epochs2 21 --decreasing_lr 20", "past the end of 2 epochs"),
         ("--epochs1 4 --eb_tolerance 0.1", "no ticket could emerge"),
-        ("--eb_window 1 --eb_tolerance 0.1", "compares nothing"),
-        ("--pruning channel --density 1 --channel_floor 0.5", "removes nothing"),
         ("--decreasing_lr 20,10", "must not fall"),
         ("--fb", "unknown argument"),
         ("--eval", "unknown argument"),
@@ -194,3 +191,19 @@ def test_the_name_covers_what_changes_the_result_and_nothing_else(tmp_path):
     names = [parse(f"--stage1_pretrained {tmp_path / name}").run_name() for name in "abc"]
     assert names[0] == names[1] != names[2]
     assert len({*names, base}) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "idle"),
+    [
+        ("", "--channel_floor 0.1"),
+        ("--pruning channel --density 1", "--channel_floor 0.5"),
+        ("--eb_window 1", "--eb_tolerance 0.1"),
+        ("--dataset digits", "--data x"),
+    ],
+)
+def test_what_is_left_aside_is_said_and_does_not_change_the_run(line, idle):
+    settings, plain = parse(f"{line} {idle}"), parse(line)
+    assert settings.cautions()[0] == settings.notes[0]
+    assert settings.notes[0].startswith(f"{idle.split()[0]} has no effect with ")
+    assert settings == plain

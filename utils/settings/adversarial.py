@@ -9,27 +9,109 @@ from typing import Any, ClassVar
 
 from sparse_core import GROWTHS, SCHEDULES, SPARSE_INITS, MaskingConfig, update_is_due
 from utils.errors import require
-from utils.settings.common import CommonSettings, epoch_number, flag, only
+from utils.settings.common import COMMON_RULES, CommonSettings
+from utils.settings.flags import epoch_number, flag
+from utils.settings.rules import Rule
 from utils.training.schedule import Plan
 
 DENSE = "dense"  # the method without masks
 
 _MOVING_MASK = (
     "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre"
-    " second_frequency".split()
+    " second_frequency"
 )
-_ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio".split()
-_ANY_MASK = ["density", "sparse_init", *_MOVING_MASK, *_ADAPTIVE]
-_TRAINING_ONLY = (
-    "resume resume_dir save_dir print_freq save_every save_minutes precision compile eval_every"
-    " test_every tensorboard".split()
-)
+_ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio"
 EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
 # Settings of a run that describe how a network came about; --eval may repeat them and not change
 # them.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm".split()
 _EVALUATION += "test_eps test_step test_gamma test_randinit".split()
+
+
+def _dense(s: AdversarialSettings) -> bool:
+    return not s.eval and s.method == DENSE
+
+
+_METHOD_RULES = (
+    Rule("", lambda s: s.reset, "--reset has no meaning in the paper's method; leave it out"),
+    Rule("", lambda s: s.fb and s.fbp, "--fb and --fbp are two methods; choose one"),
+    Rule("", lambda s: s.fbp and s.fix, "--fbp adapts the masks and --fix keeps them; choose one"),
+)
+_EVALUATION_RULES = (
+    Rule("", lambda s: s.eval and s.pretrained is None, "--eval needs --pretrained FILE"),
+    Rule("resume resume_dir save_dir precision", lambda s: s.eval, "--eval"),
+    Rule(
+        "print_freq save_every save_minutes compile eval_every test_every tensorboard",
+        lambda s: s.eval,
+        "--eval",
+        True,
+    ),
+    Rule("", lambda s: s.restarts < 1, "--restarts must be at least 1, not {s.restarts}"),
+    Rule(
+        "",
+        lambda s: s.eval and s.restarts > 1 and not s.test_randinit,
+        "--restarts has no effect with --no-test_randinit: all starts are the same",
+    ),
+    Rule(
+        "restarts source",
+        lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
+        "--eval_attack {s.eval_attack}, which has attacks of its own",
+    ),
+    Rule(
+        "train_subset",
+        lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
+        "--eval_attack {s.eval_attack}, which looks at test images alone",
+    ),
+    Rule(
+        "train_subset",
+        lambda s: s.eval and s.source is not None,
+        "--source, which looks at test images alone",
+    ),
+    Rule(
+        "test_step test_gamma test_randinit",
+        lambda s: s.eval and s.eval_attack == "autoattack",
+        "--eval_attack autoattack, which has its own steps",
+    ),
+    Rule(
+        "test_step",
+        lambda s: s.eval and s.eval_attack == "masking",
+        "--eval_attack masking, which tries several",
+    ),
+)
+_TRAINING_RULES = (
+    Rule(
+        "pretrained eval_attack restarts source eval_dir",
+        lambda s: not s.eval,
+        "training; add --eval",
+    ),
+    Rule("density", _dense, "a dense run, which has no masks; see --fb, --fbp and --fix", True),
+    Rule(
+        f"sparse_init {_MOVING_MASK} {_ADAPTIVE}",
+        _dense,
+        "a dense run, which has no masks; see --fb, --fbp and --fix",
+    ),
+    Rule(_MOVING_MASK, lambda s: not s.eval and s.fix, "--fix, whose masks do not move"),
+    Rule(
+        _ADAPTIVE, lambda s: not s.eval and not s.fbp, "this method; only --fbp adapts the density"
+    ),
+    Rule("second_frequency", lambda s: not s.eval and not s.dynamic_fre, "no --dynamic_fre"),
+    Rule(
+        "",
+        lambda s: not s.eval and s.growth == "momentum" and not s.momentum,
+        "--growth momentum has no effect with --momentum 0",
+    ),
+    Rule(
+        "",
+        lambda s: not s.eval and s.fbp and s.eval_every > 1,
+        "--fbp looks at the validation of every epoch, so --eval_every must stay 1",
+    ),
+    Rule(
+        "",
+        lambda s: not s.eval and s.method != DENSE and s.density == 1,
+        "--density 1 leaves nothing to prune, so --fb, --fbp or --fix could not take effect",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -46,86 +128,72 @@ class AdversarialSettings(CommonSettings):
         "python main_adv.py --eval --pretrained runs/RUN/model_RA_best.pth.tar",
     )
     may_grow: ClassVar[frozenset[str]] = frozenset({"epochs"})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *_METHOD_RULES,
+        *_EVALUATION_RULES,
+        *COMMON_RULES,
+        *_TRAINING_RULES,
+    )
 
     # run
-    eval: bool = flag(
-        False, "evaluation", "evaluate --pretrained instead of training", result=False
+    eval: bool = flag.evaluation(False, "evaluate --pretrained instead of training")
+    pretrained: str | None = flag.evaluation(
+        None, "checkpoint for --eval, ours or the paper's", metavar="FILE"
     )
-    pretrained: str | None = flag(
-        None,
-        "evaluation",
-        "checkpoint for --eval, ours or the paper's",
-        result=False,
-        metavar="FILE",
-    )
-    eval_attack: str = flag(
+    eval_attack: str = flag.evaluation(
         "pgd",
-        "evaluation",
         "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or signs of gradient masking",
         choices=EVAL_ATTACKS,
-        result=False,
     )
-    restarts: int = flag(
-        1,
-        "evaluation",
-        "random starts of --eval's attack; an image counts that withstands them all",
-        result=False,
+    restarts: int = flag.evaluation(
+        1, "random starts of --eval's attack; an image counts that withstands them all"
     )
-    source: str | None = flag(
+    source: str | None = flag.evaluation(
+        None, "checkpoint on which --eval crafts its images instead (transfer)", metavar="FILE"
+    )
+    eval_dir: str | None = flag.evaluation(
         None,
-        "evaluation",
-        "checkpoint on which --eval crafts its images instead (transfer)",
-        result=False,
-        metavar="FILE",
-    )
-    eval_dir: str | None = flag(
-        None,
-        "evaluation",
         "where --eval keeps its results (default: evaluations/ beside the checkpoint)",
-        result=False,
         metavar="DIR",
     )
     # training
-    epochs: int = flag(200, "training", "epochs of the run", metavar="EPOCHS")
+    epochs: int = flag.training(200, "epochs of the run", metavar="EPOCHS")
     # sparsity
-    fb: bool = flag(False, "sparsity", "Flying Bird: prune and regrow at one density")
-    fbp: bool = flag(False, "sparsity", "Flying Bird+: the density adapts too")
-    fix: bool = flag(False, "sparsity", "static sparsity: the first masks stay")
-    density: float = flag(0.2, "sparsity", "kept fraction of convolution and linear weights")
-    sparse_init: str = flag(
-        "igq", "sparsity", "how the first masks are chosen", choices=SPARSE_INITS
+    fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at one density")
+    fbp: bool = flag.sparsity(False, "Flying Bird+: the density adapts too")
+    fix: bool = flag.sparsity(False, "static sparsity: the first masks stay")
+    density: float = flag.sparsity(0.2, "kept fraction of convolution and linear weights")
+    sparse_init: str = flag.sparsity("igq", "how the first masks are chosen", choices=SPARSE_INITS)
+    growth: str = flag.sparsity("random", "which dead weights grow", choices=GROWTHS)
+    death: str = flag.sparsity(
+        "magnitude", "which live weights are dropped", choices=("magnitude",)
     )
-    growth: str = flag("random", "sparsity", "which dead weights grow", choices=GROWTHS)
-    death: str = flag(
-        "magnitude", "sparsity", "which live weights are dropped", choices=("magnitude",)
+    redistribution: str = flag.sparsity("none", "of weights between layers", choices=("none",))
+    reset: bool = flag.sparsity(False, "refused: it has no meaning in the paper's method")
+    death_rate: float = flag.sparsity(0.5, "fraction of live weights dropped at the first update")
+    decay_schedule: str = flag.sparsity("cosine", "of the dropped fraction", choices=SCHEDULES)
+    update_frequency: int = flag.sparsity(900, "steps between mask updates", metavar="STEPS")
+    dynamic_fre: bool = flag.sparsity(False, "use --second_frequency in the second half of the run")
+    second_frequency: int = flag.sparsity(
+        1200, "steps between mask updates in the second half", metavar="STEPS"
     )
-    redistribution: str = flag("none", "sparsity", "of weights between layers", choices=("none",))
-    reset: bool = flag(False, "sparsity", "refused: it has no meaning in the paper's method")
-    death_rate: float = flag(
-        0.5, "sparsity", "fraction of live weights dropped at the first update"
-    )
-    decay_schedule: str = flag("cosine", "sparsity", "of the dropped fraction", choices=SCHEDULES)
-    update_frequency: int = flag(900, "sparsity", "steps between mask updates", metavar="STEPS")
-    dynamic_fre: bool = flag(
-        False, "sparsity", "use --second_frequency in the second half of the run"
-    )
-    second_frequency: int = flag(
-        1200, "sparsity", "steps between mask updates in the second half", metavar="STEPS"
-    )
-    dynamic_epoch: str = flag(
+    dynamic_epoch: str = flag.sparsity(
         "100",
-        "sparsity",
         "first epoch at which Flying Bird+ adapts; a fraction of the run too",
         metavar="EPOCH",
     )
-    epoch_range: int = flag(
-        4, "sparsity", "epoch-to-epoch differences that Flying Bird+ looks at", metavar="EPOCHS"
+    epoch_range: int = flag.sparsity(
+        4, "epoch-to-epoch differences that Flying Bird+ looks at", metavar="EPOCHS"
     )
-    update_threshold: float = flag(0.5, "sparsity", "fraction of them that makes a verdict")
-    prune_ratio: float = flag(
-        0.4, "sparsity", "size of Flying Bird+'s extra prune, of the dropped fraction"
+    update_threshold: float = flag.sparsity(0.5, "fraction of them that makes a verdict")
+    prune_ratio: float = flag.sparsity(
+        0.4, "size of Flying Bird+'s extra prune, of the dropped fraction"
     )
-    growth_ratio: float = flag(0.05, "sparsity", "size of its extra growth, of the grown weights")
+    growth_ratio: float = flag.sparsity(0.05, "size of its extra growth, of the grown weights")
+
+    @property
+    def evaluates(self) -> bool:  # type: ignore[override]
+        return self.eval
 
     @property
     def method(self) -> str:
@@ -205,90 +273,27 @@ class AdversarialSettings(CommonSettings):
         self.check_milestones(self.epochs)
         require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
 
-    def idle(self, given: frozenset[str]) -> dict[str, str]:
-        dense = not self.eval and self.method == DENSE and "density" in given
-        return {
-            **super().idle(given),
-            **({"density": "a dense run has no masks; see --fb, --fbp and --fix"} if dense else {}),
-        }
-
     def refuse_idle(self, given: frozenset[str]) -> None:
-        require(not self.reset, "--reset has no meaning in the paper's method; leave it out")
-        require(self.fb + self.fbp < 2, "--fb and --fbp are two methods; choose one")
-        require(
-            not (self.fbp and self.fix), "--fbp adapts the masks and --fix keeps them; choose one"
-        )
-        if self.eval:
-            self._refuse_idle_in_evaluation(given)
-            # What the checkpoint says of its training was compared with it and is no request.
-            given -= {"train_gamma", "attack_mode"}
-        super().refuse_idle(given)
+        # What the checkpoint says of its training was compared with it and is no request.
+        super().refuse_idle(given - {"train_gamma", "attack_mode"} if self.eval else given)
         if not self.eval:
-            self._refuse_idle_in_training(given)
+            if "decreasing_lr" in given:
+                self.refuse_late_milestones(self.epochs)
+            if self.fbp:
+                self._refuse_late_adaptation()
 
-    def _refuse_idle_in_evaluation(self, given: frozenset[str]) -> None:
-        require(self.pretrained is not None, "--eval needs --pretrained FILE")
-        only(given, _TRAINING_ONLY, False, "--eval")
-        require(self.restarts >= 1, f"--restarts must be at least 1, not {self.restarts}")
-        require(
-            self.restarts == 1 or self.test_randinit,
-            "--restarts has no effect with --no-test_randinit: all starts are the same",
+    def _refuse_late_adaptation(self) -> None:
+        first = self.first_adaptive_epoch
+        late = (
+            f"--fbp adapts from --dynamic_epoch {self.dynamic_epoch} on, past the end of"
+            f" {self.epochs} epochs; 0.5 is half of them"
         )
-        named = f"--eval_attack {self.eval_attack}"
-        if self.eval_attack in ("autoattack", "masking"):
-            only(given, ["restarts", "source"], False, f"{named}, which has attacks of its own")
-            only(given, ["train_subset"], False, f"{named}, which looks at test images alone")
-        if self.source is not None:
-            only(given, ["train_subset"], False, "--source, which looks at test images alone")
-        if self.eval_attack == "autoattack":
-            only(
-                given,
-                ["test_step", "test_gamma", "test_randinit"],
-                False,
-                f"{named}, which has its own steps",
-            )
-        if self.eval_attack == "masking":
-            only(given, ["test_step"], False, f"{named}, which tries several")
-
-    def _refuse_idle_in_training(self, given: frozenset[str]) -> None:
-        only(
-            given,
-            ["pretrained", "eval_attack", "restarts", "source", "eval_dir"],
-            False,
-            "training; add --eval",
-        )
-        masked = self.method != DENSE
-        only(given, _ANY_MASK, masked, "a dense run, which has no masks; see --fb, --fbp and --fix")
-        only(given, _MOVING_MASK, not self.fix, "--fix, whose masks do not move")
-        only(given, _ADAPTIVE, self.fbp, "this method; only --fbp adapts the density")
-        only(given, ["second_frequency"], self.dynamic_fre, "no --dynamic_fre")
-        require(
-            self.growth != "momentum" or self.momentum > 0,
-            "--growth momentum has no effect with --momentum 0",
-        )
-        if "decreasing_lr" in given:
-            self.refuse_late_milestones(self.epochs)
-        if self.fbp:
-            require(
-                self.eval_every == 1,
-                "--fbp looks at the validation of every epoch, so --eval_every must stay 1",
-            )
-            first = self.first_adaptive_epoch
+        if float(self.dynamic_epoch) < 1:
             late = (
-                f"--fbp adapts from --dynamic_epoch {self.dynamic_epoch} on, past the end of"
-                f" {self.epochs} epochs; 0.5 is half of them"
+                f"--dynamic_epoch {self.dynamic_epoch} of {self.epochs} epochs comes to epoch"
+                f" {first}, the end; 0.5 is earlier"
             )
-            if float(self.dynamic_epoch) < 1:
-                late = (
-                    f"--dynamic_epoch {self.dynamic_epoch} of {self.epochs} epochs comes to epoch"
-                    f" {first}, the end; 0.5 is earlier"
-                )
-            require(first < self.epochs, late)
-        flag_of_method = "--fix" if self.fix else f"--{self.method}"
-        require(
-            not masked or self.density < 1,
-            f"--density 1 leaves nothing to prune, so {flag_of_method} could not take effect",
-        )
+        require(first < self.epochs, late)
 
     def may_differ(self, name: str) -> bool:
         return self.eval and name in _EVALUATION

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from utils.errors import InputError, require
-from utils.settings.common import _IN_LEVELS, GROUPS, CommonSettings, S, allowed, settings_from
+from utils.settings.common import IN_LEVELS, CommonSettings, S, settings_from
+from utils.settings.flags import GROUPS, allowed
+from utils.settings.rules import left_aside
 
 _WIDEST = 120  # of help, in characters
 _COLUMN = 32  # at which the texts begin
@@ -152,19 +154,17 @@ def parse_settings(
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
     settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
-    _refuse_contradictions(given, stored, settings)
-    settings.refuse_wrong_units(frozenset(given))
-    idle = settings.idle(frozenset(given))
-    settings.refuse_idle(frozenset(given) - idle.keys())
-    defaults: dict[str, Any] = {
-        f.name: f.default for f in dataclasses.fields(kind) if f.name in idle
-    }
-    settings = dataclasses.replace(settings, **defaults)
+    notes = left_aside(kind.rules, settings, given)
+    used = {name: value for name, value in given.items() if name not in notes}
+    settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **used})
+    _refuse_contradictions(used, stored, settings)
+    settings.refuse_wrong_units(frozenset(used))
+    settings.refuse_idle(frozenset(used))
     # No field, which would be a flag and a part of the run's hash.
     object.__setattr__(
         settings,
         "notes",
-        tuple(f"--{name} {given[name]} has no effect: {why}" for name, why in idle.items()),
+        tuple(f"--{name} has no effect with {why}" for name, why in notes.items()),
     )
     return settings
 
@@ -224,7 +224,7 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> N
             kind_of_value = next(
                 t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None)
             )
-            options["type"] = _levels if f.name in _IN_LEVELS else kind_of_value
+            options["type"] = _levels if f.name in IN_LEVELS else kind_of_value
             options["choices"] = allowed(f) or None
             letter = {int: "N", float: "X", str: "NAME"}[kind_of_value]
             options["metavar"], text = metavar_and_text(

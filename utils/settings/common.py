@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
@@ -22,6 +21,8 @@ from models import CUSTOM_ARCHITECTURES, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs
 from utils.errors import InputError, require
 from utils.execution.hardware import PRECISIONS, best_precision
+from utils.settings.flags import epoch_number, flag, refuse_odd_values
+from utils.settings.rules import Rule, refuse
 from utils.training.schedule import Plan
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
@@ -29,44 +30,53 @@ from utils.training.schedule import Plan
 STAGE_KINDS = ("sgd", "pgd", "fast")
 _FAST_PEAK = 0.2  # highest learning rate of ``fast``
 
-
-# Groups of flags, with their headings in --help and in this order.
-GROUPS = {
-    name: name
-    for name in ("stages", "sparsity", "training", "attack", "data", "network", "evaluation")
-}
-GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
-Choices = Collection[str] | Callable[[], Collection[str]]
-
-
-def flag(
-    default: Any,
-    group: str,
-    text: str,
-    *,
-    metavar: str = "",
-    choices: Choices = (),
-    result: bool = True,
-) -> Any:
-    """A dataclass field that is also the flag ``--<field>``, spelled with ``_`` or with ``-``.
-
-    Args:
-        default: value where the flag is not given.
-        group: one of ``GROUPS``.
-        text: help line, with the unit.
-        metavar: what stands for the value in ``--help``; a letter for its type by default.
-        choices: allowed values, looked at when a command line is read: to a registry somebody may
-            have added by then.
-        result: whether it can change the outcome of a run, and so belongs to the run's hash.
-    """
-    metadata = {
-        "group": group,
-        "help": text,
-        "metavar": metavar,
-        "choices": choices,
-        "result": result,
-    }
-    return field(default=default, metadata=metadata)
+COMMON_RULES = (
+    Rule("data", lambda s: s.dataset == "digits", "--dataset digits, which needs no folder", True),
+    Rule(
+        "image_size",
+        lambda s: s.dataset not in DECODED_HERE,
+        "--dataset {s.dataset}, which is not decoded from a folder",
+    ),
+    Rule(
+        "cache_dir",
+        lambda s: s.dataset not in DECODED_HERE,
+        "--dataset {s.dataset}, which is not decoded from a folder",
+        True,
+    ),
+    Rule(
+        "depth_factor width_factor",
+        lambda s: s.arch != "wideresnet",
+        "--arch {s.arch}, only with wideresnet",
+        True,
+    ),
+    Rule("width", lambda s: s.arch == "wideresnet", "--arch wideresnet, which has --width_factor"),
+    Rule(
+        "width", lambda s: s.arch in CUSTOM_ARCHITECTURES, "--arch {s.arch}, whose size is its own"
+    ),
+    Rule("gpu", lambda s: s.device == "cpu" and s.gpu is not None, "--device cpu"),
+    Rule(
+        "",
+        lambda s: s.resume and s.resume_dir,
+        "--resume names the folder by the flags, --resume_dir by its path; choose one",
+    ),
+    Rule(
+        "save_dir",
+        lambda s: s.resume_dir is not None,
+        "--resume_dir, which names the folder itself",
+    ),
+    Rule(
+        "",
+        lambda s: s.sync_bn and s.compile == "on",
+        "--compile on cannot take a network whose batch norm talks, as with --sync_bn",
+    ),
+    Rule(
+        "train_gamma attack_mode",
+        lambda s: s.train_step == 0 and not s.evaluates,
+        "--train_step 0",
+        True,
+    ),
+    Rule("test_gamma", lambda s: s.test_step == 0, "--test_step 0", True),
+)
 
 
 @dataclass(frozen=True)
@@ -77,140 +87,99 @@ class CommonSettings:
     script: ClassVar[str]  # the script whose flags these are
     examples: ClassVar[tuple[str, ...]]  # commands, for ``--help``
     may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
+    rules: ClassVar[tuple[Rule, ...]] = COMMON_RULES
+    evaluates: ClassVar[bool] = False  # whether nothing is trained
     # of a command line: which of its flags were left aside, and why
     notes: ClassVar[tuple[str, ...]] = ()
 
     # data
-    dataset: str = flag("digits", "data", "data set", choices=SOURCES)
-    data: str = flag(
-        "data",
-        "data",
-        "folder of the data, or where torchvision downloads it",
-        result=False,
-        metavar="DIR",
+    dataset: str = flag.data("digits", "data set", choices=SOURCES)
+    data: str = flag.data(
+        "data", "folder of the data, or where torchvision downloads it", result=False, metavar="DIR"
     )
-    image_size: int | None = flag(
-        None,
-        "data",
-        "side in pixels to which image folders are resized when decoded",
-        metavar="PIXELS",
+    image_size: int | None = flag.data(
+        None, "side in pixels to which image folders are resized when decoded", metavar="PIXELS"
     )
-    train_subset: int | None = flag(
-        None, "data", "train on so many images, stratified by class", metavar="IMAGES"
+    train_subset: int | None = flag.data(
+        None, "train on so many images, stratified by class", metavar="IMAGES"
     )
-    test_subset: int | None = flag(
-        None, "data", "test on so many images, stratified by class", metavar="IMAGES"
+    test_subset: int | None = flag.data(
+        None, "test on so many images, stratified by class", metavar="IMAGES"
     )
-    cache_dir: str | None = flag(
-        None, "data", "where decoded image folders are kept", result=False, metavar="DIR"
+    cache_dir: str | None = flag.data(
+        None, "where decoded image folders are kept", result=False, metavar="DIR"
     )
     # network
-    arch: str = flag("resnet18", "network", "architecture", choices=arch_names)
-    width: float = flag(1.0, "network", "factor on all channel counts of ResNets and VGGs")
-    depth_factor: int = flag(34, "network", "depth of wideresnet")
-    width_factor: int = flag(10, "network", "widening of wideresnet")
+    arch: str = flag.network("resnet18", "architecture", choices=arch_names)
+    width: float = flag.network(1.0, "factor on all channel counts of ResNets and VGGs")
+    depth_factor: int = flag.network(34, "depth of wideresnet")
+    width_factor: int = flag.network(10, "widening of wideresnet")
     # run
-    seed: int = flag(1, "training", "seed of every draw")
-    device: str = flag(
-        "auto",
-        "hardware",
-        "auto takes a GPU if there is one",
-        choices=("auto", "cpu", "cuda"),
-        result=False,
+    seed: int = flag.training(1, "seed of every draw")
+    device: str = flag.hardware(
+        "auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
     )
-    deterministic: bool = flag(
-        False,
-        "hardware",
-        "the same bits again on one GPU, by slower kernels; a CPU always gives them",
-        result=False,
+    deterministic: bool = flag.hardware(
+        False, "the same bits again on one GPU, by slower kernels; a CPU always gives them"
     )
-    gpu: int | None = flag(None, "hardware", "number of the GPU", result=False)
-    save_dir: str = flag("runs", "files", "folder of run folders", result=False, metavar="DIR")
-    print_freq: int = flag(
-        50, "files", "steps between progress lines", result=False, metavar="STEPS"
+    gpu: int | None = flag.hardware(None, "number of the GPU")
+    save_dir: str = flag.files("runs", "folder of run folders", metavar="DIR")
+    print_freq: int = flag.files(50, "steps between progress lines", metavar="STEPS")
+    resume: bool = flag.files(False, "go on with the run folder that these flags name")
+    resume_dir: str | None = flag.files(None, "go on with this run folder", metavar="DIR")
+    save_every: int | None = flag.files(
+        None, "steps between checkpoints within an epoch", metavar="STEPS"
     )
-    resume: bool = flag(
-        False, "files", "go on with the run folder that these flags name", result=False
+    save_minutes: float = flag.files(
+        10.0, "minutes between checkpoints within an epoch", metavar="MINUTES"
     )
-    resume_dir: str | None = flag(
-        None, "files", "go on with this run folder", result=False, metavar="DIR"
+    time_limit: float | None = flag.files(
+        None, "minutes after which the run saves and leaves with exit code 75", metavar="MINUTES"
     )
-    save_every: int | None = flag(
-        None, "files", "steps between checkpoints within an epoch", result=False, metavar="STEPS"
-    )
-    save_minutes: float = flag(
-        10.0,
-        "files",
-        "minutes between checkpoints within an epoch",
-        result=False,
-        metavar="MINUTES",
-    )
-    time_limit: float | None = flag(
-        None,
-        "files",
-        "minutes after which the run saves and leaves with exit code 75",
-        result=False,
-        metavar="MINUTES",
-    )
-    tensorboard: bool = flag(
-        False,
-        "files",
-        "write events for TensorBoard too, into the run folder's tensorboard/",
-        result=False,
+    tensorboard: bool = flag.files(
+        False, "write events for TensorBoard too, into the run folder's tensorboard/"
     )
     # training
-    batch_size: int = flag(128, "training", "images a step", metavar="IMAGES")
-    lr: float = flag(0.1, "training", "learning rate at the start")
-    decreasing_lr: str = flag(
-        "100,150",
-        "training",
-        "epochs at which it is divided by 10; fractions of the run too",
-        metavar="EPOCHS",
+    batch_size: int = flag.training(128, "images a step", metavar="IMAGES")
+    lr: float = flag.training(0.1, "learning rate at the start")
+    decreasing_lr: str = flag.training(
+        "100,150", "epochs at which it is divided by 10; fractions of the run too", metavar="EPOCHS"
     )
-    momentum: float = flag(0.9, "training", "of SGD")
-    weight_decay: float = flag(5e-4, "training", "of SGD")
-    sync_bn: bool = flag(
-        False, "training", "several processes: batch norm sees the whole batch (GPUs only)"
+    momentum: float = flag.training(0.9, "of SGD")
+    weight_decay: float = flag.training(0.0005, "of SGD")
+    sync_bn: bool = flag.training(
+        False, "several processes: batch norm sees the whole batch (GPUs only)"
     )
     # speed
-    precision: str = flag(
+    precision: str = flag.hardware(
         "auto",
-        "hardware",
         "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs",
         choices=("auto", *PRECISIONS),
+        result=True,
     )
-    compile: str = flag(
-        "auto",
-        "hardware",
-        "torch.compile; auto where it pays",
-        choices=("auto", "on", "off"),
-        result=False,
+    compile: str = flag.hardware(
+        "auto", "torch.compile; auto where it pays", choices=("auto", "on", "off")
     )
-    eval_every: int = flag(
+    eval_every: int = flag.hardware(
         1,
-        "hardware",
         "epochs of the last stage between validations, among which the best models are",
         metavar="EPOCHS",
+        result=True,
     )
-    test_every: int = flag(
-        1, "hardware", "epochs of the last stage between tests", result=False, metavar="EPOCHS"
-    )
+    test_every: int = flag.hardware(1, "epochs of the last stage between tests", metavar="EPOCHS")
     # attacks
-    norm: str = flag("linf", "attack", "ball of the attacks", choices=NORMS)
-    train_eps: float = flag(8.0, "attack", "radius in training, in 1/255")
-    train_step: int = flag(10, "attack", "steps in training")
-    train_gamma: float = flag(2.0, "attack", "step size in training, in 1/255")
-    train_randinit: bool = flag(True, "attack", "random start in training")
-    attack_mode: str = flag(
-        "train",
-        "attack",
-        "mode of the network while attacked in training",
-        choices=("train", "eval"),
+    norm: str = flag.attack("linf", "ball of the attacks", choices=NORMS)
+    train_eps: float = flag.attack(8.0, "radius in training, in 1/255")
+    train_step: int = flag.attack(10, "steps in training")
+    train_gamma: float = flag.attack(2.0, "step size in training, in 1/255")
+    train_randinit: bool = flag.attack(True, "random start in training")
+    attack_mode: str = flag.attack(
+        "train", "mode of the network while attacked in training", choices=("train", "eval")
     )
-    test_eps: float = flag(8.0, "attack", "radius in tests, in 1/255")
-    test_step: int = flag(20, "attack", "steps in tests")
-    test_gamma: float = flag(2.0, "attack", "step size in tests, in 1/255")
-    test_randinit: bool = flag(True, "attack", "random start in tests")
+    test_eps: float = flag.attack(8.0, "radius in tests, in 1/255")
+    test_step: int = flag.attack(20, "steps in tests")
+    test_gamma: float = flag.attack(2.0, "step size in tests, in 1/255")
+    test_randinit: bool = flag.attack(True, "random start in tests")
 
     @property
     def method(self) -> str:
@@ -424,7 +393,7 @@ class CommonSettings:
     def refuse_wrong_units(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for radii and step sizes that were given in another unit than
         1/255."""
-        for name in [name for name in _IN_LEVELS if name in given]:
+        for name in [name for name in IN_LEVELS if name in given]:
             value, kind = getattr(self, name), name.split("_")[1]
             small = (
                 f"--{name} is in 1/255, of which {value:g} does next to nothing; give"
@@ -458,61 +427,9 @@ class CommonSettings:
             ]
         return []
 
-    def idle(self, given: frozenset[str]) -> dict[str, str]:
-        """Flags that were given and are left aside, with the reason: a run says so at its start."""
-        return (
-            {"data": "--dataset digits needs no folder"}
-            if self.dataset == "digits" and "data" in given
-            else {}
-        )
-
     def refuse_idle(self, given: frozenset[str]) -> None:
         """Raise ``InputError`` for flags that were given and could not take effect."""
-        decoded = self.dataset in DECODED_HERE
-        only(
-            given,
-            ["image_size", "cache_dir"],
-            decoded,
-            f"--dataset {self.dataset}, which is not decoded from a folder",
-        )
-        only(
-            given,
-            ["depth_factor", "width_factor"],
-            self.arch == "wideresnet",
-            f"--arch {self.arch}, only with wideresnet",
-        )
-        only(
-            given,
-            ["width"],
-            self.arch != "wideresnet",
-            "--arch wideresnet, which has --width_factor",
-        )
-        only(
-            given,
-            ["width"],
-            self.arch not in CUSTOM_ARCHITECTURES,
-            f"--arch {self.arch}, whose size is its own",
-        )
-        require(
-            not (self.device == "cpu" and self.gpu is not None),
-            "--gpu has no effect with --device cpu",
-        )
-        require(
-            not (self.resume and self.resume_dir),
-            "--resume names the folder by the flags, --resume_dir by its path; choose one",
-        )
-        only(
-            given,
-            ["save_dir"],
-            self.resume_dir is None,
-            "--resume_dir, which names the folder itself",
-        )
-        require(
-            not (self.sync_bn and self.compile == "on"),
-            "--compile on cannot take a network whose batch norm talks, as with --sync_bn",
-        )
-        only(given, ["train_gamma", "attack_mode"], self.train_step > 0, "--train_step 0")
-        only(given, ["test_gamma"], self.test_step > 0, "--test_step 0")
+        refuse(self.rules, self, given)
 
     def may_differ(self, name: str) -> bool:
         """Whether a flag may contradict the checkpoint's setting of that name."""
@@ -531,7 +448,7 @@ S = TypeVar("S", bound=CommonSettings)
 
 def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     """Settings with some fields given by name, each checked; raises ``InputError``."""
-    _refuse_odd_values(kind, values)
+    refuse_odd_values(kind, values)
     known = {f.name for f in dataclasses.fields(kind)}
     settings = kind(**{name: value for name, value in values.items() if name in known})
     try:
@@ -542,49 +459,10 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     return settings
 
 
-def _refuse_odd_values(kind: type[CommonSettings], values: Mapping[str, Any]) -> None:
-    """``InputError`` for values that no command line would have given: what comes from a file may
-    be anything."""
-    hints = get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        if f.name in values:
-            value, types, choices = (
-                values[f.name],
-                get_args(hints[f.name]) or (hints[f.name],),
-                f.metadata["choices"],
-            )
-            fits = type(value) in types or (float in types and type(value) is int)
-            fits = fits and (type(value) is not int or abs(value) < 2**63)
-            # A registry may have had more where the run was made.
-            fits = fits and (not isinstance(choices, tuple) or not choices or value in choices)
-            odd = repr(value)[:40]
-            odd = odd if isinstance(value, (str, float)) else f"this {type(value).__name__}"
-            require(fits, f"--{f.name} cannot be {odd}")
-
-
-def allowed(f: dataclasses.Field[Any]) -> tuple[str, ...]:
-    """The values that a flag's field may have now, none where any will do."""
-    choices = f.metadata["choices"]
-    return tuple(choices() if callable(choices) else choices)
-
-
-def epoch_number(text: str, epochs: int, name: str) -> int:
-    """An epoch, given as its number or as a fraction of the run below one."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(
-            f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run"
-        ) from None
-    if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
-        raise InputError(f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run")
-    return round(value * epochs) if value < 1 else int(value)
-
-
 # ---------------------------------------------------------------- what is refused
 
 _FLOAT32_MAX = 3.4e38
-_IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
+IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
 # Less than this, in 1/255, is a length in units of [0, 1]: for radii below half a level of gray an
 # image is all but clean.
 _LEAST_LENGTHS = {
@@ -599,9 +477,3 @@ _GRAY = 127.5  # linf radius in 1/255 in which every image can become gray
 _NOT_NEGATIVE = (
     "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
 )
-
-
-def only(given: frozenset[str], names: Sequence[str], allowed: bool, where: str) -> None:
-    """Refuse the flags ``names`` where they are given and not ``allowed``."""
-    for name in names:
-        require(allowed or name not in given, f"--{name} has no effect with {where}")

@@ -14,12 +14,44 @@ from models.slimming import usual_floor
 from utils.early_bird import KINDS, TOLERANCES, EarlyBird
 from utils.errors import InputError, require
 from utils.seeding import stream
-from utils.settings.common import STAGE_KINDS, CommonSettings, flag, only
+from utils.settings.common import COMMON_RULES, STAGE_KINDS, CommonSettings
+from utils.settings.flags import flag
+from utils.settings.rules import Rule
 from utils.storage.inputs import refuse_what_is_no_checkpoint
 from utils.training.schedule import Plan
 
-_OF_PGD = "train_step train_gamma train_randinit attack_mode".split()
-_OF_STAGE_1 = "stage1 epochs1 stage1_ra eb_window eb_tolerance".split()
+TICKET_RULES = (
+    *COMMON_RULES,
+    Rule(
+        "stage1 epochs1 stage1_ra eb_window eb_tolerance",
+        lambda s: s.stage1_pretrained is not None,
+        "--stage1_pretrained, which skips stage 1",
+    ),
+    Rule(
+        "",
+        lambda s: s.pruning == "channel" and s.arch in CUSTOM_ARCHITECTURES,
+        "--pruning channel cannot take {s.arch}: channels are removed from ResNets, VGGs and wide"
+        " ResNets",
+    ),
+    Rule("channel_floor", lambda s: s.pruning != "channel", "--pruning unstructured", True),
+    Rule("channel_floor", lambda s: s.density == 1, "--density 1, which removes nothing", True),
+    Rule(
+        "",
+        lambda s: "fast" in s.stages and s.norm == "l2",
+        "--norm l2 has no effect with a stage fast, whose step is along the sign",
+    ),
+    Rule(
+        "train_step train_gamma train_randinit attack_mode",
+        lambda s: "pgd" not in s.stages,
+        "{s.stage_names}, only with pgd",
+    ),
+    Rule("train_eps", lambda s: set(s.stages) == {"sgd"}, "stages on clean images"),
+    Rule(
+        "lr decreasing_lr",
+        lambda s: set(s.stages) == {"fast"},
+        "stages fast, whose learning rate follows a cycle of its own",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -36,54 +68,40 @@ class TicketSettings(CommonSettings):
         "python Robust-Bird/train_base.py --resume_dir runs/RUN",
     )
     may_grow: ClassVar[frozenset[str]] = frozenset({"epochs2"})
+    rules: ClassVar[tuple[Rule, ...]] = TICKET_RULES
     early_stop: ClassVar[bool] = False
     method_name: ClassVar[str] = "oneshot"
 
     # run
-    print_freq: int = flag(
-        100, "files", "steps between progress lines", result=False, metavar="STEPS"
-    )
+    print_freq: int = flag.files(100, "steps between progress lines", metavar="STEPS")
     # training
-    decreasing_lr: str = flag(
+    decreasing_lr: str = flag.training(
         "50,150",
-        "training",
         "epochs of a stage at which it is divided by 10; fractions of the stage too",
         metavar="EPOCHS",
     )
     # stages
-    stage1: str = flag(
-        "sgd",
-        "stages",
-        "how the dense network is trained: clean, PGD or FGSM-RS images",
-        choices=STAGE_KINDS,
+    stage1: str = flag.stages(
+        "sgd", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS
     )
-    epochs1: int = flag(200, "stages", "epochs of stage 1", metavar="EPOCHS")
-    stage1_ra: bool = flag(
+    epochs1: int = flag.stages(200, "epochs of stage 1", metavar="EPOCHS")
+    stage1_ra: bool = flag.stages(
         False,
-        "stages",
         "measure RA, and the test set, in stage 1 too, which its training does not need",
         result=False,
     )
-    stage1_pretrained: str | None = flag(
-        None,
-        "stages",
-        "checkpoint of a dense network to prune instead of training one",
-        metavar="FILE",
+    stage1_pretrained: str | None = flag.stages(
+        None, "checkpoint of a dense network to prune instead of training one", metavar="FILE"
     )
-    stage2: str = flag("pgd", "stages", "how the ticket is trained", choices=STAGE_KINDS)
-    epochs2: int = flag(200, "stages", "epochs of stage 2", metavar="EPOCHS")
+    stage2: str = flag.stages("pgd", "how the ticket is trained", choices=STAGE_KINDS)
+    epochs2: int = flag.stages(200, "epochs of stage 2", metavar="EPOCHS")
     # sparsity
-    pruning: str = flag(
-        "unstructured",
-        "sparsity",
-        "single weights, or channels that are really removed",
-        choices=KINDS,
+    pruning: str = flag.sparsity(
+        "unstructured", "single weights, or channels that are really removed", choices=KINDS
     )
-    density: float = flag(0.2, "sparsity", "kept fraction of the weights, or of the channels")
-    channel_floor: float | None = flag(
-        None,
-        "sparsity",
-        "least kept fraction of each layer's channels (default: .1, at most half the density)",
+    density: float = flag.sparsity(0.2, "kept fraction of the weights, or of the channels")
+    channel_floor: float | None = flag.sparsity(
+        None, "least kept fraction of each layer's channels (default: .1, at most half the density)"
     )
 
     @property
@@ -95,6 +113,11 @@ class TicketSettings(CommonSettings):
     def stages(self) -> tuple[str, ...]:
         """The kinds of the stages that are trained."""
         return (self.stage2,) if self.stage1_pretrained is not None else (self.stage1, self.stage2)
+
+    @property
+    def stage_names(self) -> str:
+        """``sgd and pgd``."""
+        return " and ".join(self.stages)
 
     def stage_text(self, kind: str) -> str:
         """A kind of stage with its attack, for the headline."""
@@ -181,29 +204,6 @@ class TicketSettings(CommonSettings):
 
     def refuse_idle(self, given: frozenset[str]) -> None:
         super().refuse_idle(given)
-        if self.stage1_pretrained is not None:
-            only(given, _OF_STAGE_1, False, "--stage1_pretrained, which skips stage 1")
-        removable = self.pruning != "channel" or self.arch not in CUSTOM_ARCHITECTURES
-        require(
-            removable,
-            f"--pruning channel cannot take {self.arch}: channels are removed from ResNets, VGGs"
-            " and wide ResNets",
-        )
-        only(given, ["channel_floor"], self.pruning == "channel", "--pruning unstructured")
-        only(given, ["channel_floor"], self.density < 1, "--density 1, which removes nothing")
-        kinds = set(self.stages)
-        require(
-            "fast" not in kinds or self.norm == "linf",
-            "--norm l2 has no effect with a stage fast, whose step is along the sign",
-        )
-        only(given, _OF_PGD, "pgd" in kinds, f"{' and '.join(self.stages)}, only with pgd")
-        only(given, ["train_eps"], kinds != {"sgd"}, "stages on clean images")
-        only(
-            given,
-            ["lr", "decreasing_lr"],
-            kinds != {"fast"},
-            "stages fast, whose learning rate follows a cycle of its own",
-        )
         if "decreasing_lr" in given:
             epochs = (
                 (self.epochs2,)
@@ -251,18 +251,30 @@ class EarlyBirdSettings(TicketSettings):
         "python Robust-Bird/train_eb.py --data data/cifar10 --pruning channel --density 0.5",
         "python Robust-Bird/train_eb.py --resume_dir runs/RUN",
     )
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *TICKET_RULES,
+        Rule(
+            "eb_window eb_tolerance",
+            lambda s: s.eb_window > s.epochs1,
+            "--epochs1 {s.epochs1}: --eb_window {s.eb_window} masks cannot come together, so no"
+            " ticket could emerge",
+        ),
+        Rule(
+            "eb_tolerance",
+            lambda s: s.eb_window == 1,
+            "--eb_window 1, which compares nothing",
+            True,
+        ),
+    )
     early_stop: ClassVar[bool] = True
     method_name: ClassVar[str] = "rb"
 
-    epochs1: int = flag(200, "stages", "most epochs of stage 1", metavar="EPOCHS")
-    eb_window: int = flag(
-        5,
-        "stages",
-        "epochs whose masks must agree for a ticket, the newest included",
-        metavar="EPOCHS",
+    epochs1: int = flag.stages(200, "most epochs of stage 1", metavar="EPOCHS")
+    eb_window: int = flag.stages(
+        5, "epochs whose masks must agree for a ticket, the newest included", metavar="EPOCHS"
     )
-    eb_tolerance: float | None = flag(
-        None, "stages", "largest fraction of differing positions (default: .08, with channels .1)"
+    eb_tolerance: float | None = flag.stages(
+        None, "largest fraction of differing positions (default: .08, with channels .1)"
     )
 
     def early_bird(self) -> EarlyBird:
@@ -280,15 +292,6 @@ class EarlyBirdSettings(TicketSettings):
             tolerance is None or 0 <= tolerance <= 1,
             f"--eb_tolerance is a fraction and lies in [0, 1], not {tolerance}",
         )
-
-    def refuse_idle(self, given: frozenset[str]) -> None:
-        super().refuse_idle(given)
-        short = (
-            f"--eb_window {self.eb_window} masks cannot come together in --epochs1 {self.epochs1}"
-            " epochs, so no ticket could emerge"
-        )
-        require(not {"eb_window", "eb_tolerance"} & given or self.eb_window <= self.epochs1, short)
-        only(given, ["eb_tolerance"], self.eb_window > 1, "--eb_window 1, which compares nothing")
 
     def cautions(self) -> list[str]:
         found = super().cautions()
