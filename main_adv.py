@@ -20,6 +20,7 @@ from utils.execution.distributed import joined
 from utils.settings.adversarial import DENSE, AdversarialSettings, cautions, refuse_idle_masks
 from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
+from utils.training.messages import execution_text, setting_text
 from utils.training.run import Run
 from utils.training.stage import Stage
 
@@ -76,8 +77,8 @@ class AdversarialRun(Run):
         density = f" at density {s.density:g}" if self.stage.masking else ""
         training = f"PGD-{s.train_step} training at {s.train_ball}"
         return (
-            f"{s.method}{density}: {self.where_and_what()}, {training}, {s.epochs} epochs,"
-            f" {self.on_what()}"
+            f"{s.method}{density}: {setting_text(s, self.data)}, {training}, {s.epochs} epochs,"
+            f" {execution_text(self.execution, self.device)}"
         )
 
     def cautions(self) -> Sequence[str]:

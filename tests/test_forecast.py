@@ -79,17 +79,17 @@ def test_what_is_left_by_hand():
 
 def test_a_forecast_leaves_out_the_slow_start_and_comes_once():
     forecast = Forecast()
-    assert forecast.look(100, 8.0, is_over=False) is None  # the clock starts
-    assert forecast.look(500, 12.0, is_over=False) is None  # too short a time
-    assert forecast.look(700, 14.0, is_over=False) == pytest.approx(6 / 600)
-    assert forecast.look(900, 16.0, is_over=True) is None
+    assert forecast.update(100, 8.0, is_over=False) is None  # the clock starts
+    assert forecast.update(500, 12.0, is_over=False) is None  # too short a time
+    assert forecast.update(700, 14.0, is_over=False) == pytest.approx(6 / 600)
+    assert forecast.update(900, 16.0, is_over=True) is None
 
 
 def test_a_forecast_of_short_epochs_is_that_of_the_second():
     forecast = Forecast()
-    assert forecast.look(1000, 3.0, is_over=True) is None
-    assert forecast.look(500, 0.5, is_over=False) is None
-    assert forecast.look(1000, 1.0, is_over=True) == pytest.approx(1e-3)
+    assert forecast.update(1000, 3.0, is_over=True) is None
+    assert forecast.update(500, 0.5, is_over=False) is None
+    assert forecast.update(1000, 1.0, is_over=True) == pytest.approx(1e-3)
 
 
 def test_a_run_says_what_it_does_where_it_writes_and_how_long_that_takes(run_adv, tmp_path):

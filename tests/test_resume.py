@@ -297,7 +297,7 @@ def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
     assert "(step 2 of 4 of epoch 1)" in stopped.out
     monkeypatch.undo()
     assert (
-        "going on after step 2 of 4 of epoch 1"
+        "resuming after step 2 of 4 of epoch 1"
         in run("dense", "--save_dir", tmp_path, "--resume").out
     )
 
@@ -426,10 +426,10 @@ def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypat
         if by == "--resume"
         else run_adv("--resume_dir", paths.root)
     )
-    assert (
-        outcome.code,
-        "nothing is left to go on from, another --save_dir starts anew" in outcome.err,
-    ) == (2, True)
+    assert (outcome.code, "cannot be resumed; another --save_dir starts anew" in outcome.err) == (
+        2,
+        True,
+    )
     assert len(read_epochs(paths)) == 2
     paths.checkpoint.unlink()
     paths.previous.unlink()

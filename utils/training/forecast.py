@@ -23,7 +23,7 @@ from utils.training.engine import sgd, train_step
 # back to image and weights.
 _ATTACK_STEP, _UPDATE = 2, 3
 _SECONDS = 2.0  # of measuring, after which one step more is not taken
-_LOOKING = 5.0  # seconds of a run's own training, after its first look, from which the rest is told
+_MIN_SECONDS = 5.0  # of a run's own training, after its first update, that a forecast needs
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,18 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
 
 
 class Forecast:
-    """The pace of a training by its own first steps, told once: the first look only starts the
-    clock, since what comes before it (kernels chosen, memory taken) is slower, and so is all of a
-    very short first epoch."""
+    """The pace of a training by its own first steps, told once.
+
+    The first update only starts the clock, since what comes before it (kernels chosen, memory
+    taken) is slower, and so is all of a very short first epoch.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
         self._is_warm = False
         self._is_told = False
 
-    def look(self, images: int, seconds: float, is_over: bool) -> float | None:
+    def update(self, images: int, seconds: float, is_over: bool) -> float | None:
         """Seconds an image, when that can be said for the first time.
 
         Args:
@@ -87,7 +89,7 @@ class Forecast:
             (0.0, 0) if self._is_warm else (seconds, images)
         )
         took = seconds - start
-        if took >= _LOOKING or (is_over and took and self._is_warm):
+        if took >= _MIN_SECONDS or (is_over and took and self._is_warm):
             self._is_told = True
             return took / (images - before)
         if is_over:

@@ -26,6 +26,7 @@ from utils.storage.checkpoint import load_checkpoint
 from utils.storage.inputs import read_checkpoint, refuse_what_is_no_run
 from utils.training.engine import EpochResult
 from utils.training.forecast import Forecast
+from utils.training.messages import execution_text, setting_text
 from utils.training.run import Run
 from utils.training.stage import Row, Stage
 
@@ -185,8 +186,9 @@ class RobustBirdRun(Run):
                 f"{s.stage_text(s.stage1)} for {'at most ' if s.early_stop else ''}{s.epochs1}"
                 " epochs"
             )
-        what = f"{s.method} at density {s.density:g} of the {kept}: {self.where_and_what()}"
-        return f"{what}, {now}, then {s.stage_text(s.stage2)} for {s.epochs2}, {self.on_what()}"
+        what = f"{s.method} at density {s.density:g} of the {kept}: {setting_text(s, self.data)}"
+        then = f"then {s.stage_text(s.stage2)} for {s.epochs2}"
+        return f"{what}, {now}, {then}, {execution_text(self.execution, self.device)}"
 
     def cautions(self) -> Sequence[str]:
         return self.settings.cautions() if self.number == 1 else ()

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from models import CUSTOM_ARCHITECTURES, flops
+from models import CUSTOM_ARCHITECTURES
 from models.loading import network_of, spec_in
 from utils.errors import InputError, RunError, Stopped, one_line
-from utils.evaluation.scores import epoch_scores, final_scores
+from utils.evaluation.scores import FinalScores, epoch_scores, final_scores
 from utils.execution.distributed import ALONE, World, lost_another
 from utils.execution.forward import Execution
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
 from utils.settings.applied import load_data_for, network_spec, placed
-from utils.settings.common import CommonSettings, settings_from
+from utils.settings.common import CommonSettings
 from utils.settings.stored import settings_in
 from utils.storage.checkpoint import (
     checksum,
@@ -40,17 +40,17 @@ from utils.storage.checkpoint import (
     refuse_unfit_training_state,
     snapshot,
 )
-from utils.storage.json_files import read_object
 from utils.storage.packing import compact
 from utils.storage.paths import RunPaths
 from utils.storage.provenance import environment, made_by
 from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary, refuse_locked
+from utils.training import messages, resuming
 from utils.training.display import EpochDisplay
 from utils.training.engine import EpochResult, Progress, Tally
 from utils.training.forecast import Forecast, duration, images_of, seconds_left
 from utils.training.rehearsal import refusing, rehearse_checkpoint
 from utils.training.stage import Row, Stage
-from utils.training.summary import summary_text
+from utils.training.summary import figures, run_flops, summary_text, weight_checksums
 
 # a picture costs a quarter of a second, which short epochs would feel
 _SECONDS_BETWEEN_PICTURES = 15.0
@@ -70,17 +70,10 @@ class Run(ABC):
         if settings.resume_dir is not None:
             refuse_locked(RunPaths(Path(settings.resume_dir)))
         self.data = load_data_for(settings, device)
-        settings, self.paths = placed(settings, self.data, device, world.size)
-        self.settings = settings
+        self.settings, self.paths = placed(settings, self.data, device, world.size)
         self.device = device
         self.world = world
-        resuming = settings.resume or settings.resume_dir is not None
         refuse_locked(self.paths)  # what is said of its files would be of a moment
-        if self.paths.holds_a_run() and not resuming:
-            raise InputError(
-                f"{self.paths.root} already holds a run with these settings; --resume goes on with"
-                " it, another --save_dir starts elsewhere"
-            )
         self.stamps = self.paths.stamps()  # before anything of it is read
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
@@ -98,74 +91,31 @@ class Run(ABC):
         self.saved = ""
         self.last_good = self.paths.checkpoint  # the file that holds what was saved
         self.warning: str | None = None
-        self.execution = Execution(
-            settings.precision,
-            {"auto": None, "on": True, "off": False}[settings.compile],
-            world=world,
-        )
+        compiled = {"auto": None, "on": True, "off": False}[settings.compile]
+        self.execution = Execution(self.settings.precision, compiled, world=world)
         self.processes = world.size  # of the checkpoint, if there is one
-        if resuming and (self.paths.checkpoint.exists() or self.paths.previous.exists()):
-            content, self.last_good, self.warning = load_newest(
-                self.paths.checkpoint, self.paths.previous
-            )
-            self._refuse_grown(settings_in(content, self.last_good))
+        self._begin()
+
+    def _begin(self) -> None:
+        """At the checkpoint, or anew."""
+        settings, paths = self.settings, self.paths
+        resuming_one = settings.resume or settings.resume_dir is not None
+        has_checkpoint = paths.checkpoint.exists() or paths.previous.exists()
+        resuming.refuse_used_folder(paths, resuming=resuming_one, has_checkpoint=has_checkpoint)
+        if has_checkpoint:
+            content, self.last_good, self.warning = load_newest(paths.checkpoint, paths.previous)
+            resuming.refuse_grown(settings, settings_in(content, self.last_good), paths.root)
             self._restore(content)
             return
-        if self.paths.metrics.exists() and self.paths.metrics.read_text().strip():
-            raise InputError(
-                f"{self.paths.root} has epochs and no checkpoint; nothing is left to go on from,"
-                " another --save_dir starts anew"
-            )
         if settings.resume:
-            self._refuse_changed_images()
+            resuming.refuse_changed_images(settings, paths, self.data)
         with refusing(settings.arch):
             self.stage = self.first_stage()
             if settings.arch in CUSTOM_ARCHITECTURES:
                 self.stage.figures()
+                states = self.stage.state_dict()
                 rehearse_checkpoint(
-                    self.stage.model,
-                    self.stage.state_dict(),
-                    self.spec,
-                    self.data,
-                    device,
-                    settings.seed,
-                )
-
-    def _refuse_changed_images(self) -> None:
-        """A run beside this one that has all of its settings and read other images at the same
-        place was meant."""
-        mine = self.settings
-        for root, config, differs in self._beside():
-            if not differs and (config.get("method"), config["settings"].get("data")) == (
-                mine.method,
-                mine.data,
-            ):
-                self._refuse_other_images(config, root)
-
-    def _refuse_other_images(self, content: Mapping[str, Any], path: Path) -> None:
-        """``content``: of a checkpoint or a ``config.json``; older ones do not say which data they
-        were of."""
-        theirs = content.get("digests")
-        theirs = theirs if isinstance(theirs, Mapping) else {}
-        changed = [
-            part for part, digest in self.data.digests.items() if theirs.get(part, digest) != digest
-        ]
-        if changed:
-            raise InputError(
-                f"{path} was trained on other data than {self.settings.data} holds now: its"
-                f" {', '.join(changed)} differ"
-            )
-
-    def _refuse_grown(self, stored: Mapping[str, Any]) -> None:
-        """A run that was given more epochs keeps the folder that is named by fewer: those flags are
-        of another run by now."""
-        if self.settings.resume_dir is not None:
-            return
-        for name in self.settings.may_grow:
-            if stored.get(name) != getattr(self.settings, name):
-                raise InputError(
-                    f"the run in {self.paths.root} has grown to --{name} {stored.get(name)};"
-                    " --resume_dir goes on with it"
+                    self.stage.model, states, self.spec, self.data, self.device, settings.seed
                 )
 
     # ---- what a script says
@@ -241,22 +191,22 @@ class Run(ABC):
         try:
             yield
         except Stopped as stopped:
-            self.folder.say(f"{stopped}; {self._last_good()}; --resume goes on from there")
+            self.folder.say(f"{stopped}; {self.last_good_text}; --resume goes on from there")
             raise
         except (RunError, InputError) as error:
             # an input that fails now, after training began, is a failed run
-            raise RunError(f"{world.name}{self.where()}{error}; {self._last_good()}") from error
+            raise RunError(f"{world.name}{self.where()}{error}; {self.last_good_text}") from error
         except torch.OutOfMemoryError as error:
             out = f"{world.name}out of memory on {self.device}, a smaller --batch_size needs less"
-            raise RunError(f"{out}; {self._last_good()}") from error
+            raise RunError(f"{out}; {self.last_good_text}") from error
         except RuntimeError as error:
             if world.size == 1 or not lost_another(error):
                 raise
             raise RunError(
-                f"{world.name}another process of this run has ended; {self._last_good()}"
+                f"{world.name}another process of this run has ended; {self.last_good_text}"
             ) from error
         except KeyboardInterrupt:
-            self.folder.say(f"interrupted; {self._last_good()}; --resume goes on from there")
+            self.folder.say(f"interrupted; {self.last_good_text}; --resume goes on from there")
             raise
 
     def _take_over(self) -> None:
@@ -314,22 +264,7 @@ class Run(ABC):
         ]
 
     def say_epoch(self, title: str) -> None:
-        """The last epoch's figures in a line, as far as it has them."""
-        row = self.history[-1]
-        figures = [f"{title}  lr {row['lr']:g}  loss {row['train_loss']:.3f}"]
-        for part in ("train", "val", "test"):
-            measured = [
-                f"{kind.upper()} {row[f'{part}_{kind}']:.2f}"
-                for kind in ("ra", "sa")
-                if f"{part}_{kind}" in row
-            ]
-            figures += [f"{part} {' '.join(measured)}"] if measured else []
-        figures += [
-            f"density {row['density']:.4f}",
-            f"{row['images_per_second']:.0f} img/s",
-            f"{row['seconds']:.1f} s",
-        ]
-        self.folder.say("  ".join(figures))
+        self.folder.say(messages.epoch_text(title, self.history[-1]))
 
     def train_epoch(self, epoch: int, title: str) -> EpochResult:
         """The steps of an epoch that are left; the checkpoint says how many were done."""
@@ -363,7 +298,7 @@ class Run(ABC):
 
     def _forecast(self, tally: Tally) -> None:
         """Say once, after a few steps, how long the run is likely to take."""
-        pace = self.forecast.look(tally.images, tally.seconds, tally.step == self.stage.steps)
+        pace = self.forecast.update(tally.images, tally.seconds, tally.step == self.stage.steps)
         if pace is not None:
             left = seconds_left(
                 self.settings,
@@ -482,7 +417,7 @@ class Run(ABC):
         partial = None if tally is None else tally.state_dict()
         content = self._content(partial)
         parameters = [name for name, _ in self.stage.model.named_parameters()]
-        saved = self._saved_where(partial)
+        saved = messages.saved_text(self.history, partial, self.stage.steps)
 
         def on_disk() -> None:
             self.saved, self.last_good = saved, self.paths.checkpoint
@@ -503,16 +438,6 @@ class Run(ABC):
             "processes": self.world.size,
         }
         return {**self.network_content(), **self.stage.state_dict(), **where}
-
-    def _saved_where(self, partial: Mapping[str, Any] | None) -> str:
-        """How far a checkpoint written now has come."""
-        done = 0 if partial is None else len(partial["weights"])
-        steps = f"step {done} of {self.stage.steps}" if done < self.stage.steps else "all steps"
-        if not self.history:
-            return f"{steps} of epoch 1"
-        last, step = self.history[-1], f", and {steps} of the next" if done else ""
-        stage = f"stage {last['stage']}, " if "stage" in last else ""
-        return f"{stage}epoch {last['epoch']}{step}"
 
     def _save_best(self) -> None:
         """Keep the network if the last epoch is the best so far, by validation alone."""
@@ -551,7 +476,7 @@ class Run(ABC):
 
     def _restore(self, content: Mapping[str, Any]) -> None:
         path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
-        self._refuse_other_images(content, path)
+        resuming.refuse_other_images(content, path, self.data, self.settings.data)
         # older ones do not name their classes
         if {"classes": self.spec["classes"], **spec, "kept": None} != {**self.spec, "kept": None}:
             raise InputError(
@@ -566,7 +491,7 @@ class Run(ABC):
             self.stage.load_state_dict(content)
             self.partial = content.get("partial")
             self.processes = int(content.get("processes", 1))
-            self.saved = self._saved_where(self.partial)
+            self.saved = messages.saved_text(self.history, self.partial, self.stage.steps)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
 
@@ -597,77 +522,25 @@ class Run(ABC):
         ]
 
     def _announce(self) -> None:
-        self.folder.say(self.headline())
-        self.folder.say(f"writing to {self.paths.root}")
+        say = self.folder.say
+        say(self.headline())
+        say(f"writing to {self.paths.root}")
         if self.warning:
-            self.folder.say(f"warning: {self.warning}")
+            say(f"warning: {self.warning}")
         if self.saved:
-            self.folder.say(f"going on after {self.saved}")
+            say(f"resuming after {self.saved}")
         elif self.settings.resume:
-            self.folder.say(
-                f"note: nothing to resume there, this run starts anew{self._closest_existing_run()}"
-            )
+            closest = resuming.closest_existing_run(self.settings, self.paths)
+            say(f"note: nothing to resume there, this run starts anew{closest}")
         if self.processes != self.world.size and not self.settings.sync_bn:
-            changed = (
-                f"the checkpoint was written by {self.processes} process(es) and {self.world.size}"
-                " go(es) on"
-            )
-            self.folder.say(f"note: {changed}: from here on batch norm sees other parts of a batch")
+            say(f"note: {messages.processes_text(self.processes, self.world.size)}")
         for caution in (*self.data.notes, *self.cautions()):
-            self.folder.say(f"note: {caution}")
+            say(f"note: {caution}")
 
-    def _closest_existing_run(self) -> str:
-        """The run beside this one that differs from it in one or two settings, which may be the one
-        that was meant."""
-        found = [
-            (len(differs), root, ", ".join(differs) or "these settings and other data")
-            for root, _, differs in self._beside()
-        ]
-        found = [near for near in found if near[0] <= 2 and "--seed" not in near[2]]
-        return one_line(f"; {min(found)[1]} has {min(found)[2]}") if found else ""
-
-    def _beside(self) -> Iterator[tuple[Path, Row, list[str]]]:
-        """Other runs beside this one: folder, ``config.json`` and the flags in which they differ
-        from it."""
-        mine, results = (
-            self.settings.canonical(),
-            [f for f in dataclasses.fields(self.settings) if f.metadata["result"]],
-        )
-        for path in self.paths.root.parent.glob("*/" + self.paths.config.name):
-            if path.parent == self.paths.root:
-                continue
-            try:
-                config = read_object(path)
-                theirs = settings_from(type(self.settings), settings_in(config, path)).canonical()
-            except InputError:  # whatever else lies there
-                continue
-            yield (
-                path.parent,
-                config,
-                [f"--{f.name} {theirs[f.name]}" for f in results if theirs[f.name] != mine[f.name]],
-            )
-
-    def where_and_what(self) -> str:
-        """Network, data and tests, for the headline."""
-        s, data = self.settings, self.data
-        images = f"{len(data.train)} / {len(data.val)} / {len(data.test)} images"
-        return f"{s.arch} on {s.dataset} ({images}), PGD-{s.test_step} tests at {s.test_ball}"
-
-    def on_what(self) -> str:
-        """Device, precision and processes, for the headline."""
-        device = (
-            f"{self.device.type} in {self.world.size} processes"
-            if self.world.size > 1
-            else str(self.device)
-        )
-        return f"in {self.execution.precision} on {device}"
-
-    def _last_good(self) -> str:
-        if not self.last_good.exists():
-            return "no epoch was finished, so there is no checkpoint yet"
-        # the others do not know how far the first has come
-        where = f" ({self.saved})" if self.world.is_first else ""
-        return f"the last good checkpoint is {self.last_good}{where}"
+    @property
+    def last_good_text(self) -> str:
+        # other processes than the first do not know how far it has come
+        return messages.last_good_text(self.last_good, self.saved if self.world.is_first else "")
 
     # ---- report
 
@@ -679,81 +552,47 @@ class Run(ABC):
         self.folder.say(f"everything is in {self.paths.root}")
 
     def summary(self) -> Row:
-        settings, last = self.settings, self.rows[-1]
+        settings, row, last = self.settings, self._best_row("val_ra"), self.rows[-1]
         self.folder.settle()
         stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
-        row = self._best_row("val_ra")
         if (stored["epoch"], stored["val_ra"]) != (row["epoch"], row["val_ra"]):
             self.folder.say(
                 f"warning: {self.paths.best_ra.name} is of an epoch {stored['epoch']} that was lost"
                 " and trained again"
             )
-        best = network_of(stored, self.paths.best_ra, self.spec, self.device)
-        scores = {}
-        for name, model in (("best", best), ("final", self.stage.model)):
-            with EpochDisplay(
-                self.folder, f"{name} model", len(self.data.test) + len(self.data.train)
-            ) as display:
-                scores[name] = final_scores(
-                    model,
-                    self.data,
-                    settings.test_attack,
-                    seed=settings.seed,
-                    world=self.world,
-                    on_batch=self._batch_callback(display),
-                )
+        best = self._final_scores(
+            "best", network_of(stored, self.paths.best_ra, self.spec, self.device)
+        )
+        final = self._final_scores("final", self.stage.model)
         return {
             "method": settings.method,
             "run": self.paths.root.name,
             "settings": dataclasses.asdict(settings),
-            "best": {
-                "epoch": stored["epoch"],
-                "val_ra": stored["val_ra"],
-                **dataclasses.asdict(scores["best"]),
-            },
-            "final": {
-                "epoch": last["epoch"],
-                "val_ra": last["val_ra"],
-                **dataclasses.asdict(scores["final"]),
-            },
-            "diff": scores["best"].test_ra - scores["final"].test_ra,
-            "robust_gap": scores["final"].robust_gap,
+            "best": figures(stored, best),
+            "final": figures(last, final),
+            "diff": best.test_ra - final.test_ra,
+            "robust_gap": final.robust_gap,
             "density": last["density"],
             "layer_densities": last["layer_densities"],
             "explored": last["explored"],
             "flops": self.flops(),
             "seconds": sum(row["seconds"] for row in self.history),
-            "weights": self._weights(),
+            "weights": weight_checksums(self.paths, self.spec) if self.folder.writes else {},
             "made_by": self.made_by,
         }
 
-    def _weights(self) -> dict[str, str]:
-        """A checksum of each network that an evaluation may be of, by its file."""
-        found = {}
-        for path in (
-            (self.paths.best_ra, self.paths.best_sa, self.paths.checkpoint)
-            if self.folder.writes
-            else ()
-        ):
-            network = network_of(load_checkpoint(path), path, self.spec, torch.device("cpu"))
-            found[path.name] = checksum(network.state_dict())
-        return found
+    def _final_scores(self, name: str, model: torch.nn.Module) -> FinalScores:
+        images = len(self.data.test) + len(self.data.train)
+        with EpochDisplay(self.folder, f"{name} model", images) as display:
+            return final_scores(
+                model,
+                self.data,
+                self.settings.test_attack,
+                seed=self.settings.seed,
+                world=self.world,
+                on_batch=self._batch_callback(display),
+            )
 
     def flops(self) -> dict[str, dict[str, int]]:
         """Both counts for the last stage."""
-        images, steps, by_epoch = (
-            len(self.data.train),
-            self.stage.plan.attack_steps,
-            [row["inference_flops"] for row in self.rows],
-        )
-        paper = flops.paper_inference(self.stage.costs, self.stage.live_counts())
-        return {
-            "real": {
-                "inference": by_epoch[-1],
-                "training": flops.real_training(by_epoch, images, steps),
-            },
-            "paper": {
-                "inference": paper,
-                "training": flops.paper_training(paper, images, steps, self.epochs),
-            },
-        }
+        return run_flops(self.stage, self.rows, len(self.data.train))

@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.report.tables import _percent
+import torch
 
-Row = Mapping[str, Any]
+from models import flops
+from models.loading import network_of
+from utils.evaluation.scores import FinalScores
+from utils.storage.checkpoint import checksum, load_checkpoint
+from utils.storage.paths import RunPaths
+from utils.training.stage import Row, Stage
 
 
-def summary_text(summary: Row) -> str:
+def figures(row: Mapping[str, Any], scores: FinalScores) -> Row:
+    """One network's entry: the epoch it is of, and its final scores."""
+    return {"epoch": row["epoch"], "val_ra": row["val_ra"], **dataclasses.asdict(scores)}
+
+
+def weight_checksums(paths: RunPaths, spec: Mapping[str, Any]) -> dict[str, str]:
+    """A checksum of each network that an evaluation may be of, by its file."""
+    found = {}
+    for path in (paths.best_ra, paths.best_sa, paths.checkpoint):
+        network = network_of(load_checkpoint(path), path, spec, torch.device("cpu"))
+        found[path.name] = checksum(network.state_dict())
+    return found
+
+
+def run_flops(stage: Stage, rows: Sequence[Row], images: int) -> dict[str, dict[str, int]]:
+    """The FLOPs of a stage, as its ``rows`` of metrics have them and as the paper counts them."""
+    steps, by_epoch = stage.plan.attack_steps, [row["inference_flops"] for row in rows]
+    paper = flops.paper_inference(stage.costs, stage.live_counts())
+    return {
+        "real": {
+            "inference": by_epoch[-1],
+            "training": flops.real_training(by_epoch, images, steps),
+        },
+        "paper": {
+            "inference": paper,
+            "training": flops.paper_training(paper, images, steps, stage.plan.epochs),
+        },
+    }
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
     """The end of a run in a few lines."""
-    best, final, flops, first = (
-        summary["best"],
-        summary["final"],
-        summary["flops"],
-        summary.get("stage1"),
-    )
-    return "\n".join(
-        [
-            *([_ticket_text(first)] if first else []),
-            (
-                f"best model (epoch {best['epoch']}, by validation RA):  test RA"
-                f" {best['test_ra']:.2f}  test SA {best['test_sa']:.2f}  training RA"
-                f" {best['train_ra']:.2f}"
-            ),
-            (
-                f"final model (epoch {final['epoch']}):  test RA {final['test_ra']:.2f}  test SA"
-                f" {final['test_sa']:.2f}  training RA {final['train_ra']:.2f}"
-            ),
-            (
-                f"Diff. (best - final RA) {_percent(summary['diff'])}  robust generalization gap"
-                f" {_percent(summary['robust_gap'])}  density {summary['density']:.4f}"
-            ),
-            (
-                f"FLOPs real:   training {flops['real']['training']:.4g}  inference"
-                f" {flops['real']['inference']:.4g} an image"
-            ),
-            (
-                f"FLOPs paper:  training {flops['paper']['training']:.4g}  inference"
-                f" {flops['paper']['inference']:.4g} an image"
-            ),
-        ]
+    best, final, first = summary["best"], summary["final"], summary.get("stage1")
+    lines = [_ticket_text(first)] if first else []
+    lines += [
+        f"best model (epoch {best['epoch']}, by validation RA):{_scores_text(best)}",
+        f"final model (epoch {final['epoch']}):{_scores_text(final)}",
+        f"Diff. (best - final RA) {_percent(summary['diff'])}  robust generalization gap"
+        f" {_percent(summary['robust_gap'])}  density {summary['density']:.4f}",
+    ]
+    for kind, counts in summary["flops"].items():
+        lines.append(
+            f"{f'FLOPs {kind}:':<12}  training {counts['training']:.4g}  inference"
+            f" {counts['inference']:.4g} an image"
+        )
+    return "\n".join(lines)
+
+
+def _scores_text(figures: Mapping[str, Any]) -> str:
+    return (
+        f"  test RA {figures['test_ra']:.2f}  test SA {figures['test_sa']:.2f}"
+        f"  training RA {figures['train_ra']:.2f}"
     )
 
 
-def _ticket_text(first: Row) -> str:
+def _percent(x: float) -> str:
+    return f"{round(x, 2) + 0.0:.2f}"  # never -0.00
+
+
+def _ticket_text(first: Mapping[str, Any]) -> str:
     if first["pretrained"] is not None:
         return f"ticket drawn from {first['pretrained']}, whose training is not in the FLOPs"
     emerged = "emerged" if first["emerged"] else "was drawn"

@@ -1,0 +1,69 @@
+"""What a run says of itself, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import Data
+from utils.execution.forward import Execution
+from utils.settings.common import CommonSettings
+
+
+def setting_text(settings: CommonSettings, data: Data) -> str:
+    """Network, data and tests, for the headline."""
+    images = f"{len(data.train)} / {len(data.val)} / {len(data.test)} images"
+    tests = f"PGD-{settings.test_step} tests at {settings.test_ball}"
+    return f"{settings.arch} on {settings.dataset} ({images}), {tests}"
+
+
+def execution_text(execution: Execution, device: torch.device) -> str:
+    """Precision, device and processes, for the headline."""
+    processes = execution.world.size
+    where = f"{device.type} in {processes} processes" if processes > 1 else str(device)
+    return f"in {execution.precision} on {where}"
+
+
+def epoch_text(title: str, row: Mapping[str, Any]) -> str:
+    """An epoch's figures in a line, as far as it has them."""
+    figures = [f"{title}  lr {row['lr']:g}  loss {row['train_loss']:.3f}"]
+    for part in ("train", "val", "test"):
+        measured = [
+            f"{kind.upper()} {row[f'{part}_{kind}']:.2f}"
+            for kind in ("ra", "sa")
+            if f"{part}_{kind}" in row
+        ]
+        figures += [f"{part} {' '.join(measured)}"] if measured else []
+    pace = f"{row['images_per_second']:.0f} img/s  {row['seconds']:.1f} s"
+    return "  ".join([*figures, f"density {row['density']:.4f}", pace])
+
+
+def saved_text(
+    history: Sequence[Mapping[str, Any]], partial: Mapping[str, Any] | None, steps: int
+) -> str:
+    """How far a checkpoint has come that holds ``history`` and an epoch's ``partial`` tally."""
+    done = 0 if partial is None else len(partial["weights"])
+    within = f"step {done} of {steps}" if done < steps else "all steps"
+    if not history:
+        return f"{within} of epoch 1"
+    last, step = history[-1], f", and {within} of the next" if done else ""
+    stage = f"stage {last['stage']}, " if "stage" in last else ""
+    return f"{stage}epoch {last['epoch']}{step}"
+
+
+def last_good_text(path: Path, saved: str) -> str:
+    """Which checkpoint a run that ends early can be resumed from."""
+    if not path.exists():
+        return "no epoch was finished, so there is no checkpoint yet"
+    return f"the last good checkpoint is {path}" + (f" ({saved})" if saved else "")
+
+
+def processes_text(before: int, now: int) -> str:
+    """Of a run that other processes resume than began it."""
+    return (
+        f"the checkpoint was written by {before} process(es), {now} resume(s): from here on batch"
+        " norm sees other parts of a batch"
+    )
