@@ -75,10 +75,9 @@ class AdversarialRun(Run):
     def headline(self) -> str:
         s = self.settings
         density = f" at density {s.density:g}" if self.stage.masking else ""
-        training = f"PGD-{s.train_step} training at {s.train_ball}"
         return (
-            f"{s.method}{density}: {setting_text(s, self.data)}, {training}, {s.epochs} epochs,"
-            f" {execution_text(self.execution, self.device)}"
+            f"{s.method}{density}: {setting_text(s, self.data)}, {s.attack_text},"
+            f" {s.epochs} epochs, {execution_text(self.execution, self.device)}"
         )
 
     def cautions(self) -> Sequence[str]:

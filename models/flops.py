@@ -201,11 +201,21 @@ def paper_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int
     return sum(2 * _multiplications(cost, kept) * cost.channels_out for cost, kept in counted)
 
 
-def real_training(inference_by_epoch: Sequence[int], images: int, attack_steps: int) -> int:
-    """Of a whole adversarial training, from each epoch's real inference count."""
-    return _PASSES * (attack_steps + 1) * images * sum(inference_by_epoch)
+def real_training(
+    inference_by_epoch: Sequence[int], images: int, attack_steps: int, further: Sequence[int] = ()
+) -> int:
+    """Of a whole adversarial training, from each epoch's real inference count; ``further`` are
+    passes an image beyond attack and update, by epoch."""
+    steps, further = _PASSES * (attack_steps + 1), further or [0] * len(inference_by_epoch)
+    return images * sum(
+        inference * (steps + passes)
+        for inference, passes in zip(inference_by_epoch, further, strict=True)
+    )
 
 
-def paper_training(final_inference: int, images: int, attack_steps: int, epochs: int) -> int:
-    """The paper's count of a whole training: that of the final network in every epoch."""
-    return _PASSES * (attack_steps + 1) * images * epochs * final_inference
+def paper_training(
+    final_inference: int, images: int, attack_steps: int, epochs: int, further: Sequence[int] = ()
+) -> int:
+    """The paper's count of a whole training: that of the final network in every epoch; ``further``
+    as in ``real_training``."""
+    return images * final_inference * (_PASSES * (attack_steps + 1) * epochs + sum(further))

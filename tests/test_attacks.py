@@ -163,7 +163,9 @@ def test_margin_attack_finds_wrong_answers():
     assert (network(adversarial).argmax(dim=1) == y).double().mean() < 0.5
 
 
-@pytest.mark.parametrize("options", [{"norm": "l1"}, {"loss": "kl"}, {"eps": -1.0}, {"steps": -1}])
+@pytest.mark.parametrize(
+    "options", [{"norm": "l1"}, {"loss": "dlr"}, {"start": "far"}, {"eps": -1.0}, {"steps": -1}]
+)
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match=r"unknown|negative"):
         PGD(**{"eps": 0.1, "step_size": 0.1, "steps": 1, **options})

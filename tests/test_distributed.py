@@ -3,6 +3,7 @@ when one of them does."""
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -35,7 +36,9 @@ from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.storage.checkpoint import load_checkpoint, save_checkpoint
 from utils.storage.run_folder import read_epochs
+from utils.training.averages import ExponentialAverage
 from utils.training.engine import train_epoch
+from utils.training.losses import LOSSES, Options
 from utils.training.schedule import Plan
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
@@ -95,7 +98,7 @@ def plain_network(batch_norm):
     return nn.Sequential(*layers).double()
 
 
-def trained(world, batch_norm=False, training=True, spoil=None):
+def trained(world, batch_norm=False, training=True, spoil=None, remedies=False):
     """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient;
     everything that has come of it."""
     model = plain_network(batch_norm)
@@ -105,6 +108,12 @@ def trained(world, batch_norm=False, training=True, spoil=None):
     )
     loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
     plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
+    average = None
+    if remedies:
+        attack = dataclasses.replace(ATTACK, loss="kl", start="gaussian")
+        trades = {"loss": LOSSES["trades"], "options": Options(beta=6.0)}
+        plan = dataclasses.replace(plan, attack=attack, awp=0.01, awp_start=1, **trades)
+        average = ExponentialAverage(model, 0.5)
     forward = Forward(model, Execution(world=world))
     results = []
     for epoch in range(2):
@@ -120,6 +129,7 @@ def trained(world, batch_norm=False, training=True, spoil=None):
             "epoch": epoch,
             "steps": len(loader),
             "masking": masking,
+            "average": average,
             "forward": forward,
         }
         result = train_epoch(model, optimizer, doubled, **options)
@@ -129,6 +139,8 @@ def trained(world, batch_norm=False, training=True, spoil=None):
         for i, state in enumerate(optimizer.state.values())
     }
     state = {**model.state_dict(), **moments}
+    if average is not None:
+        state |= {f"average {n}": value for n, value in average.model.state_dict().items()}
     return {
         "state": state,
         "masks": masking.masks,
@@ -138,9 +150,11 @@ def trained(world, batch_norm=False, training=True, spoil=None):
     }
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_without_batch_norm_several_processes_are_one(tmp_path, size):
-    one, several = trained(ALONE), in_processes(size, trained, tmp_path)
+@pytest.mark.parametrize(("size", "remedies"), [(2, False), (3, False), (2, True)])
+def test_without_batch_norm_several_processes_are_one(tmp_path, size, remedies):
+    """In float64; the remedies are TRADES, weight perturbation and an average."""
+    rest = (False, True, None, remedies)
+    one, several = trained(ALONE, *rest), in_processes(size, trained, tmp_path, *rest)
     assert one["updates"] == 3
     for other in several:
         assert other["hash"] == one["hash"]

@@ -42,7 +42,7 @@ def test_the_cycle_rises_for_two_fifths_and_falls_to_nothing():
     assert [cyclic_rate(fraction, 0.2) for fraction in (0.0, 0.2, 0.4, 0.7, 1.0)] == pytest.approx(
         [0.0, 0.1, 0.2, 0.1, 0.0]
     )
-    plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=5)
+    plan = dataclasses.replace(PLAN, lr=0.2, schedule="onecycle", epochs=5)
     rates = [plan.rate(epoch, step, 20) for epoch in range(5) for step in range(20)]
     assert max(rates) == pytest.approx(0.2, rel=0.02)
     assert rates.index(max(rates)) in (39, 40)
@@ -57,8 +57,8 @@ def test_every_step_has_the_rate_of_the_plan():
     optimizer.register_step_pre_hook(
         lambda optimizer, arguments, options: rates.append(optimizer.param_groups[0]["lr"])
     )
-    plan = dataclasses.replace(PLAN, lr=0.2, milestones=None, epochs=2)
-    epoch(model, optimizer, toy.split(20), **dataclasses.asdict(plan) | {"attack": ATTACK})
+    plan = dataclasses.replace(PLAN, lr=0.2, schedule="onecycle", epochs=2)
+    epoch(model, optimizer, toy.split(20), lr=0.2, schedule="onecycle", epochs=2)
     assert rates == [plan.rate(0, step, 4) for step in range(4)]
     assert len(set(rates)) == 4
 

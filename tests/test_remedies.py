@@ -9,6 +9,10 @@ from torch import nn
 
 from sparse_core import Masking, MaskingConfig
 from tests import toy
+from tests.test_resume import only_run
+from utils.attacks import PGD, attack_draws, n_fgsm, pgd_attack
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.run_folder import read_epochs, read_summary
 from utils.training.averages import EpochAverage, ExponentialAverage
 from utils.training.losses import LOSSES, Options
 from utils.training.weight_perturbation import perturbed_weights
@@ -152,10 +156,9 @@ def sparse(**options):
 
 def step_with_perturbation(model, optimizer, masking):
     x, y = toy.images()
-    dead = {name: ~mask for name, mask in masking.masks.items()}
-    with perturbed_weights(model, 0.01, ascent(model, x, y), dead):
+    with perturbed_weights(model, 0.01, ascent(model, x, y), masking.masks):
         named = dict(model.named_parameters())
-        assert all(not named[name][where].any() for name, where in dead.items())
+        assert all(not named[name][~mask].any() for name, mask in masking.masks.items())
         ascent(model, x, y)().backward()
     optimizer.step()
     masking.step()
@@ -200,8 +203,8 @@ def test_an_average_over_epochs_is_the_mean_since_a_weight_grew():
     masks[2][lost] = False  # is dropped for the third
     seen = []
     for epoch, mask in enumerate(masks):
-        masking.masks[name] = mask
-        average.after_update(masking.masks)
+        masking.masks = {**masking.masks, name: mask}  # as an update does, a new mapping
+        average.after_step(model, masking)
         with torch.no_grad():
             masking.weights[name].normal_().mul_(mask)
         seen.append(masking.weights[name].detach().clone())
@@ -250,3 +253,112 @@ def test_an_average_that_is_saved_and_loaded_goes_on_to_the_bit(kind):
             advance(second, model, masking)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
+
+
+# ---------------------------------------------------------------- attacks in training
+
+
+def test_n_fgsm_is_one_step_from_twice_the_radius_without_projection():
+    model, (x, y) = toy.network().double(), toy.images()
+    x, eps = x.double(), 8 / 255
+    attack = n_fgsm(eps)
+    draws = attack_draws(attack, torch.arange(len(x)), x.shape[1:], 1, "test")
+    found = pgd_attack(model, x, y, attack, draws=draws)
+    noisy = (x + (4 * draws - 2) * eps).requires_grad_()
+    F.cross_entropy(model.eval()(noisy), y, reduction="sum").backward()
+    assert torch.equal(found, (noisy + eps * noisy.grad.sign()).clamp(0, 1).detach())
+    farthest = (found - x).abs().max().item()
+    assert 2.5 * eps < farthest <= 3 * eps + 1e-12
+
+
+def test_trades_attack_climbs_the_divergence_from_a_gaussian_start():
+    model, (x, y) = toy.network().double(), toy.images()
+    x, eps = x.double(), 8 / 255
+    attack = PGD(eps, 2 / 255, 3, loss="kl", start="gaussian")
+    draws = attack_draws(attack, torch.arange(len(x)), x.shape[1:], 1, "test")
+    found = pgd_attack(model, x, y, attack, draws=draws)
+    model.eval()
+    p = model(x).softmax(1).detach()
+    mine = (x + 1e-3 * torch.special.ndtri(draws.double())).clamp(0, 1)
+    for _ in range(3):
+        mine = mine.detach().requires_grad_()
+        (p * (p.log() - model(mine).log_softmax(1))).sum().backward()
+        mine = mine.detach() + 2 / 255 * mine.grad.sign()
+        mine = torch.minimum(torch.maximum(mine, x - eps), x + eps).clamp(0, 1)
+    assert torch.allclose(found, mine, atol=1e-12)
+
+
+def test_the_update_after_a_perturbation_differs_by_the_gradients_point_alone():
+    """w - lr g(w + v), where g is taken at the moved weights and nothing else is moved."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    with perturbed_weights(model, 0.1, ascent(model, ATTACKED, Y)):
+        optimizer.zero_grad()
+        ascent(model, ATTACKED, Y)().backward()
+    optimizer.step()
+    twin = two_layers()
+    ascent(twin, ATTACKED, Y)().backward()
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight += 0.1 * weight.norm() / weight.grad.norm() * weight.grad
+    twin.zero_grad()
+    ascent(twin, ATTACKED, Y)().backward()
+    for weight, old, other in zip(model.parameters(), before, twin.parameters(), strict=True):
+        assert torch.allclose(weight, old - 0.1 * other.grad, atol=1e-12)
+
+
+# ---------------------------------------------------------------- whole runs
+
+REMEDIES = {
+    "averages": "--ema .9",
+    "perturbed": "--awp .01 --awp_start .5",
+    "trades": "--train_loss trades --label_smoothing .1",
+    "n-fgsm": "--train_attack n-fgsm --swa 1 --lr_schedule onecycle",
+    "fgsm-rs": "--train_attack fgsm-rs --lr_schedule cosine --nesterov",
+    "clean": "--train_attack none --ema .5",
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+@pytest.mark.parametrize("method", ["dense", "fb", "fbp", "static"])
+def test_every_remedy_works_with_every_method(run_adv, tmp_path, name, method):
+    masks = {"dense": [], "fb": ["--fb"], "fbp": ["--fbp"], "static": ["--fix"]}[method]
+    if method != "dense":
+        masks += ["--density", ".3"]
+    if method in ("fb", "fbp"):
+        masks += ["--update_frequency", "2"]
+    if method == "fbp":
+        masks += ["--dynamic_epoch", "1"]
+    outcome = run_adv(*toy.TOY_RUN, *masks, *REMEDIES[name].split(), "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    check_run(only_run(tmp_path), has_average="--ema" in REMEDIES[name] or "swa" in REMEDIES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in REMEDIES if name != "clean"])
+def test_every_remedy_works_on_a_ticket(run_eb, tmp_path, name):
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, *REMEDIES[name].split(), "--density", ".3"]
+    outcome = run_eb(*flags, "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    check_run(only_run(tmp_path), has_average="--ema" in REMEDIES[name] or "swa" in REMEDIES[name])
+
+
+def check_run(paths, has_average):
+    content, summary, rows = (
+        load_checkpoint(paths.checkpoint),
+        read_summary(paths),
+        read_epochs(paths),
+    )
+    masks = (content["masking"] or {"masks": {}})["masks"]
+    assert ("average" in content, paths.average.exists()) == (has_average, has_average)
+    best = max(max(row[k] for k in row if k.endswith("val_ra")) for row in rows if "val_ra" in row)
+    assert summary["best"]["val_ra"] == best
+    if not has_average:
+        return
+    averaged = load_checkpoint(paths.average)
+    assert averaged["averaged"]
+    assert averaged["val_ra"] == rows[-1]["average_val_ra"]
+    assert summary["average"]["test_ra"] >= 0
+    for name, mask in masks.items():
+        assert not averaged["state_dict"][name][~mask].any()
+        assert averaged["state_dict"][name][content["state_dict"][name] != 0].all()

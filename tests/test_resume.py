@@ -51,6 +51,16 @@ METHODS = {
         "--test_every",
         "3",
     ],
+    "fb with remedies": [
+        *LONGER,
+        *"--fb --train_loss trades --awp .005 --awp_start 1 --ema .5".split(),
+        *toy.TOY_MASKS,
+    ],
+    "n-fgsm with swa": [
+        *LONGER,
+        *"--fb --train_attack n-fgsm --swa 2 --lr_schedule cosine --nesterov".split(),
+        *toy.TOY_MASKS,
+    ],
     "rb": [*toy.TOY_BIRD, *toy.EASY_TICKET],
     "rb-channel": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5"],
     "rb fast": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--stage1", "fast"],
@@ -70,6 +80,9 @@ def state(save_dir):
     tensors |= {
         f"momentum {i}": s["momentum_buffer"] for i, s in content["optimizer"]["state"].items()
     }
+    average = content.get("average", {"weights": {}})
+    for kind in average.keys() - {"count"}:
+        tensors |= {f"average {kind} {name}": value for name, value in average[kind].items()}
     masking = content["masking"] or {"masks": {}, "explored": {}}
     tensors |= {
         f"{kind} {name}": mask
@@ -88,6 +101,7 @@ def state(save_dir):
         if k not in ("seconds", "settings", "stage1", "made_by")
     }
     plain = {k: v for k, v in masking.items() if k not in ("masks", "explored")}
+    plain["averaged"] = average.get("count")
     return tensors, (rows, summary, plain, content["epoch"])
 
 
@@ -524,10 +538,10 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
     before = RunPaths(root).stamps(), RunPaths(root).config.read_bytes()
     # its figures would be those of 4 epochs
     shorter = run(*flags, name, 2, "--save_dir", tmp_path / "grown", "--resume")
-    assert (
-        shorter.code,
-        f"has grown to {name} 4; --resume_dir goes on with it" in shorter.err,
-    ) == (2, True)
+    assert (shorter.code, f"has grown to {name} 4; --resume_dir resumes it" in shorter.err) == (
+        2,
+        True,
+    )
     assert (RunPaths(root).stamps(), RunPaths(root).config.read_bytes()) == before
 
 

@@ -394,7 +394,7 @@ def test_fast_is_one_large_step_in_eval_mode_on_a_cycle(run_eb, tmp_path, monkey
         True,
     )
     assert not plans[0].attack_training
-    assert (plans[0].milestones, plans[0].lr, plans[0].epochs) == (None, 0.2, 4)
+    assert (plans[0].schedule, plans[0].lr, plans[0].epochs) == ("onecycle", 0.2, 4)
     assert plans[-1].attack_training
     assert plans[-1].milestones == (1,)
     assert plans[0].seed != plans[-1].seed

@@ -35,7 +35,7 @@ def test_defaults_are_the_papers():
         settings.epochs,
     ) == (128, 0.1, 0.9, 5e-4, 200)
     assert settings.milestones == (100, 150)
-    train, test = settings.train_attack, settings.test_attack
+    train, test = settings.training_attack, settings.test_attack
     assert (train.eps, train.steps, train.step_size, train.norm, train.random_start) == (
         8 / 255,
         10,
@@ -50,7 +50,7 @@ def test_defaults_are_the_papers():
         "linf",
         True,
     )
-    assert settings.attack_mode == "train"
+    assert settings.training.attack_training
 
 
 def test_the_papers_sparse_commands():
@@ -117,8 +117,8 @@ def test_both_spellings(line):
 
 
 def test_random_starts_are_on_and_can_be_turned_off():
-    assert parse("").train_attack.random_start
-    assert not parse("--no-train_randinit").train_attack.random_start
+    assert parse("").training_attack.random_start
+    assert not parse("--no-train_randinit").training_attack.random_start
     assert not parse("--no-test-randinit").test_attack.random_start
 
 

@@ -1,4 +1,5 @@
-"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2."""
+"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2, and its one-step
+relatives."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from models.modes import in_mode, without_parameter_gradients
 from utils.seeding import random_bits, stream, uniform
 
 NORMS = ("linf", "l2")
+STARTS = ("uniform", "gaussian", "wide")
+_GAUSSIAN = 1e-3  # standard deviation of that start, by TRADES' own code
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _LEAST_STEP = 1e-3  # of a pixel's value that is no rounding; 8-bit images have steps of 1/255
@@ -29,8 +32,12 @@ class PGD:
         eps: radius of the ball; step_size: length of one step; steps: how many (0 leaves the
             start).
         norm: ``linf`` or ``l2``.
-        random_start: start uniformly in the ball instead of at the image.
-        loss: ``ce`` (cross-entropy) or ``margin`` (Carlini and Wagner's), summed over the batch.
+        random_start: start at a random place instead of at the image.
+        loss: ``ce`` (cross-entropy), ``margin`` (Carlini and Wagner's) or ``kl`` (the divergence
+            from what the network answers to the clean images, as in TRADES), summed over the batch.
+        start: where: ``uniform`` in the ball; ``gaussian``, .001 N(0, 1) from the image (TRADES);
+            ``wide``, uniform in twice the radius, and then nothing is projected to the ball
+            (N-FGSM; linf alone).
     """
 
     eps: float
@@ -39,10 +46,15 @@ class PGD:
     norm: str = "linf"
     random_start: bool = True
     loss: str = "ce"
+    start: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+        if self.start not in STARTS:
+            raise ValueError(f"unknown start {self.start!r}; known: {', '.join(STARTS)}")
+        if self.start == "wide" and (self.norm != "linf" or not self.random_start):
+            raise ValueError("the wide start is random and in linf")
         if self.loss not in LOSSES:
             raise ValueError(f"unknown attack loss {self.loss!r}; known: {', '.join(LOSSES)}")
         if self.eps < 0 or self.step_size < 0 or self.steps < 0:
@@ -68,6 +80,12 @@ def fgsm_rs(eps: float) -> PGD:
     return PGD(eps, 1.25 * eps, 1, "linf", random_start=True)
 
 
+def n_fgsm(eps: float) -> PGD:
+    """One step of eps from a uniform start in twice the radius, not projected (N-FGSM; de Jorge et
+    al., "Make some noise", 2022)."""
+    return PGD(eps, eps, 1, "linf", random_start=True, start="wide")
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Summed over the batch, so that an image's perturbation does not depend on the batch size."""
     return F.cross_entropy(logits, y, reduction="sum")
@@ -81,7 +99,13 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return (wrong - true).sum()
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+def divergence(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(p || q), summed; p by the logits ``clean`` and q by ``logits``."""
+    p, q = clean.log_softmax(dim=1), logits.log_softmax(dim=1)
+    return (p.exp() * (p - q)).sum()
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "kl": divergence}
 
 
 def pgd_attack(
@@ -111,10 +135,12 @@ def pgd_attack(
             loss of these instead of ascending that of ``y`` (the targeted form).
 
     Returns:
-        Detached images like ``x``, within ``eps`` of it and in [0, 1].
+        Detached images like ``x``, in [0, 1] and within ``eps`` of it (3 ``eps`` from a wide
+        start).
 
     Raises:
-        ValueError: draws that do not fit ``attack.random_start``; a call under
+        ValueError: draws that do not fit ``attack.random_start``; targets with the loss ``kl``,
+            which needs no labels; a call under
             ``torch.inference_mode``, which has no gradients; images that are not floating, or lie
             outside of [0, 1] at a network's first attack: later ones are not looked at.
     """
@@ -127,18 +153,16 @@ def pgd_attack(
         raise ValueError("a random start needs draws, and draws need a random start")
     x = x.detach()
     _refuse_other_ranges(model, x)
-    adversarial = (
-        x
-        if draws is None
-        else _project(x + _start_offset(draws, attack).view_as(x).to(x.dtype), x, attack)
-    )
-    loss_function, goal, direction = (
-        LOSSES[attack.loss],
-        y if targets is None else targets,
-        1 if targets is None else -1,
-    )
+    if attack.loss == "kl" and targets is not None:
+        raise ValueError("the loss kl has no targets")
+    adversarial = x if draws is None else _start(x, draws, attack)
+    loss_function, direction = LOSSES[attack.loss], 1 if targets is None else -1
+    goal = y if targets is None else targets
     forward = model if forward is None else forward
     with in_mode(model, training), without_parameter_gradients(model), torch.enable_grad():
+        if attack.loss == "kl":
+            with torch.no_grad():
+                goal = forward(x)
         for _ in range(attack.steps):
             adversarial = adversarial.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(
@@ -186,11 +210,19 @@ def attack_draws(
     return flat if attack.norm == "l2" else flat.view(-1, *image_shape)
 
 
+def _start(x: Tensor, draws: Tensor, attack: PGD) -> Tensor:
+    moved = x + _start_offset(draws, attack).view_as(x).to(x.dtype)
+    return moved if attack.start == "wide" else _project(moved, x, attack)
+
+
 def _start_offset(draws: Tensor, attack: PGD) -> Tensor:
+    pixels = draws[:, :-1] if attack.norm == "l2" else draws
+    if attack.start == "gaussian":
+        return _GAUSSIAN * torch.special.ndtri(pixels.double())
     if attack.norm == "linf":
-        return (2 * draws - 1) * attack.eps
+        return (2 * draws - 1) * (2 * attack.eps if attack.start == "wide" else attack.eps)
     # Uniform in the l2 ball: a Gaussian direction, and a radius whose d-th power is uniform.
-    direction = torch.special.ndtri(draws[:, :-1].double())
+    direction = torch.special.ndtri(pixels.double())
     radius = attack.eps * draws[:, -1:].double() ** (1 / direction.shape[1])
     return direction / direction.norm(dim=1, keepdim=True) * radius
 
@@ -204,6 +236,8 @@ def _step(gradient: Tensor, attack: PGD) -> Tensor:
 
 
 def _project(candidate: Tensor, x: Tensor, attack: PGD) -> Tensor:
+    if attack.start == "wide":
+        return candidate.clamp(0.0, 1.0)
     if attack.norm == "linf":
         return torch.clamp(
             candidate, (x - attack.eps).clamp_min(0.0), (x + attack.eps).clamp_max(1.0)

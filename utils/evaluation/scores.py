@@ -87,7 +87,8 @@ def evaluate(
     """
     forward = Forward(model) if forward is None else forward
     # in which the attack says what is wrong
-    if isinstance(attack, PGD) and attack.steps and not torch.is_inference_mode_enabled():
+    looks = isinstance(attack, PGD) and attack.steps > 0 and attack.loss != "kl"
+    if looks and not torch.is_inference_mode_enabled():
         _look_at_gradients(forward, split, attack)
     return _score(forward, split, attack, seed=seed, restarts=restarts, on_batch=on_batch)
 

@@ -213,7 +213,7 @@ class AdversarialSettings(CommonSettings):
     @property
     def training(self) -> Plan:
         """The one training of such a run."""
-        return self.plan("pgd", self.epochs, self.seed)
+        return self.last_plan(self.epochs)
 
     def trainings(self) -> list[tuple[Plan, bool]]:
         return [(self.training, True)]
@@ -277,6 +277,7 @@ class AdversarialSettings(CommonSettings):
         # What the checkpoint says of its training was compared with it and is no request.
         super().refuse_idle(given - {"train_gamma", "attack_mode"} if self.eval else given)
         if not self.eval:
+            self.refuse_late_remedies(self.epochs)
             if "decreasing_lr" in given:
                 self.refuse_late_milestones(self.epochs)
             if self.fbp:
@@ -328,8 +329,12 @@ def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
 def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
     """What the settings leave idle although nobody asked for it in so many words; a run says so at
     its start."""
-    found = [*s.notes, *s.attack_cautions("train"), *s.attack_cautions("test")]
-    if not any(milestone < s.epochs for milestone in s.milestones):
+    found = [
+        *s.notes,
+        *([] if s.train_attack == "none" else s.attack_cautions("train", s.train_attack != "pgd")),
+        *s.attack_cautions("test"),
+    ]
+    if s.lr_schedule == "step" and not any(epoch < s.epochs for epoch in s.milestones):
         found.append(
             f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end"
         )

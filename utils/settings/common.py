@@ -18,19 +18,64 @@ import torch
 from data import DECODED_HERE, SOURCES
 from data.guess import guess_data_set
 from models import CUSTOM_ARCHITECTURES, arch_names, canonical_arch
-from utils.attacks import NORMS, PGD, fgsm_rs
+from utils.attacks import NORMS, PGD, fgsm_rs, n_fgsm
 from utils.errors import InputError, require
 from utils.execution.hardware import PRECISIONS, best_precision
 from utils.settings.flags import epoch_number, flag, refuse_odd_values
 from utils.settings.rules import Rule, refuse
-from utils.training.schedule import Plan
+from utils.training.losses import LOSSES, Options, TrainLoss
+from utils.training.schedule import LR_SCHEDULES, Plan
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
 # rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
+ONE_STEP = ("n-fgsm", "fgsm-rs")
 _FAST_PEAK = 0.2  # highest learning rate of ``fast``
 
+_REMEDIES_RULES = (
+    Rule(
+        "beta", lambda s: s.loss.beta is None, "--train_loss {s.train_loss}, whose loss is one term"
+    ),
+    Rule("awp_start", lambda s: not s.awp, "no --awp"),
+    Rule("", lambda s: s.ema and s.swa, "--ema and --swa are two averages; choose one"),
+    Rule(
+        "",
+        lambda s: s.loss.attack != "ce" and s.train_attack != "pgd",
+        "--train_loss {s.train_loss} has no effect with --train_attack {s.train_attack}: its"
+        " attack is PGD on a loss of its own",
+    ),
+    Rule(
+        "",
+        lambda s: s.loss.attack == "kl" and not s.train_randinit,
+        "--train_loss {s.train_loss} with --no-train_randinit would attack nothing: at the image"
+        " itself its attack has no gradient",
+    ),
+    Rule(
+        "",
+        lambda s: s.norm == "l2" and s.train_attack in ONE_STEP,
+        "--norm l2 has no effect with --train_attack {s.train_attack}, which steps along the sign",
+    ),
+    Rule(
+        "train_step train_gamma train_randinit",
+        lambda s: not s.evaluates and not s.takes_steps,
+        "--train_attack {s.train_attack}, which has steps of its own",
+        True,
+    ),
+    Rule(
+        "decreasing_lr",
+        lambda s: s.lr_schedule != "step",
+        "--lr_schedule {s.lr_schedule}, which has no steps",
+        True,
+    ),
+    Rule(
+        "train_eps attack_mode",
+        lambda s: not s.evaluates and not s.takes_steps and s.train_attack == "none",
+        "--train_attack none",
+    ),
+    Rule("", lambda s: s.nesterov and not s.momentum, "--nesterov has no effect with --momentum 0"),
+)
 COMMON_RULES = (
+    *_REMEDIES_RULES,
     Rule("data", lambda s: s.dataset == "digits", "--dataset digits, which needs no folder", True),
     Rule(
         "image_size",
@@ -147,8 +192,30 @@ class CommonSettings:
     )
     momentum: float = flag.training(0.9, "of SGD")
     weight_decay: float = flag.training(0.0005, "of SGD")
+    nesterov: bool = flag.training(False, "Nesterov momentum")
+    lr_schedule: str = flag.training(
+        "step",
+        "learning rate: by --decreasing_lr, a half cosine to 0, or up to --lr and down to 0",
+        choices=LR_SCHEDULES,
+    )
     sync_bn: bool = flag.training(
         False, "several processes: batch norm sees the whole batch (GPUs only)"
+    )
+    # remedies against robust overfitting, in the last stage
+    train_loss: str = flag.remedies("ce", "loss of an update", choices=lambda: tuple(LOSSES))
+    beta: float | None = flag.remedies(None, "weight of the robust term (default 6 for trades)")
+    label_smoothing: float = flag.remedies(0.0, "share of a label spread over all classes")
+    awp: float = flag.remedies(
+        0.0, "adversarial weight perturbation, relative to each layer (usual: .01; trades .005)"
+    )
+    awp_start: str = flag.remedies(
+        "0", "first epoch with it; a fraction of the run too", metavar="EPOCH"
+    )
+    ema: float = flag.remedies(0.0, "decay of an exponential average of the weights (usual: .995)")
+    swa: str | None = flag.remedies(
+        None,
+        "first epoch whose weights enter a mean over epochs; a fraction of the run too",
+        metavar="EPOCH",
     )
     # speed
     precision: str = flag.hardware(
@@ -168,13 +235,20 @@ class CommonSettings:
     )
     test_every: int = flag.hardware(1, "epochs of the last stage between tests", metavar="EPOCHS")
     # attacks
+    train_attack: str = flag.attack(
+        "pgd",
+        "attack of the last stage's training: --train_step steps, one step, or clean images",
+        choices=("pgd", *ONE_STEP, "none"),
+    )
     norm: str = flag.attack("linf", "ball of the attacks", choices=NORMS)
     train_eps: float = flag.attack(8.0, "radius in training, in 1/255")
     train_step: int = flag.attack(10, "steps in training")
     train_gamma: float = flag.attack(2.0, "step size in training, in 1/255")
     train_randinit: bool = flag.attack(True, "random start in training")
-    attack_mode: str = flag.attack(
-        "train", "mode of the network while attacked in training", choices=("train", "eval")
+    attack_mode: str | None = flag.attack(
+        None,
+        "mode of the network while attacked in training (default: train; eval for trades)",
+        choices=("train", "eval"),
     )
     test_eps: float = flag.attack(8.0, "radius in tests, in 1/255")
     test_step: int = flag.attack(20, "steps in tests")
@@ -187,7 +261,8 @@ class CommonSettings:
         raise NotImplementedError
 
     @property
-    def train_attack(self) -> PGD:
+    def pgd(self) -> PGD:
+        """The many-step attack in training, without what a loss asks of it."""
         return PGD(
             self.train_eps / 255,
             self.train_gamma / 255,
@@ -195,6 +270,32 @@ class CommonSettings:
             self.norm,
             self.train_randinit,
         )
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a stage trains on the images of ``pgd``."""
+        return self.train_attack == "pgd"
+
+    @property
+    def loss(self) -> TrainLoss:
+        return LOSSES[self.train_loss]
+
+    @property
+    def training_attack(self) -> PGD | None:
+        """Of the last stage."""
+        if self.train_attack == "pgd":
+            return dataclasses.replace(self.pgd, loss=self.loss.attack, start=self.loss.start)
+        one_step = {"n-fgsm": n_fgsm, "fgsm-rs": fgsm_rs}.get(self.train_attack)
+        return None if one_step is None else one_step(self.train_eps / 255)
+
+    @property
+    def attack_text(self) -> str:
+        """Training of the last stage, for the headline."""
+        if self.train_attack == "none":
+            return "clean training"
+        name = f"PGD-{self.train_step}" if self.train_attack == "pgd" else self.train_attack.upper()
+        loss = "" if self.train_loss == "ce" else f"{self.train_loss} "
+        return f"{loss}{name} training at {self.train_ball}"
 
     @property
     def test_attack(self) -> PGD:
@@ -223,6 +324,23 @@ class CommonSettings:
             if part.strip()
         )
 
+    def last_plan(self, epochs: int) -> Plan:
+        """How the last stage trains, with its remedies, if it is adversarial (or would be)."""
+        beta = self.loss.beta if self.beta is None else self.beta
+        swa = None if self.swa is None else epoch_number(self.swa, epochs, "--swa")
+        return dataclasses.replace(
+            self.plan("pgd", epochs, self.seed),
+            attack=self.training_attack,
+            attack_training=(self.attack_mode or self.loss.attack_mode) == "train",
+            schedule=self.lr_schedule,
+            loss=self.loss,
+            options=Options(beta or 0.0, self.label_smoothing),
+            awp=self.awp,
+            awp_start=epoch_number(self.awp_start, epochs, "--awp_start"),
+            ema=self.ema,
+            swa_start=swa,
+        )
+
     def plan(self, kind: str, epochs: int, seed: int) -> Plan:
         """How a stage of some kind (one of ``STAGE_KINDS``) trains."""
         if kind == "fast":
@@ -232,13 +350,14 @@ class CommonSettings:
                 attack_training=False,
                 seed=seed,
                 lr=_FAST_PEAK,
-                milestones=None,
+                milestones=(),
+                schedule="onecycle",
             )
-        attack = self.train_attack if kind == "pgd" else None
+        attack = self.pgd if kind == "pgd" else None
         return Plan(
             epochs,
             attack,
-            attack_training=self.attack_mode == "train",
+            attack_training=(self.attack_mode or "train") == "train",
             seed=seed,
             lr=self.lr,
             milestones=self.milestones_in(epochs),
@@ -276,7 +395,10 @@ class CommonSettings:
 
     def canonical(self) -> dict[str, Any]:
         """The fields with different spellings of one meaning made alike."""
-        return dataclasses.asdict(self)
+        usual_mode = self.attack_mode == self.loss.attack_mode
+        beta = None if self.beta == self.loss.beta else self.beta
+        mode = None if usual_mode else self.attack_mode
+        return {**dataclasses.asdict(self), "attack_mode": mode, "beta": beta}
 
     def identity(self) -> dict[str, Any]:
         """What makes this run's result differ from that of another: the settings that are not at
@@ -341,6 +463,11 @@ class CommonSettings:
             positive=["lr", "width", "save_minutes"],
             not_negative=_NOT_NEGATIVE,
         )
+        for name, most in (("ema", 1.0), ("label_smoothing", 1.0), ("awp", 1.0)):
+            value = getattr(self, name)
+            require(0 <= value < most, f"--{name} lies in [0, {most:g}), not at {value:g}")
+        beta = self.beta
+        require(beta is None or beta >= 0, f"--beta must not be negative, but is {beta}")
         require(
             self.time_limit is None or self.time_limit > 0,
             f"--time_limit must be positive, not {self.time_limit}",
@@ -366,6 +493,12 @@ class CommonSettings:
                 getattr(self, name) >= 0,
                 f"--{name} must not be negative, but is {getattr(self, name)}",
             )
+
+    def refuse_late_remedies(self, epochs: int) -> None:
+        """Raise ``InputError`` for remedies that begin after a training of ``epochs``."""
+        for name, text in (("awp_start", self.awp_start), ("swa", self.swa or "0")):
+            start = epoch_number(text, epochs, f"--{name}")
+            require(0 <= start < epochs, f"--{name} {text} lies past the end of {epochs} epochs")
 
     def check_milestones(self, epochs: int) -> None:
         milestones = self.milestones_in(epochs)

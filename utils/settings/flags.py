@@ -16,7 +16,16 @@ from utils.errors import InputError, require
 # Groups of flags, with their headings in --help and in this order.
 GROUPS = {
     name: name
-    for name in ("stages", "sparsity", "training", "attack", "data", "network", "evaluation")
+    for name in (
+        "stages",
+        "sparsity",
+        "training",
+        "remedies",
+        "attack",
+        "data",
+        "network",
+        "evaluation",
+    )
 }
 GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
 _NO_RESULT = ("evaluation", "files", "hardware")  # groups that seldom change what a run results in
@@ -92,7 +101,12 @@ def refuse_odd_values(kind: type[Any], values: Mapping[str, Any]) -> None:
             fits = type(value) in types or (float in types and type(value) is int)
             fits = fits and (type(value) is not int or abs(value) < 2**63)
             # A registry may have had more where the run was made.
-            fits = fits and (not isinstance(choices, tuple) or not choices or value in choices)
+            fits = fits and (
+                not isinstance(choices, tuple)
+                or not choices
+                or value in choices
+                or value == f.default
+            )
             odd = repr(value)[:40]
             odd = odd if isinstance(value, (str, float)) else f"this {type(value).__name__}"
             require(fits, f"--{f.name} cannot be {odd}")

@@ -41,6 +41,16 @@ TICKET_RULES = (
         "--norm l2 has no effect with a stage fast, whose step is along the sign",
     ),
     Rule(
+        "",
+        lambda s: s.train_attack == "none",
+        "--train_attack none: --stage2 sgd trains on clean images",
+    ),
+    Rule(
+        "train_loss beta label_smoothing awp awp_start ema swa train_attack lr_schedule",
+        lambda s: s.stage2 != "pgd",
+        "--stage2 {s.stage2}, only with pgd",
+    ),
+    Rule(
         "train_step train_gamma train_randinit attack_mode",
         lambda s: "pgd" not in s.stages,
         "{s.stage_names}, only with pgd",
@@ -124,6 +134,7 @@ class TicketSettings(CommonSettings):
         names = {
             "sgd": "sgd",
             "pgd": f"PGD-{self.train_step} training at {self.train_ball}",
+            "last": self.attack_text,
             "fast": f"fast at {self.train_ball}",
         }
         return names[kind]
@@ -136,7 +147,14 @@ class TicketSettings(CommonSettings):
 
     @property
     def plan2(self) -> Plan:
+        if self.stage2 == "pgd":
+            return self.last_plan(self.epochs2)
         return self.plan(self.stage2, self.epochs2, self.seed)
+
+    @property
+    def takes_steps(self) -> bool:
+        first = self.stage1_pretrained is None and self.stage1 == "pgd"
+        return first or (self.stage2 == "pgd" and self.train_attack == "pgd")
 
     def trainings(self) -> list[tuple[Plan, bool]]:
         first = [] if self.stage1_pretrained is not None else [(self.plan1, self.stage1_ra)]
@@ -204,6 +222,7 @@ class TicketSettings(CommonSettings):
 
     def refuse_idle(self, given: frozenset[str]) -> None:
         super().refuse_idle(given)
+        self.refuse_late_remedies(self.epochs2)
         if "decreasing_lr" in given:
             epochs = (
                 (self.epochs2,)
@@ -228,7 +247,8 @@ class TicketSettings(CommonSettings):
                 "--density 1 keeps everything, so nothing is pruned and both stages train the dense"
                 " network"
             )
-        if self.stage2 != "fast" and not any(
+        steps = self.stage2 != "fast" and self.lr_schedule == "step"
+        if steps and not any(
             milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)
         ):
             found.append(

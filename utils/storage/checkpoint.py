@@ -239,7 +239,7 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str
                 f"{troubles[0]}; going on from {path.name}, the one before" if troubles else None,
             )
     raise InputError(
-        f"{'; '.join(troubles)}: nothing is left to go on from, another --save_dir starts anew"
+        f"{'; '.join(troubles)}: this run cannot be resumed; another --save_dir starts anew"
     )
 
 

@@ -8,7 +8,7 @@ tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,10 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
     if masking is None:
         return dict(content)
     masks: Mapping[str, Tensor] = masking["masks"]
-    weights = {
-        name: value[masks[name]] if name in masks else value
-        for name, value in content["state_dict"].items()
-    }
+
+    def live(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: value[masks[n]] if n in masks else value for n, value in tensors.items()}
+
     optimizer = dict(content["optimizer"])
     optimizer["state"] = {
         number: (
@@ -51,7 +51,8 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
     packed = {"shapes": shapes, "parameters": list(parameters)}
     return {
         **content,
-        "state_dict": weights,
+        "state_dict": live(content["state_dict"]),
+        **_of_average(content, live),
         "optimizer": optimizer,
         "masking": {**masking, **bits},
         "packed": packed,
@@ -74,10 +75,10 @@ def expand(content: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     masks = masking["masks"]
-    weights = {
-        name: _spread(value, masks[name]) if name in masks else value
-        for name, value in content["state_dict"].items()
-    }
+
+    def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: _spread(t, masks[n]) if n in masks else t for n, t in tensors.items()}
+
     optimizer = dict(content["optimizer"])
     optimizer["state"] = {
         number: (
@@ -87,7 +88,24 @@ def expand(content: Mapping[str, Any]) -> dict[str, Any]:
         )
         for number, state in optimizer["state"].items()
     }
-    return {**content, "state_dict": weights, "optimizer": optimizer, "masking": masking}
+    return {
+        **content,
+        "state_dict": full(content["state_dict"]),
+        **_of_average(content, full),
+        "optimizer": optimizer,
+        "masking": masking,
+    }
+
+
+def _of_average(
+    content: Mapping[str, Any], change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Any]:
+    """The average that a checkpoint may hold, with what it has of each weight changed."""
+    average = content.get("average")
+    if not isinstance(average, Mapping):
+        return {}
+    by_weight = {kind: change(average[kind]) for kind in ("weights", "ages") if kind in average}
+    return {"average": {**average, **by_weight}}
 
 
 def _is_packed(state: Mapping[str, Any], name: str, masks: Mapping[str, Tensor]) -> bool:

@@ -47,6 +47,11 @@ class RunPaths:
         return self.root / "model_SA_best.pth.tar"
 
     @property
+    def average(self) -> Path:
+        """The averaged weights at the end, of a run that keeps an average."""
+        return self.root / "model_average.pth.tar"
+
+    @property
     def curves(self) -> Path:
         return self.root / "net_train.png"
 
@@ -85,6 +90,7 @@ class RunPaths:
                 self.previous,
                 self.best_ra,
                 self.best_sa,
+                self.average,
             )
         ]
         names += [path.name for path in (self.curves, self.stage1, self.distances, self.summary)]

@@ -29,6 +29,12 @@ class Average:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.count = 0
 
+    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+        """Follow the weights and masks after a step of training."""
+
+    def after_epoch(self, model: nn.Module, masking: Masking | None) -> None:
+        """Follow the weights after an epoch's last step."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.model.state_dict(), "count": self.count}
 
@@ -52,7 +58,6 @@ class ExponentialAverage(Average):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, masking: Masking | None) -> None:
-        """Call after the masks of a step."""
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         mine, theirs = _tensors(self.model), _tensors(model)
         moving = [name for name, tensor in mine.items() if tensor.is_floating_point()]
@@ -77,12 +82,12 @@ class EpochAverage(Average):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self._masks: Mapping[str, Tensor] | None = None
         # Epochs that each masked weight has been averaged over, since it grew.
         self._ages: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def after_epoch(self, model: nn.Module, masking: Masking | None) -> None:
-        """Call after an epoch's last step."""
         masks = {} if masking is None else masking.masks
         mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         for name, average in mine.items():
@@ -95,13 +100,17 @@ class EpochAverage(Average):
                 average.add_((theirs[name] - average) / (self.count + 1))
         self.count += 1
 
-    def after_update(self, masks: Mapping[str, Tensor]) -> None:
-        """Call after a mask update: what was dropped loses its average and its age."""
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+        """What a mask update has dropped loses its average and its age."""
+        if masking is None or masking.masks is self._masks:
+            return
+        self._masks = masking.masks
         for name, average in self.model.named_parameters():
-            if name in masks:
-                average.data.masked_fill_(~masks[name], 0.0)
+            if name in self._masks:
+                average.masked_fill_(~self._masks[name], 0.0)
                 if name in self._ages:
-                    self._ages[name].mul_(masks[name])
+                    self._ages[name].mul_(self._masks[name])
 
     def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
         """Batch-norm statistics of the averaged weights on clean training images."""

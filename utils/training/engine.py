@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
@@ -18,7 +18,10 @@ from utils.errors import RunError
 from utils.execution.distributed import World
 from utils.execution.forward import Forward
 from utils.seeding import lent_generators, stream
+from utils.training.averages import Average
+from utils.training.losses import LOSSES, NO_OPTIONS, Options, TrainLoss
 from utils.training.schedule import Plan, set_learning_rate
+from utils.training.weight_perturbation import perturbed_weights
 
 # looking waits for the device, so fast steps are not looked at one by one
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -47,10 +50,17 @@ class Progress:
     images_per_second: float
 
 
-def sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def sgd(
+    model: nn.Module, *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
+) -> torch.optim.SGD:
     """SGD in one pass over the weights."""
     return torch.optim.SGD(
-        model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True
+        model.parameters(),
+        lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=True,
     )
 
 
@@ -63,6 +73,10 @@ def train_step(
     attack_training: bool,
     key: tuple[int | str, ...],
     forward: Forward | None = None,
+    loss: TrainLoss = LOSSES["ce"],
+    options: Options = NO_OPTIONS,
+    awp: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update on one batch, masks apart.
 
@@ -74,34 +88,41 @@ def train_step(
         key: of the random start; the images' indices come on top.
         forward: how the network is computed, and by which processes, each of which has its part of
             the batch; plainly in float32 and alone by default.
+        loss: what the update descends, with its ``options``.
+        awp: length of the adversarial weight perturbation; 0 for none.
+        masks: of the weights that it leaves at zero.
 
     Returns:
         The mean loss and the number of right answers on the images trained on (by all processes),
         detached and on the device.
     """
-    x = batch.x
+    x = attacked = batch.x
     forward = Forward(model) if forward is None else forward
     world = forward.world
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
-        x = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
-    optimizer.zero_grad(set_to_none=True)
-    logits = forward.averaged(x)
-    loss = F.cross_entropy(logits, batch.y)
-    if world.size > 1:
+        attacked = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
+
+    def batch_loss() -> tuple[Tensor, Tensor]:
+        value, logits = loss.compute(forward.averaged, x, attacked, batch.y, options)
         # The average over processes of these is the mean over the whole batch, however it was
         # divided.
-        loss = loss * (batch.weight * world.size)
-    loss.backward()
+        return value * (batch.weight * world.size) if world.size > 1 else value, logits
+
+    uphill = perturbed_weights(model, awp, lambda: batch_loss()[0], masks)
+    with uphill if awp else contextlib.nullcontext():
+        optimizer.zero_grad(set_to_none=True)
+        value, logits = batch_loss()
+        value.backward()
     optimizer.step()
     right = (logits.detach().argmax(dim=1) == batch.y).sum()
     if world.size > 1:
         world.share_buffers(model)
         sums = world.total(
-            torch.stack([loss.detach().double() / world.size, right.double() * (batch.weight > 0)])
+            torch.stack([value.detach().double() / world.size, right.double() * (batch.weight > 0)])
         )
-        return sums[0].to(loss.dtype), sums[1].long()
-    return loss.detach(), right
+        return sums[0].to(value.dtype), sums[1].long()
+    return value.detach(), right
 
 
 def train_epoch(
@@ -113,6 +134,7 @@ def train_epoch(
     epoch: int,
     steps: int,
     masking: Masking | None = None,
+    average: Average | None = None,
     tally: Tally | None = None,
     print_freq: int = 50,
     forward: Forward | None = None,
@@ -129,6 +151,7 @@ def train_epoch(
             starts, with the step and the process that of what the network itself draws by the
             global generators; those are left as found.
         masking: stepped after each update.
+        average: of the weights, follows each step.
         tally: of the steps that were done before, for an epoch that goes on in its middle.
         print_freq: most steps between calls of ``on_progress``, at which the losses are also
             checked; they come once a second too, so that slow steps show.
@@ -159,6 +182,10 @@ def train_epoch(
                 attack_training=plan.attack_training,
                 key=key,
                 forward=forward,
+                loss=plan.loss,
+                options=plan.options,
+                awp=plan.awp if plan.perturbs(epoch) else 0.0,
+                masks=None if masking is None else masking.masks,
             )
             if masking is not None:
                 masking.step()
@@ -166,6 +193,8 @@ def train_epoch(
                     forward.world.require_equal(
                         mask_hash(masking.masks), f"after {masking.steps} steps the masks"
                     )
+            if average is not None:
+                average.after_step(model, masking)
             now = time.perf_counter()
             tally.add(loss, right, batch.total)
             tally.seconds = now - start

@@ -52,12 +52,17 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
     total = 0.0
     for (plan, attacked), behind in zip(settings.trainings(), done, strict=True):
         epochs = plan.epochs - behind
+        first = int(behind)
+        further: float = sum(plan.further_passes(epoch) for epoch in range(first, plan.epochs))
+        further -= (behind - first) * plan.further_passes(first)
+        looks = 2 if plan.ema or plan.swa_start is not None else 1
         validated, tested = (
             epochs / settings.eval_every * images.val,
             epochs / settings.test_every * images.test,
         )
         total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
-        total += (validated + tested) * test if attacked else epochs * images.val
+        total += further * images.train
+        total += looks * (validated + tested) * test if attacked else epochs * images.val
     # The best and the final model on test and training images, in float32, which takes about twice
     # as long as bf16.
     return total + 2 * 2 * test * (images.train + images.test)
@@ -116,12 +121,10 @@ def seconds_left(
     done = settings.epochs_done(history)
     plans = [plan for plan, _ in settings.trainings()]
     stage = next(number for number, plan in enumerate(plans) if done[number] < plan.epochs)
+    plan = plans[stage]
+    passes = _UPDATE + _ATTACK_STEP * plan.attack_steps + plan.further_passes(int(done[stage]))
     done[stage] += share
-    return (
-        pace
-        / (_UPDATE + _ATTACK_STEP * plans[stage].attack_steps)
-        * image_passes(settings, images, done)
-    )
+    return pace / passes * image_passes(settings, images, done)
 
 
 def _passes_per_test_image(attack: PGD) -> int:

@@ -1,4 +1,7 @@
-"""Losses of adversarial training, which an update descends."""
+"""Losses of adversarial training, which an update descends.
+
+Each names the loss and the start of the attack that belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Options:
     label_smoothing: float = 0.0
 
 
+NO_OPTIONS = Options()
 # Network, images [N, C, H, W], the same attacked, labels [N], options -> the mean loss over the
 # batch, and the logits of the attacked images.
 Compute = Callable[[Network, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
@@ -32,11 +36,19 @@ class TrainLoss:
         compute: the loss.
         reference: where it comes from.
         beta: the default weight of its robust term; None without one.
+        further_passes: an image, beyond the attacked image's to the weights and back.
+        attack: loss that PGD ascends in training, one of ``utils.attacks.LOSSES``.
+        start: where PGD starts in training, one of ``utils.attacks.STARTS``.
+        attack_mode: the network's mode while it is attacked in training.
     """
 
     compute: Compute
     reference: str
     beta: float | None = None
+    further_passes: int = 0
+    attack: str = "ce"
+    start: str = "uniform"
+    attack_mode: str = "train"
 
 
 def cross_entropy(
@@ -68,5 +80,13 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
 
 LOSSES = {
     "ce": TrainLoss(cross_entropy, "Madry et al., 2018"),
-    "trades": TrainLoss(trades, "Zhang et al., 2019", beta=6.0),
+    "trades": TrainLoss(
+        trades,
+        "Zhang et al., 2019",
+        beta=6.0,
+        further_passes=3,
+        attack="kl",
+        start="gaussian",
+        attack_mode="eval",
+    ),
 }

@@ -37,6 +37,8 @@ def epoch_text(title: str, row: Mapping[str, Any]) -> str:
             if f"{part}_{kind}" in row
         ]
         figures += [f"{part} {' '.join(measured)}"] if measured else []
+    if "average_val_ra" in row:
+        figures.append(f"average val RA {row['average_val_ra']:.2f}")
     pace = f"{row['images_per_second']:.0f} img/s  {row['seconds']:.1f} s"
     return "  ".join([*figures, f"density {row['density']:.4f}", pace])
 

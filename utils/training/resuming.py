@@ -33,8 +33,12 @@ def refuse_changed_images(settings: CommonSettings, paths: RunPaths, data: Data)
     """A run beside this one with all of its settings, which read other images at the same place,
     was meant."""
     for root, config, differs in _beside(settings, paths):
-        theirs = (config.get("method"), config["settings"].get("data"))
-        if not differs and theirs == (settings.method, settings.data):
+        if differs:
+            continue
+        if (config.get("method"), config["settings"].get("data")) == (
+            settings.method,
+            settings.data,
+        ):
             refuse_other_images(config, root, data, settings.data)
 
 

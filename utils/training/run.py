@@ -26,7 +26,7 @@ from models.loading import network_of, spec_in
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluation.scores import FinalScores, epoch_scores, final_scores
 from utils.execution.distributed import ALONE, World, lost_another
-from utils.execution.forward import Execution
+from utils.execution.forward import Execution, Forward
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
 from utils.settings.applied import load_data_for, network_spec, placed
 from utils.settings.common import CommonSettings
@@ -54,6 +54,7 @@ from utils.training.summary import figures, run_flops, summary_text, weight_chec
 
 # a picture costs a quarter of a second, which short epochs would feel
 _SECONDS_BETWEEN_PICTURES = 15.0
+AVERAGE = "average_"  # begins the names of the averaged network's figures
 
 
 class Run(ABC):
@@ -233,6 +234,7 @@ class Run(ABC):
         """Train, test and record one epoch (from 0) of the last stage."""
         stage = self.stage
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
+        stage.finish_epoch(epoch)
         scores = self.attacked_scores(title, self._measured_after(epoch))
         self.refuse_broken_network(epoch, stage.steps, scores.get("val_loss", 0.0))
         if stage.masking is not None:
@@ -342,22 +344,30 @@ class Run(ABC):
     def attacked_scores(
         self, title: str, parts: Collection[str] = ("val", "test")
     ) -> dict[str, float]:
-        """Validation and test (``parts``), clean and attacked."""
+        """Validation and test (``parts``), clean and attacked; of the averaged network too, if
+        there is one, by names that begin with ``average_``."""
+        found = self._scores(title, self.stage.forward, parts)
+        averaged = self.stage.averaged() if parts else None
+        if averaged is not None:
+            # a second network is not worth compiling
+            forward = Forward(averaged, dataclasses.replace(self.stage.execution, compile=False))
+            scores = self._scores(f"{title} average", forward, parts)
+            found |= {AVERAGE + name: score for name, score in scores.items()}
+        return found
+
+    def _scores(self, title: str, forward: Forward, parts: Collection[str]) -> dict[str, float]:
         images = {"val": len(self.data.val), "test": len(self.data.test)}
         with EpochDisplay(
             self.folder, f"{title} test", sum(images[part] for part in parts)
         ) as display:
-            on_batch = self._batch_callback(display)
-            attack, seed = self.settings.test_attack, self.settings.seed
-            forward = self.stage.forward
             return epoch_scores(
-                self.stage.model,
+                forward.model,
                 self.data,
-                attack,
-                seed=seed,
+                self.settings.test_attack,
+                seed=self.settings.seed,
                 parts=parts,
                 forward=forward,
-                on_batch=on_batch,
+                on_batch=self._batch_callback(display),
             )
 
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
@@ -442,12 +452,16 @@ class Run(ABC):
     def _save_best(self) -> None:
         """Keep the network if the last epoch is the best so far, by validation alone."""
         for key, path in (("val_ra", self.paths.best_ra), ("val_sa", self.paths.best_sa)):
-            if key in self.history[-1] and self._best_row(key) is self.history[-1]:
-                self.folder.save(path, self.network_content())
+            if key in self.history[-1]:
+                row, prefix = self._best(key)
+                if row is self.history[-1]:
+                    self.folder.save(path, self.network_content(prefix))
 
-    def _best_row(self, key: str) -> Row:
-        # the first of equals
-        return max((row for row in self.rows if key in row), key=lambda row: row[key])
+    def _best(self, key: str) -> tuple[Row, str]:
+        """The best epoch, and ``average_`` if its averaged network is better than its own; the
+        first of equals."""
+        every = [(row, kind) for row in self.rows for kind in ("", AVERAGE) if kind + key in row]
+        return max(every, key=lambda found: found[0][found[1] + key])
 
     def draw(self) -> None:
         if not self.folder.writes:
@@ -460,18 +474,21 @@ class Run(ABC):
         )
         self.drawn_at = time.monotonic()
 
-    def network_content(self) -> dict[str, Any]:
-        """The network as it is, and which it is: what every checkpoint of this run holds."""
-        last = self.history[-1] if self.history else {}
+    def network_content(self, prefix: str = "") -> dict[str, Any]:
+        """The network as it is, or its average (``prefix`` ``average_``), and which it is: what
+        every checkpoint of this run holds."""
+        last, average = self.history[-1] if self.history else {}, self.stage.average
+        model = average.model if prefix and average is not None else self.stage.model
         return {
-            "state_dict": self.stage.model.state_dict(),
+            "state_dict": model.state_dict(),
+            **({"averaged": True} if prefix else {}),
             "network": self.spec,
             "script": self.settings.script,
             "settings": dataclasses.asdict(self.settings),
             "digests": dict(self.data.digests),
             "epoch": last.get("epoch", 0),
-            "val_ra": last.get("val_ra"),
-            "val_sa": last.get("val_sa"),
+            "val_ra": last.get(prefix + "val_ra"),
+            "val_sa": last.get(prefix + "val_sa"),
         }
 
     def _restore(self, content: Mapping[str, Any]) -> None:
@@ -552,10 +569,10 @@ class Run(ABC):
         self.folder.say(f"everything is in {self.paths.root}")
 
     def summary(self) -> Row:
-        settings, row, last = self.settings, self._best_row("val_ra"), self.rows[-1]
+        settings, (row, prefix), last = self.settings, self._best("val_ra"), self.rows[-1]
         self.folder.settle()
         stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
-        if (stored["epoch"], stored["val_ra"]) != (row["epoch"], row["val_ra"]):
+        if (stored["epoch"], stored["val_ra"]) != (row["epoch"], row[prefix + "val_ra"]):
             self.folder.say(
                 f"warning: {self.paths.best_ra.name} is of an epoch {stored['epoch']} that was lost"
                 " and trained again"
@@ -564,12 +581,20 @@ class Run(ABC):
             "best", network_of(stored, self.paths.best_ra, self.spec, self.device)
         )
         final = self._final_scores("final", self.stage.model)
+        average = {}
+        if self.stage.average is not None and AVERAGE + "val_ra" in last:
+            own = {"epoch": last["epoch"], "val_ra": last[AVERAGE + "val_ra"]}
+            scores = self._final_scores("averaged", self.stage.average.model)
+            average = {"average": figures(own, scores)}
+            self.folder.save(self.paths.average, self.network_content(AVERAGE))
+            self.folder.settle()
         return {
             "method": settings.method,
             "run": self.paths.root.name,
             "settings": dataclasses.asdict(settings),
-            "best": figures(stored, best),
+            "best": figures(stored, best, averaged=bool(stored.get("averaged"))),
             "final": figures(last, final),
+            **average,
             "diff": best.test_ra - final.test_ra,
             "robust_gap": final.robust_gap,
             "density": last["density"],

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from utils.attacks import PGD
+from utils.training.losses import LOSSES, NO_OPTIONS, Options, TrainLoss
+
+LR_SCHEDULES = ("step", "cosine", "onecycle")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training from its first step to its last: what it sees and at which rate.
+    """One training from its first step to its last: what it sees, what it descends and at which
+    rate.
 
     Attributes:
         epochs: how many.
@@ -20,8 +25,14 @@ class Plan:
         attack_training: craft in train mode (the paper's way) or eval mode.
         seed: of the order, the augmentation and the attack's starts.
         lr: rate at the start, or the peak of a cycle.
-        milestones: epochs at which the rate is divided by ten; None rises to ``lr`` and falls to 0
-            over the whole training.
+        milestones: epochs at which the rate is divided by ten.
+        schedule: ``step``, by the milestones; ``cosine``, from ``lr`` to 0; ``onecycle``, up to
+            ``lr`` and down to 0.
+        loss: what an update descends, with its options.
+        awp: length of the adversarial weight perturbation relative to each layer; 0 for none.
+        awp_start: the first epoch (from 0) with it.
+        ema: decay of an exponential average of the weights; 0 for none.
+        swa_start: the first epoch (from 0) whose weights enter a mean over epochs; None for none.
     """
 
     epochs: int
@@ -29,17 +40,38 @@ class Plan:
     attack_training: bool
     seed: int
     lr: float
-    milestones: tuple[int, ...] | None
+    milestones: tuple[int, ...]
+    schedule: str = "step"
+    loss: TrainLoss = LOSSES["ce"]
+    options: Options = NO_OPTIONS
+    awp: float = 0.0
+    awp_start: int = 0
+    ema: float = 0.0
+    swa_start: int | None = None
 
     @property
     def attack_steps(self) -> int:
         return 0 if self.attack is None else self.attack.steps
 
+    def further_passes(self, epoch: int) -> int:
+        """Passes an image in an epoch (from 0), beyond those of attack steps and one update, where
+        a pass to the weights and back counts as three."""
+        update = 3 + self.loss.further_passes
+        reference = int(self.attack is not None and self.attack.loss == "kl")
+        return reference + update * (2 if self.perturbs(epoch) else 1) - 3
+
+    def perturbs(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) has the weights perturbed."""
+        return self.awp > 0 and epoch >= self.awp_start
+
     def rate(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate at ``step`` of ``steps`` in ``epoch``, all counted from 0."""
-        if self.milestones is not None:
+        if self.schedule == "step":
             return learning_rate(epoch, self.lr, self.milestones)
-        return cyclic_rate((epoch + (step + 0.5) / steps) / self.epochs, self.lr)
+        fraction = (epoch + (step + 0.5) / steps) / self.epochs
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * fraction)) / 2
+        return cyclic_rate(fraction, self.lr)
 
 
 def cyclic_rate(fraction: float, peak: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data import Data, TrainLoader
+from data import Data, TrainLoader, plain_batches
 from models import CUSTOM_ARCHITECTURES, flops
 from sparse_core import Masking
 from utils.errors import require
@@ -18,6 +18,7 @@ from utils.evaluation.scores import EVAL_BATCH
 from utils.execution.distributed import synchronize_batch_norm
 from utils.execution.forward import PLAIN, Execution, Forward
 from utils.settings.common import CommonSettings
+from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.engine import EpochResult, Tally, sgd, train_epoch
 from utils.training.rehearsal import refusing, rehearse_step
 from utils.training.schedule import Plan
@@ -66,16 +67,20 @@ class Stage:
             f" {world.size} processes; another --batch_size"
         )
         require(not together or self.loader.smallest >= world.size, smallest)
-        rate = plan.rate(0, 0, len(self.loader))
         self.optimizer = sgd(
-            model, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+            model,
+            lr=plan.rate(0, 0, len(self.loader)),
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
         )
+        self.average = _average(model, plan)
         self.masking: Masking | None = None
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
-        work = flops.real_training(
-            [flops.real_inference(self.costs)] * plan.epochs, len(data.train), plan.attack_steps
-        )
+        further = [plan.further_passes(epoch) for epoch in range(plan.epochs)]
+        dense_costs = [flops.real_inference(self.costs)] * plan.epochs
+        work = flops.real_training(dense_costs, len(data.train), plan.attack_steps, further)
         self.execution = (
             dataclasses.replace(execution, compile=False)
             if together
@@ -89,6 +94,7 @@ class Stage:
         )
         self._is_prepared = not self.execution.compile
         self._most_tested = max(len(data.val), len(data.test))
+        self._train = data.train
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
 
     @property
@@ -120,11 +126,28 @@ class Stage:
             "epoch": epoch,
             "steps": self.steps,
             "masking": self.masking,
+            "average": self.average,
             "tally": tally,
         }
         return train_epoch(
             self.model, self.optimizer, batches, forward=self.forward, **given, **options
         )
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Take the weights after an epoch (from 0) into a mean over epochs, if there is one."""
+        start = self.plan.swa_start
+        if self.average is not None and (start is None or epoch >= start):
+            self.average.after_epoch(self.model, self.masking)
+
+    def averaged(self) -> nn.Module | None:
+        """The averaged network, ready for a test; None before there is one."""
+        if self.average is None or not self.average.count:
+            return None
+        if isinstance(self.average, EpochAverage):
+            self.average.estimate_statistics(
+                batch.x for batch in plain_batches(self._train, EVAL_BATCH)
+            )
+        return self.average.model
 
     def live_counts(self) -> dict[str, int]:
         """Live weights of each prunable layer."""
@@ -154,6 +177,7 @@ class Stage:
         return {
             "optimizer": self.optimizer.state_dict(),
             "masking": self.masking.state_dict() if self.masking else None,
+            **({"average": self.average.state_dict()} if self.average else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,6 +191,14 @@ class Stage:
                     ).copy_(value)
         if self.masking is not None:
             self.masking.load_state_dict(state["masking"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def _average(model: nn.Module, plan: Plan) -> Average | None:
+    if plan.ema:
+        return ExponentialAverage(model, plan.ema)
+    return None if plan.swa_start is None else EpochAverage(model)
 
 
 def _rehearsed(

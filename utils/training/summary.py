@@ -16,9 +16,11 @@ from utils.storage.paths import RunPaths
 from utils.training.stage import Row, Stage
 
 
-def figures(row: Mapping[str, Any], scores: FinalScores) -> Row:
-    """One network's entry: the epoch it is of, and its final scores."""
-    return {"epoch": row["epoch"], "val_ra": row["val_ra"], **dataclasses.asdict(scores)}
+def figures(row: Mapping[str, Any], scores: FinalScores, *, averaged: bool = False) -> Row:
+    """One network's entry: the epoch it is of, whether its weights are averaged, and its final
+    scores."""
+    average = {"averaged": True} if averaged else {}
+    return {"epoch": row["epoch"], "val_ra": row["val_ra"], **average, **dataclasses.asdict(scores)}
 
 
 def weight_checksums(paths: RunPaths, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -33,15 +35,16 @@ def weight_checksums(paths: RunPaths, spec: Mapping[str, Any]) -> dict[str, str]
 def run_flops(stage: Stage, rows: Sequence[Row], images: int) -> dict[str, dict[str, int]]:
     """The FLOPs of a stage, as its ``rows`` of metrics have them and as the paper counts them."""
     steps, by_epoch = stage.plan.attack_steps, [row["inference_flops"] for row in rows]
+    further = [stage.plan.further_passes(epoch) for epoch in range(len(rows))]
     paper = flops.paper_inference(stage.costs, stage.live_counts())
     return {
         "real": {
             "inference": by_epoch[-1],
-            "training": flops.real_training(by_epoch, images, steps),
+            "training": flops.real_training(by_epoch, images, steps, further),
         },
         "paper": {
             "inference": paper,
-            "training": flops.paper_training(paper, images, steps, stage.plan.epochs),
+            "training": flops.paper_training(paper, images, steps, stage.plan.epochs, further),
         },
     }
 
@@ -50,9 +53,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     """The end of a run in a few lines."""
     best, final, first = summary["best"], summary["final"], summary.get("stage1")
     lines = [_ticket_text(first)] if first else []
+    average, kind = summary.get("average"), "best averaged" if best.get("averaged") else "best"
     lines += [
-        f"best model (epoch {best['epoch']}, by validation RA):{_scores_text(best)}",
+        f"{kind} model (epoch {best['epoch']}, by validation RA):{_scores_text(best)}",
         f"final model (epoch {final['epoch']}):{_scores_text(final)}",
+        *([f"averaged model (at the end):{_scores_text(average)}"] if average else []),
         f"Diff. (best - final RA) {_percent(summary['diff'])}  robust generalization gap"
         f" {_percent(summary['robust_gap'])}  density {summary['density']:.4f}",
     ]

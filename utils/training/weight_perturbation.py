@@ -16,7 +16,7 @@ def perturbed_weights(
     model: nn.Module,
     gamma: float,
     loss: Callable[[], Tensor],
-    dead: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Within, each layer is moved uphill by ``gamma`` of its norm, along ``loss()``'s gradient.
 
@@ -27,7 +27,7 @@ def perturbed_weights(
         model: its trained parameters of two dimensions or more are moved, so no bias or norm.
         gamma: length of the move in relation to the layer's norm.
         loss: computes the training loss of a batch, with the gradients averaged over processes.
-        dead: masked positions by weight name, which stay zero.
+        masks: live positions by weight name; the others stay zero.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
@@ -44,8 +44,8 @@ def perturbed_weights(
         for buffer, before in buffers:
             buffer.copy_(before)
         for (name, _), direction in zip(moved, directions, strict=True):
-            if dead and name in dead:
-                direction.masked_fill_(dead[name], 0.0)
+            if masks and name in masks:
+                direction.mul_(masks[name])
         kept = [weight.clone() for weight in weights]
         lengths = torch._foreach_norm(weights)
         torch._foreach_mul_(lengths, gamma)
