@@ -43,7 +43,8 @@ class Split:
     def spread(self, n: int) -> Tensor:
         """The indices of ``n`` of its images, evenly over the split (all, where it has fewer):
         folders come sorted by class."""
-        return self.indices[:: max(1, len(self) // n)][:n]
+        n = min(n, len(self))
+        return self.indices[torch.arange(n, device=self.indices.device) * len(self) // n]
 
     def subset(self, indices: Tensor) -> Split:
         """The same storage with other rows."""

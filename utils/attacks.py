@@ -4,7 +4,7 @@ relatives."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakSet
 
 import torch
@@ -47,6 +47,15 @@ class PGD:
     random_start: bool = True
     loss: str = "ce"
     start: str = "uniform"
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether a single step goes to the edge of the ball or past it."""
+        return self.steps == 1 and self.step_size >= self.eps > 0
+
+    def resized(self, step_size: float) -> PGD:
+        """The same with steps of another length."""
+        return replace(self, step_size=step_size)
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:

@@ -87,13 +87,14 @@ def evaluate(
     """
     forward = Forward(model) if forward is None else forward
     # in which the attack says what is wrong
-    looks = isinstance(attack, PGD) and attack.steps > 0 and attack.loss != "kl"
-    if looks and not torch.is_inference_mode_enabled():
+    if isinstance(attack, PGD) and attack.steps and not torch.is_inference_mode_enabled():
         _look_at_gradients(forward, split, attack)
-    return _score(forward, split, attack, seed=seed, restarts=restarts, on_batch=on_batch)
+    return score(forward, split, attack, seed=seed, restarts=restarts, on_batch=on_batch)
 
 
 def _look_at_gradients(forward: Forward, split: Split, attack: PGD) -> None:
+    if attack.loss == "kl":  # which has none at the image itself, where this looks
+        return
     indices = split.spread(LOOKED_AT)
     with in_mode(forward.model, False), full_precision():
         images = to_float(split.rows(indices))
@@ -112,7 +113,7 @@ def _look_at_gradients(forward: Forward, split: Split, attack: PGD) -> None:
         )
 
 
-def _score(
+def score(
     forward: Forward,
     split: Split,
     attack: PGD | AutoAttack | None = None,
@@ -211,8 +212,8 @@ def epoch_scores(
     scores: dict[str, float] = {}
     for part, split in (("val", data.val), ("test", data.test)):
         if part in parts:
-            robust = _score(forward, split, attack, seed=seed, on_batch=on_batch)
-            scores |= {f"{part}_sa": _score(forward, split).accuracy, f"{part}_ra": robust.accuracy}
+            robust = score(forward, split, attack, seed=seed, on_batch=on_batch)
+            scores |= {f"{part}_sa": score(forward, split).accuracy, f"{part}_ra": robust.accuracy}
             scores |= {"val_loss": robust.loss} if part == "val" else {}
     return scores
 
@@ -229,7 +230,7 @@ def final_scores(
     """The reported figures, in full float32; several processes share the work."""
     forward = Forward(model, Execution(world=world))
     with full_precision():
-        test_sa = _score(forward, data.test).accuracy
-        test_ra = _score(forward, data.test, attack, seed=seed, on_batch=on_batch).accuracy
-        train_ra = _score(forward, data.train, attack, seed=seed, on_batch=on_batch).accuracy
+        test_sa = score(forward, data.test).accuracy
+        test_ra = score(forward, data.test, attack, seed=seed, on_batch=on_batch).accuracy
+        train_ra = score(forward, data.train, attack, seed=seed, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)

@@ -114,7 +114,15 @@ def metavar_and_text(choices: tuple[str, ...], metavar: str, text: str) -> tuple
 
 # Settings without influence on the result that a resumed run keeps, because somebody would miss
 # them.
-_TAKEN_ALONG = ("data", "cache_dir", "compile", "test_every", "tensorboard", "stage1_ra")
+_TAKEN_ALONG = (
+    "data",
+    "cache_dir",
+    "compile",
+    "test_every",
+    "tensorboard",
+    "stage1_ra",
+    "on_collapse",
+)
 
 
 def parse_settings(

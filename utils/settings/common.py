@@ -24,7 +24,7 @@ from utils.execution.hardware import PRECISIONS, best_precision
 from utils.settings.flags import epoch_number, flag, refuse_odd_values
 from utils.settings.rules import Rule, refuse
 from utils.training.losses import LOSSES, Options, TrainLoss
-from utils.training.schedule import LR_SCHEDULES, Plan
+from utils.training.schedule import LR_SCHEDULES, ON_COLLAPSE, Plan
 
 # What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
 # rate.
@@ -57,7 +57,7 @@ _REMEDIES_RULES = (
     ),
     Rule(
         "train_step train_gamma train_randinit",
-        lambda s: not s.evaluates and not s.takes_steps,
+        lambda s: not s.evaluates and s.train_attack != "pgd" and not s.takes_steps,
         "--train_attack {s.train_attack}, which has steps of its own",
         True,
     ),
@@ -69,8 +69,13 @@ _REMEDIES_RULES = (
     ),
     Rule(
         "train_eps attack_mode",
-        lambda s: not s.evaluates and not s.takes_steps and s.train_attack == "none",
+        lambda s: not s.evaluates and s.train_attack == "none",
         "--train_attack none",
+    ),
+    Rule(
+        "on_collapse",
+        lambda s: not s.evaluates and not s.trains_in_one_step,
+        "{s.attack_text}, which is not one step to the edge of the ball",
     ),
     Rule("", lambda s: s.nesterov and not s.momentum, "--nesterov has no effect with --momentum 0"),
 )
@@ -217,6 +222,12 @@ class CommonSettings:
         "first epoch whose weights enter a mean over epochs; a fraction of the run too",
         metavar="EPOCH",
     )
+    on_collapse: str = flag.remedies(
+        "stop",
+        "when one-step training overfits to its step: stop, go on, or repeat with a smaller step",
+        choices=ON_COLLAPSE,
+        result=False,
+    )
     # speed
     precision: str = flag.hardware(
         "auto",
@@ -289,6 +300,12 @@ class CommonSettings:
         return None if one_step is None else one_step(self.train_eps / 255)
 
     @property
+    def trains_in_one_step(self) -> bool:
+        """Whether the last stage's training can overfit to a single step."""
+        attack = self.trainings()[-1][0].attack
+        return attack is not None and attack.is_one_step
+
+    @property
     def attack_text(self) -> str:
         """Training of the last stage, for the headline."""
         if self.train_attack == "none":
@@ -339,6 +356,7 @@ class CommonSettings:
             awp_start=epoch_number(self.awp_start, epochs, "--awp_start"),
             ema=self.ema,
             swa_start=swa,
+            guarded=True,
         )
 
     def plan(self, kind: str, epochs: int, seed: int) -> Plan:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,8 @@ class TicketSettings(CommonSettings):
     def plan2(self) -> Plan:
         if self.stage2 == "pgd":
             return self.last_plan(self.epochs2)
-        return self.plan(self.stage2, self.epochs2, self.seed)
+        plan = self.plan(self.stage2, self.epochs2, self.seed)
+        return dataclasses.replace(plan, guarded=True)
 
     @property
     def takes_steps(self) -> bool:

@@ -45,6 +45,7 @@ from utils.storage.paths import RunPaths
 from utils.storage.provenance import environment, made_by
 from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary, refuse_locked
 from utils.training import messages, resuming
+from utils.training.collapse import CollapseError
 from utils.training.display import EpochDisplay
 from utils.training.engine import EpochResult, Progress, Tally
 from utils.training.forecast import Forecast, duration, images_of, seconds_left
@@ -249,6 +250,7 @@ class Run(ABC):
                 **self.common_row(epoch, trained, trained.seconds + seconds),
                 "eval_seconds": seconds,
                 **scores,
+                **(stage.guard.figures() if stage.guard else {}),
             }
         )
         self.save()
@@ -269,6 +271,51 @@ class Run(ABC):
         self.folder.say(messages.epoch_text(title, self.history[-1]))
 
     def train_epoch(self, epoch: int, title: str) -> EpochResult:
+        """The steps of an epoch that are left, again from the last checkpoint after each
+        rollback."""
+        while True:
+            try:
+                return self._train_epoch(epoch, title)
+            except CollapseError as error:
+                self._roll_back(error)
+
+    def _roll_back(self, error: CollapseError) -> None:
+        """To the last checkpoint, with a shorter step; ``RunError`` unless that was asked for."""
+        before = self.stage.guard.rollbacks if self.stage.guard else 0
+        if self.settings.on_collapse != "rollback":
+            again = "--on_collapse rollback repeats it with a smaller step"
+            self._fail_together(RunError(f"{error} ({again})"))
+        self.folder.settle()
+        if not self.world.from_first(self.last_good.exists):
+            self._fail_together(RunError(f"{error}, before there was a checkpoint to go back to"))
+        content = self.world.from_first(lambda: load_checkpoint(self.last_good))
+        self._restore(content)
+        assert self.stage.guard is not None
+        self.stage.guard.rollbacks = before + 1
+        size = 255 * self.stage.guard.attack.step_size
+        self.folder.say(
+            f"warning: {error}; resuming after {self.saved} with a step of {size:.3g}/255"
+        )
+
+    def _fail_together(self, error: RunError) -> None:
+        """Of what all processes have met at the same step, the first one speaks."""
+        raise error if self.folder.writes else Stopped("", 3)
+
+    def _look_for_collapse(self, tally: Tally) -> None:
+        guard = self.stage.guard
+        if guard is None or not guard.is_due(tally.step, self.stage.steps):
+            return
+        where = f"epoch {self.epoch + 1}, step {tally.step} of {self.stage.steps}"
+        try:
+            guard.look(self.stage.forward, where)
+        except CollapseError as error:
+            if self.settings.on_collapse != "warn":
+                raise
+            if not guard.is_told:
+                self.folder.say(f"warning: {error}; the last good model is {self.paths.best_ra}")
+            guard.is_told = True
+
+    def _train_epoch(self, epoch: int, title: str) -> EpochResult:
         """The steps of an epoch that are left; the checkpoint says how many were done."""
         self.epoch, self.tally = epoch, Tally(self.stage.steps)
         tally = self.tally
@@ -279,6 +326,7 @@ class Run(ABC):
 
         def after_step(tally: Tally) -> None:
             self.has_advanced = True
+            self._look_for_collapse(tally)
             settings, minutes = self.settings, (time.monotonic() - self.saved_at) / 60
             if (
                 settings.save_every and tally.step % settings.save_every == 0
@@ -381,7 +429,7 @@ class Run(ABC):
                 f"the network was no longer finite after epoch {epoch + 1}, step {step} of"
                 f" {self.stage.steps}"
             )
-            raise error if self.folder.writes else Stopped("", 3)
+            self._fail_together(error)
 
     def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
         """What every line of ``metrics.jsonl`` has; epochs count from 1 there, accuracies are in

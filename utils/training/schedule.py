@@ -11,6 +11,7 @@ import torch
 from utils.attacks import PGD
 from utils.training.losses import LOSSES, NO_OPTIONS, Options, TrainLoss
 
+ON_COLLAPSE = ("stop", "warn", "rollback")
 LR_SCHEDULES = ("step", "cosine", "onecycle")
 
 
@@ -32,6 +33,7 @@ class Plan:
         awp: length of the adversarial weight perturbation relative to each layer; 0 for none.
         awp_start: the first epoch (from 0) with it.
         ema: decay of an exponential average of the weights; 0 for none.
+        guarded: whether one-step training is watched for catastrophic overfitting.
         swa_start: the first epoch (from 0) whose weights enter a mean over epochs; None for none.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     awp: float = 0.0
     awp_start: int = 0
     ema: float = 0.0
+    guarded: bool = False
     swa_start: int | None = None
 
     @property

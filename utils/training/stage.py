@@ -19,6 +19,7 @@ from utils.execution.distributed import synchronize_batch_norm
 from utils.execution.forward import PLAIN, Execution, Forward
 from utils.settings.common import CommonSettings
 from utils.training.averages import Average, EpochAverage, ExponentialAverage
+from utils.training.collapse import CollapseGuard
 from utils.training.engine import EpochResult, Tally, sgd, train_epoch
 from utils.training.rehearsal import refusing, rehearse_step
 from utils.training.schedule import Plan
@@ -75,6 +76,9 @@ class Stage:
             nesterov=settings.nesterov,
         )
         self.average = _average(model, plan)
+        self.guard: CollapseGuard | None = None
+        if plan.guarded and plan.attack is not None and plan.attack.is_one_step:
+            self.guard = CollapseGuard(plan.attack, data, plan.seed)
         self.masking: Masking | None = None
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
@@ -121,8 +125,11 @@ class Stage:
         if self._synchronized:  # not before: the processes build their stages each for itself
             synchronize_batch_norm(self.model)
         batches = self.loader.epoch(epoch, first_step=tally.step)
+        plan = self.plan
+        if self.guard is not None:
+            plan = dataclasses.replace(plan, attack=self.guard.attack)
         given: dict[str, Any] = {
-            "plan": self.plan,
+            "plan": plan,
             "epoch": epoch,
             "steps": self.steps,
             "masking": self.masking,
@@ -178,6 +185,7 @@ class Stage:
             "optimizer": self.optimizer.state_dict(),
             "masking": self.masking.state_dict() if self.masking else None,
             **({"average": self.average.state_dict()} if self.average else {}),
+            **({"guard": self.guard.state_dict()} if self.guard else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -193,6 +201,8 @@ class Stage:
             self.masking.load_state_dict(state["masking"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.guard is not None and "guard" in state:  # older checkpoints have none
+            self.guard.load_state_dict(state["guard"])
 
 
 def _average(model: nn.Module, plan: Plan) -> Average | None:
