@@ -7,13 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import utils.training.collapse
 from sparse_core import Masking, MaskingConfig
 from tests import toy
 from tests.test_resume import only_run
 from utils.attacks import PGD, attack_draws, n_fgsm, pgd_attack
+from utils.evaluation.scores import Score
+from utils.execution.forward import Forward
+from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
+from utils.settings.robust_bird import EarlyBirdSettings
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.run_folder import read_epochs, read_summary
 from utils.training.averages import EpochAverage, ExponentialAverage
+from utils.training.collapse import CollapseError, CollapseGuard
 from utils.training.losses import LOSSES, Options
 from utils.training.weight_perturbation import perturbed_weights
 
@@ -362,3 +369,182 @@ def check_run(paths, has_average):
     for name, mask in masks.items():
         assert not averaged["state_dict"][name][~mask].any()
         assert averaged["state_dict"][name][content["state_dict"][name] != 0].all()
+
+
+# ---------------------------------------------------------------- catastrophic overfitting
+
+ONE_STEP = [*toy.TOY_RUN, "--epochs", "3", "--train_attack", "fgsm-rs", "--fb", *toy.TOY_MASKS]
+
+
+@pytest.fixture
+def accuracies(monkeypatch):
+    """Makes the guard see given accuracies under (PGD-10, the one-step attack), look by look, and
+    remember the step sizes that it asked about."""
+
+    def see(*looks):
+        left, sizes = [value for look in looks for value in look], []
+
+        def score(forward, split, attack, *, seed):
+            sizes.append(255 * attack.step_size)
+            return Score(left.pop(0) if left else 50.0, 0.0, len(split))
+
+        monkeypatch.setattr(utils.training.collapse, "score", score)
+        return sizes
+
+    return see
+
+
+FINE, COLLAPSED = (40.0, 45.0), (10.0, 80.0)
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_last_good_model(run_adv, tmp_path, accuracies):
+    accuracies(*[FINE] * 5, COLLAPSED)
+    outcome = run_adv(*ONE_STEP, "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "catastrophic overfitting in epoch 2, step 2 of 4" in outcome.err
+    assert "fell from 40.0 to 10.0 % of 256 validation images" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert load_checkpoint(only_run(tmp_path).best_ra)["epoch"] == 1
+
+
+def test_a_collapse_may_be_a_warning(run_adv, tmp_path, accuracies):
+    accuracies(*[FINE] * 5, *[COLLAPSED] * 9)
+    outcome = run_adv(*ONE_STEP, "--on_collapse", "warn", "--save_dir", tmp_path)
+    assert outcome.code == 0
+    assert outcome.out.count("warning: catastrophic overfitting") == 1
+    assert read_epochs(only_run(tmp_path))[-1]["guard_ra"] == 10
+
+
+def test_a_collapse_may_be_rolled_back_with_a_smaller_step(run_adv, tmp_path, accuracies):
+    sizes = accuracies(*[FINE] * 5, COLLAPSED)
+    outcome = run_adv(*ONE_STEP, "--on_collapse", "rollback", "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "resuming after epoch 1 with a step of 7.5/255" in outcome.out
+    assert sizes[1::2][:6] == [10.0] * 6
+    assert sizes[1::2][6:] == [7.5] * 8
+    rows = read_epochs(only_run(tmp_path))
+    assert [(row["epoch"], row.get("step_size")) for row in rows] == [(1, None), (2, 7.5), (3, 7.5)]
+
+
+def test_a_collapse_before_a_checkpoint_cannot_be_rolled_back(run_adv, tmp_path, accuracies):
+    accuracies(FINE, COLLAPSED)
+    outcome = run_adv(*ONE_STEP, "--on_collapse", "rollback", "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "before there was a checkpoint" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("looks", "collapses"),
+    [
+        ([FINE, (21.0, 80.0)], False),  # no less than half of the best
+        ([FINE, (10.0, 12.0)], False),  # the one-step attack's fell too: another trouble
+        ([(12.0, 12.0), (5.0, 12.0)], False),  # by chance alone
+        ([FINE, (15.0, 46.0)], True),
+    ],
+)
+def test_what_a_collapse_is(accuracies, looks, collapses):
+    accuracies(*looks)
+    guard = CollapseGuard(PGD(8 / 255, 10 / 255, 1), toy.data(30), 1)
+    guard._chance = 10.0
+    forward = Forward(toy.network())
+    guard.look(forward, "epoch 1")
+    if collapses:
+        with pytest.raises(CollapseError, match="in epoch 2"):
+            guard.look(forward, "epoch 2")
+    else:
+        guard.look(forward, "epoch 2")
+
+
+def test_training_by_many_steps_is_not_watched(run_adv, tmp_path):
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    assert outcome.code == 0
+    assert all("guard_ra" not in row for row in read_epochs(only_run(tmp_path)))
+    refused = run_adv(*toy.TOY_RUN, "--on_collapse", "warn", "--save_dir", tmp_path)
+    assert refused.code == 2
+    assert "not one step to the edge" in refused.err
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--beta 3", "--beta has no effect with --train_loss ce"),
+        ("--train_loss trades --beta -1", "--beta must not be negative"),
+        ("--train_loss mart", "invalid choice: 'mart'"),
+        ("--train_loss trades --train_attack n-fgsm", "its attack is PGD on a loss of its own"),
+        ("--train_loss trades --no-train_randinit", "would attack nothing"),
+        ("--awp_start 1", "no --awp"),
+        ("--awp .01 --awp_start 2", "--awp_start 2 lies past the end of 2 epochs"),
+        ("--awp -1", "--awp lies in [0, 1)"),
+        ("--ema 1", "--ema lies in [0, 1)"),
+        ("--ema .9 --swa 1", "choose one"),
+        ("--swa 2", "--swa 2 lies past the end of 2 epochs"),
+        ("--label_smoothing nan", "must be finite"),
+        ("--train_attack n-fgsm --norm l2", "steps along the sign"),
+        ("--train_attack none --train_eps 4", "--train_eps has no effect with --train_attack none"),
+        ("--nesterov --momentum 0", "--nesterov has no effect"),
+    ],
+)
+def test_remedies_without_meaning_are_refused(run_adv, tmp_path, flags, why):
+    outcome = run_adv(*toy.TOY_RUN, *flags.split(), "--save_dir", tmp_path / "runs")
+    assert (outcome.code, why in outcome.err, outcome.err.count("\n")) == (2, True, 1), outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--stage2 sgd --awp .01", "--awp has no effect with --stage2 sgd, only with pgd"),
+        ("--train_attack none", "--stage2 sgd trains on clean images"),
+        ("--swa 2", "--swa 2 lies past the end of 2 epochs"),
+    ],
+)
+def test_remedies_without_meaning_for_a_ticket_are_refused(run_eb, tmp_path, flags, why):
+    outcome = run_eb(*toy.TOY_BIRD, *flags.split(), "--save_dir", tmp_path / "runs")
+    assert (outcome.code, why in outcome.err, outcome.err.count("\n")) == (2, True, 1), outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def parse(kind, flags):
+    return parse_settings(kind, flags.split(), "", lambda given: {})
+
+
+def test_a_recipe_sets_what_was_not_given():
+    fast = parse(AdversarialSettings, "--recipe fast --lr .15 --fb")
+    assert (fast.train_attack, fast.epochs, fast.lr) == ("n-fgsm", 30, 0.15)
+    assert (fast.lr_schedule, fast.ema, fast.awp) == ("onecycle", 0.995, 0)
+    assert fast.notes[-1] == (
+        "recipe fast: --train_attack n-fgsm --epochs 30 --lr_schedule onecycle --ema 0.995"
+    )
+    modern = parse(AdversarialSettings, "--recipe modern --swa .5 --decreasing_lr .5")
+    assert (modern.lr_schedule, modern.ema, modern.awp) == ("step", 0, 0.01)
+    assert parse(AdversarialSettings, "--recipe modern --train_loss trades").awp == 0.005
+    ticket = parse(EarlyBirdSettings, "--recipe fast")
+    assert (ticket.epochs1, ticket.epochs2, ticket.plan2.attack.start) == (200, 30, "wide")
+    assert ticket.plan1.attack is None
+
+
+def test_a_recipe_is_the_run_of_its_flags():
+    by_hand = "--lr_schedule cosine --ema .995 --label_smoothing .1 --awp .01"
+    one = parse(AdversarialSettings, "--recipe modern --fbp")
+    assert one.run_name() == parse(AdversarialSettings, f"--fbp {by_hand}").run_name()
+    plain = parse(AdversarialSettings, "--recipe paper --fbp")
+    assert plain.run_name() == parse(AdversarialSettings, "--fbp").run_name()
+
+
+def test_a_run_by_a_recipe_says_and_resumes_it(run_adv, tmp_path):
+    flags = [*toy.TOY_RUN, "--recipe", "modern", "--fb", *toy.TOY_MASKS]
+    outcome = run_adv(*flags, "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "note: recipe modern: --ema 0.995 --label_smoothing 0.1 --awp 0.01" in outcome.out
+    root = only_run(tmp_path).root
+    grown = run_adv("--resume_dir", root, "--epochs", 3)
+    assert grown.code == 0, grown.err
+    assert "average val RA" in grown.out
+    refused = run_adv("--resume_dir", root, "--recipe", "fast")
+    assert (refused.code, "whose run keeps its settings" in refused.err) == (2, True)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 from utils.errors import InputError, require
 from utils.settings.common import IN_LEVELS, CommonSettings, S, settings_from
 from utils.settings.flags import GROUPS, allowed
+from utils.settings.recipes import recipe_text, recipe_values
 from utils.settings.rules import left_aside
 
 _WIDEST = 120  # of help, in characters
@@ -161,19 +162,21 @@ def parse_settings(
     # data lies, and what it would notice.
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
-    settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **given})
+    recipe = given.get("recipe", "paper")
+    names = [f.name for f in dataclasses.fields(kind)]
+    chosen = {} if stored else recipe_values(recipe, given, names)
+    base = stored or {**kind.guessed(given), **chosen}
+    settings = settings_from(kind, {**base, **given})
     notes = left_aside(kind.rules, settings, given)
     used = {name: value for name, value in given.items() if name not in notes}
-    settings = settings_from(kind, {**stored, **({} if stored else kind.guessed(given)), **used})
+    settings = settings_from(kind, {**base, **used})
     _refuse_contradictions(used, stored, settings)
     settings.refuse_wrong_units(frozenset(used))
     settings.refuse_idle(frozenset(used))
     # No field, which would be a flag and a part of the run's hash.
-    object.__setattr__(
-        settings,
-        "notes",
-        tuple(f"--{name} has no effect with {why}" for name, why in notes.items()),
-    )
+    said = [f"--{name} has no effect with {why}" for name, why in notes.items()]
+    said += [recipe_text(recipe, chosen)] if recipe != "paper" else []
+    object.__setattr__(settings, "notes", tuple(said))
     return settings
 
 

@@ -22,6 +22,7 @@ from utils.attacks import NORMS, PGD, fgsm_rs, n_fgsm
 from utils.errors import InputError, require
 from utils.execution.hardware import PRECISIONS, best_precision
 from utils.settings.flags import epoch_number, flag, refuse_odd_values
+from utils.settings.recipes import RECIPES
 from utils.settings.rules import Rule, refuse
 from utils.training.losses import LOSSES, Options, TrainLoss
 from utils.training.schedule import LR_SCHEDULES, ON_COLLAPSE, Plan
@@ -35,6 +36,10 @@ _FAST_PEAK = 0.2  # highest learning rate of ``fast``
 _REMEDIES_RULES = (
     Rule(
         "beta", lambda s: s.loss.beta is None, "--train_loss {s.train_loss}, whose loss is one term"
+    ),
+    Rule("recipe", lambda s: s.evaluates, "--eval"),
+    Rule(
+        "recipe", lambda s: s.resume_dir is not None, "--resume_dir, whose run keeps its settings"
     ),
     Rule("awp_start", lambda s: not s.awp, "no --awp"),
     Rule("", lambda s: s.ema and s.swa, "--ema and --swa are two averages; choose one"),
@@ -207,6 +212,12 @@ class CommonSettings:
         False, "several processes: batch norm sees the whole batch (GPUs only)"
     )
     # remedies against robust overfitting, in the last stage
+    recipe: str = flag.remedies(
+        "paper",
+        "sets what is not given: nothing, the remedies, or those of a short training",
+        choices=tuple(RECIPES),
+        result=False,
+    )
     train_loss: str = flag.remedies("ce", "loss of an update", choices=lambda: tuple(LOSSES))
     beta: float | None = flag.remedies(None, "weight of the robust term (default 6 for trades)")
     label_smoothing: float = flag.remedies(0.0, "share of a label spread over all classes")

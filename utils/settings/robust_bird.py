@@ -47,7 +47,7 @@ TICKET_RULES = (
         "--train_attack none: --stage2 sgd trains on clean images",
     ),
     Rule(
-        "train_loss beta label_smoothing awp awp_start ema swa train_attack lr_schedule",
+        "recipe train_loss beta label_smoothing awp awp_start ema swa train_attack lr_schedule",
         lambda s: s.stage2 != "pgd",
         "--stage2 {s.stage2}, only with pgd",
     ),

@@ -233,8 +233,8 @@ class Run(ABC):
 
     def adversarial_epoch(self, epoch: int, title: str) -> None:
         """Train, test and record one epoch (from 0) of the last stage."""
-        stage = self.stage
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
+        stage = self.stage  # not before: a rollback builds another
         stage.finish_epoch(epoch)
         scores = self.attacked_scores(title, self._measured_after(epoch))
         self.refuse_broken_network(epoch, stage.steps, scores.get("val_loss", 0.0))

@@ -1,0 +1,58 @@
+"""Recipes: values for what the user did not set, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+
+class Choice(NamedTuple):
+    value: Any
+    reason: str
+
+
+RECIPES: dict[str, dict[str, Choice]] = {
+    "paper": {},
+    "modern": {
+        "lr_schedule": Choice(
+            "cosine", "robust overfitting begins at a sudden fall of the rate (Rice et al., 2020)"
+        ),
+        "ema": Choice(0.995, "averages find flatter minima (Izmailov et al., 2018)"),
+        "label_smoothing": Choice(0.1, "keeps the network from certainty on attacked images"),
+        "awp": Choice(0.01, "the authors' value for cross-entropy (Wu, Xia and Wang, 2020)"),
+    },
+    "fast": {
+        "train_attack": Choice("n-fgsm", "5 inferences a step for PGD-10's 23"),
+        "epochs": Choice(30, "the length of its authors' trainings (de Jorge et al., 2022)"),
+        "lr": Choice(0.2, "their peak of the cycle"),
+        "lr_schedule": Choice("onecycle", "short trainings need a rate that rises first"),
+        "ema": Choice(0.995, "costs next to nothing"),
+    },
+}
+# What a user's own choice replaces in a recipe, beyond the flag itself.
+_REPLACED_BY = {"swa": "ema", "decreasing_lr": "lr_schedule"}
+
+
+def recipe_values(recipe: str, given: Collection[str], names: Collection[str]) -> dict[str, Any]:
+    """What a recipe sets.
+
+    Args:
+        recipe: one of ``RECIPES``.
+        given: flags that the user set.
+        names: flags of the script; of two stages the recipe is the last one's.
+    """
+    replaced = {_REPLACED_BY[name] for name in given if name in _REPLACED_BY}
+    found = {}
+    for name, choice in RECIPES[recipe].items():
+        flag = name if name in names else f"{name}2"
+        if flag not in given and name not in replaced:
+            found[flag] = choice.value
+    if found.get("awp") and "train_loss" in given:
+        found["awp"] = 0.005  # the authors' value for TRADES
+    return found
+
+
+def recipe_text(recipe: str, values: dict[str, Any]) -> str:
+    """What it has set, for a run's first lines."""
+    flags = " ".join(f"--{name} {value}" for name, value in values.items())
+    return f"recipe {recipe}: {flags or 'everything was given'}"
