@@ -26,6 +26,7 @@ from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
 from utils.storage.checkpoint import load_checkpoint
+from utils.training.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -67,7 +68,7 @@ def anchor(heading):
 def test_every_page_is_there_and_linked_from_the_readme():
     names = (
         "algorithms architecture clusters deploying differences evaluation extending faq flags"
-        " precision recipes reproducing runs"
+        " precision recipes remedies reproducing runs"
     ).split()
     readme = (ROOT / "README.md").read_text()
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} == set(names)
@@ -152,7 +153,9 @@ def own_script(monkeypatch, tmp_path, capsys):
         (folder,) = (tmp_path / "out").iterdir()
         return load_checkpoint(folder / "checkpoint.pth.tar")
 
-    kept = [(registry, dict(registry)) for registry in (SOURCES, CUSTOM_ARCHITECTURES, GROWTHS)]
+    kept = [
+        (registry, dict(registry)) for registry in (SOURCES, CUSTOM_ARCHITECTURES, GROWTHS, LOSSES)
+    ]
     yield run
     for registry, content in kept:
         registry.clear()
@@ -179,6 +182,12 @@ def test_a_data_set_of_ones_own(own_script, tmp_path):
         "SOURCES[", "--dataset", "arrays", "--data", tmp_path, *small_run("--dataset")
     )
     assert content["network"]["num_classes"] == 3
+    assert len(content["masking"]["events"]) >= 2
+
+
+def test_a_loss_of_ones_own(own_script):
+    content = own_script("LOSSES[", "--train_loss", "mart", "--awp", ".005", *small_run())
+    assert content["settings"]["train_loss"] == "mart"
     assert len(content["masking"]["events"]) >= 2
 
 
