@@ -76,14 +76,7 @@ def main() -> None:
         print(f"{summary_table([group.first.summary for group in groups])}\n{_LEGEND}")
         _tell_apart(groups)
     else:
-        print(
-            markdown(
-                comparison_table(
-                    [Comparison.of(group, arguments.paper, groups) for group in groups]
-                )
-            ),
-            end="",
-        )
+        print(markdown(comparison_table(Comparison.all_of(groups, arguments.paper))), end="")
     if arguments.out is not None:
         from utils.report.page import write_report
 

@@ -14,6 +14,8 @@ from tests.test_resume import only_run
 from utils.attacks import PGD, attack_draws, n_fgsm, pgd_attack
 from utils.evaluation.scores import Score
 from utils.execution.forward import Forward
+from utils.report.runs import FinishedRun, grouped
+from utils.report.tables import Comparison, summary_table
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.settings.robust_bird import EarlyBirdSettings
@@ -365,7 +367,15 @@ def check_run(paths, has_average):
     averaged = load_checkpoint(paths.average)
     assert averaged["averaged"]
     assert averaged["val_ra"] == rows[-1]["average_val_ra"]
-    assert summary["average"]["test_ra"] >= 0
+    table = summary_table([summary])
+    final = summary["average"]
+    assert ", averaged " in table
+    assert f"{final['test_ra']:.2f} " in table.splitlines()[-1]
+    (group,), _ = grouped([FinishedRun.read(paths.root)])
+    plain, average = Comparison.all_of([group], None)
+    assert average.label == f"{plain.label}, averaged"
+    assert average.ours["ra_final"].mean == final["test_ra"]
+    assert average.ours["ra_best"] == plain.ours["ra_best"]
     for name, mask in masks.items():
         assert not averaged["state_dict"][name][~mask].any()
         assert averaged["state_dict"][name][content["state_dict"][name] != 0].all()

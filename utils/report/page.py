@@ -84,7 +84,7 @@ def write_report(folder: Path, groups: Sequence[Group], paper_dataset: str | Non
         InputError: files of a run that are missing or damaged, a folder that cannot be written.
     """
     compared, strong, stale = (
-        [Comparison.of(group, paper_dataset, groups) for group in groups],
+        Comparison.all_of(groups, paper_dataset),
         strong_evaluations(groups),
         stale_evaluations(groups),
     )

@@ -79,6 +79,9 @@ _UNSET = {
     "test_subset": "all",
     "image_size": "as many",
     "stage1_pretrained": "stage 1",
+    "attack_mode": "the usual",
+    "beta": "the usual",
+    "swa": "none",
 }
 _MOST_TOLD = 3  # settings in a label; of more, only those are told that are needed
 # Beside what these say, a method is told by its own settings.

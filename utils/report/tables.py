@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,25 @@ _COLUMNS = (
 def summary_table(summaries: Sequence[Row]) -> str:
     """A Markdown table, a line a run: accuracies on the test set in percent, FLOPs by the real
     count."""
-    lines = [[_method_name(s), *_cells(s)] for s in summaries]
+    lines = []
+    for s in summaries:
+        lines.append([_method_name(s), *_cells(s)])
+        if "average" in s:
+            lines.append([f"{_method_name(s)}, averaged", *_cells(averaged(s))])
     widths = [max(len(line[i]) for line in [_COLUMNS, *lines]) for i in range(len(_COLUMNS))]
     text = [_line(_COLUMNS, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
     return "\n".join(text + [_line(line, widths) for line in lines])
+
+
+def _of_average(figure: Callable[[Row], float]) -> Callable[[Row], float]:
+    return lambda summary: figure(averaged(summary))
+
+
+def averaged(summary: Row) -> Row:
+    """The summary with the averaged network for the final one."""
+    average = summary["average"]
+    diff = summary["best"]["test_ra"] - average["test_ra"]
+    return {**summary, "final": average, "diff": diff, "robust_gap": average["robust_gap"]}
 
 
 def _method_name(summary: Row) -> str:
@@ -177,9 +192,11 @@ _REAL_FLOPS: Mapping[str, tuple[str, Callable[[Row], float]]] = {
 @dataclass(frozen=True)
 class Comparison:
     """A group, its figures by column of the paper's Table 1, and the paper's; ``theirs`` is empty
-    where the paper has no such row."""
+    where the paper has no such row. ``label`` says whether the final network is the averaged
+    one."""
 
     group: Group
+    label: str
     dataset: str | None
     ours: Mapping[str, Measured]
     real: Mapping[str, Measured]
@@ -203,12 +220,28 @@ class Comparison:
         real = {name: group.measured(figure) for name, (_, figure) in _REAL_FLOPS.items()}
         return cls(
             group,
+            group.label,
             paper.dataset_of(group, paper_dataset),
             ours,
             real,
             group.measured(density),
             theirs,
         )
+
+    @classmethod
+    def all_of(cls, groups: Sequence[Group], paper_dataset: str | None) -> list[Comparison]:
+        """A comparison for each group, and one more for the averaged networks of its runs."""
+        found = []
+        for group in groups:
+            found.append(cls.of(group, paper_dataset, groups))
+            if all("average" in run.summary for run in group.runs):
+                ours = {
+                    name: group.measured(_of_average(figure))
+                    for name, (_, figure) in {**_ACCURACIES, **_PAPER_FLOPS}.items()
+                }
+                label = f"{group.label}, averaged"
+                found.append(replace(found[-1], label=label, ours=ours, theirs={}))
+        return found
 
     def difference(self, name: str) -> float | None:
         """Ours - the paper's, if the paper has a figure."""
@@ -241,7 +274,7 @@ def _comparison_lines(c: Comparison) -> list[list[str]]:
         *(_flops(c.ours[name]) for name in _PAPER_FLOPS),
     ]
     ours += [_density(c.density), *(_flops(c.real[name]) for name in _REAL_FLOPS)]
-    lines = [[c.group.label, "ours", str(len(c.group.runs)), *ours]]
+    lines = [[c.label, "ours", str(len(c.group.runs)), *ours]]
     if c.theirs:
         paper_has = [
             *(_percent(c.theirs[name]) for name in _ACCURACIES),
@@ -254,8 +287,8 @@ def _comparison_lines(c: Comparison) -> list[list[str]]:
         ]
         nothing = [NOTHING] * (1 + len(_REAL_FLOPS))
         lines += [
-            [c.group.label, "paper", NOTHING, *paper_has, *nothing],
-            [c.group.label, "ours - paper", NOTHING, *signed, *nothing],
+            [c.label, "paper", NOTHING, *paper_has, *nothing],
+            [c.label, "ours - paper", NOTHING, *signed, *nothing],
         ]
     return lines
 
@@ -282,15 +315,13 @@ def comparison_notes(found: Sequence[Comparison]) -> list[str]:
         c.dataset for c in found if c.theirs and c.dataset != c.group.settings.dataset
     ):
         others = "; ".join(
-            c.group.label
-            for c in found
-            if c.theirs and c.dataset == dataset != c.group.settings.dataset
+            c.label for c in found if c.theirs and c.dataset == dataset != c.group.settings.dataset
         )
         notes.append(
             f"The paper's rows are of {paper.DATASETS[str(dataset)]} and these runs are of other"
             f" data or scale: {others}."
         )
-    without = [c.group.label for c in found if not c.theirs]
+    without = [c.label for c in found if not c.theirs]
     if without:
         notes.append(f"The paper's table has no row for: {'; '.join(without)}.")
     return notes + _setup_notes([(c.group, c.dataset) for c in found])
@@ -331,7 +362,7 @@ def _comparison_record(c: Comparison) -> list[object]:
     settings = c.group.settings
     seeds = " ".join(map(str, c.group.seeds))
     record: list[object] = [
-        c.group.label,
+        c.label,
         c.group.method,
         settings.dataset,
         settings.arch,

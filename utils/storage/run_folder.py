@@ -36,6 +36,7 @@ _SUMMARY = {
     "diff": float,
     "robust_gap": float,
 }
+_SUMMARY |= {"average?": {**_FINAL, "robust_gap": float}}
 _SUMMARY |= {"density": float, "flops": {"real": _FLOPS, "paper": _FLOPS}, "seconds?": float}
 _DRAWN_HERE = {"pretrained": None, "emerged": bool, "epochs": int, "kind": str, "val_sa": float}
 _EPOCH = {
