@@ -381,6 +381,17 @@ def check_run(paths, has_average):
         assert averaged["state_dict"][name][content["state_dict"][name] != 0].all()
 
 
+def test_an_averaged_network_is_evaluated_as_it_was_scored(run_adv, tmp_path):
+    flags = [*toy.TOY_RUN, "--fb", *toy.TOY_MASKS, "--ema", ".9"]
+    assert run_adv(*flags, "--save_dir", tmp_path).code == 0
+    paths = only_run(tmp_path)
+    outcome = run_adv("--eval", "--pretrained", paths.average)
+    assert outcome.code == 0, outcome.err
+    (evaluation,) = FinishedRun.read(paths.root).evaluations
+    assert evaluation["test_ra"] == read_summary(paths)["average"]["test_ra"]
+    assert evaluation["network"]["weights"] == read_summary(paths)["weights"][paths.average.name]
+
+
 # ---------------------------------------------------------------- catastrophic overfitting
 
 ONE_STEP = [*toy.TOY_RUN, "--epochs", "3", "--train_attack", "fgsm-rs", "--fb", *toy.TOY_MASKS]

@@ -393,6 +393,7 @@ _EVALUATION |= {"test_sa": float, "test_ra": float, "robust_gap?": (float, None)
 _CHECKPOINTS = {
     "model_RA_best.pth.tar": "best",
     "checkpoint.pth.tar": "final",
+    "model_average.pth.tar": "averaged",
     "model_SA_best.pth.tar": "best SA",
 }
 
