@@ -166,7 +166,7 @@ def test_all_that_an_epoch_needs_is_compiled_before_it(compiled_graphs, channels
     )
     forward = Forward(model, COMPILED, [16, EVAL_BATCH])
     loader = TrainLoader(toy.split(32, channels=channels), 16, Augmentation(1), seed=1)
-    assert forward.prepare(next(iter(loader.epoch(0))), True, True, EVAL_BATCH).startswith(
+    assert forward.prepare(next(iter(loader.epoch(0))).x, True, True, EVAL_BATCH).startswith(
         "compiled in "
     )
     assert len(compiled_graphs) == 4  # an attack's step and an update; a test, clean and attacked
@@ -229,7 +229,7 @@ def test_preparing_leaves_everything_as_it_was(monkeypatch, fails):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     forward = Forward(model, COMPILED, [16])
-    said = forward.prepare(next(iter(batches())), attacked=True, training=True)
+    said = forward.prepare(next(iter(batches())).x, attacked=True, training=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert all(

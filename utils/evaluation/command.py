@@ -40,10 +40,10 @@ from utils.execution.hardware import full_precision
 from utils.execution.interruption import Interruption
 from utils.settings.adversarial import AdversarialSettings, evaluation_settings
 from utils.settings.applied import load_data_for, network_spec
-from utils.settings.stored import settings_in, settings_of_run
+from utils.settings.stored import resumed_settings, settings_in
 from utils.storage.checkpoint import checksum, load_checkpoint, save_checkpoint
 from utils.storage.files import json_bytes, writable_folder, write_atomically, write_figure
-from utils.storage.inputs import read_checkpoint, refuse_what_is_no_run
+from utils.storage.inputs import read_checkpoint
 from utils.storage.provenance import environment
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if given.get("eval") and given.get("pretrained"):
         content = read_checkpoint(given["pretrained"])
         return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
-    if not given.get("resume_dir"):
-        return {}
-    refuse_what_is_no_run(given["resume_dir"])
-    return settings_of_run(AdversarialSettings.script, given["resume_dir"])
+    return resumed_settings(AdversarialSettings.script, given)
 
 
 def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[Judged, Data]:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data import Batch
 from models.modes import in_mode, without_parameter_gradients
 from utils.attacks import PGD, pgd_attack
 from utils.errors import RunError, one_line
@@ -169,9 +168,9 @@ class Forward:
         """Attacks that have been captured."""
         return len(self._graphs)
 
-    def prepare(self, batch: Batch, attacked: bool, training: bool, tested: int = 0) -> str:
-        """Compile for training on batches like this one and for tests; returns what to say of it.
-        What fails to compile is computed without.
+    def prepare(self, x: Tensor, attacked: bool, training: bool, tested: int = 0) -> str:
+        """Compile for training on batches like these images ``x`` and for tests; returns what to
+        say of it. What fails to compile is computed without.
 
         Args:
             attacked: whether images are attacked before an update and in tests; each way to compute
@@ -184,8 +183,8 @@ class Forward:
         # of an earlier stage's network, whose graphs count towards the same limit
         torch.compiler.reset()
         try:
-            with lent_generators(batch.x.device):
-                self._warm_up(batch, attacked, training, tested)
+            with lent_generators(x.device):
+                self._warm_up(x, attacked, training, tested)
         except Exception as error:
             # a missing compiler, a network that it cannot take: in as many ways as there are layers
             # below
@@ -202,14 +201,14 @@ class Forward:
             )
         return f"compiled in {time.perf_counter() - start:.0f} s"
 
-    def _warm_up(self, batch: Batch, attacked: bool, training: bool, tested: int) -> None:
+    def _warm_up(self, x: Tensor, attacked: bool, training: bool, tested: int) -> None:
         if attacked:
-            self._forward_backward_to_input(batch.x, training)
+            self._forward_backward_to_input(x, training)
         if self.world.size == 1:
             with in_mode(self.model, True):
-                self(batch.x).sum().backward()
+                self(x).sum().backward()
         if tested in self._sizes:
-            images = batch.x[torch.arange(tested, device=batch.x.device) % len(batch.x)]
+            images = x[torch.arange(tested, device=x.device) % len(x)]
             with in_mode(self.model, False), torch.no_grad():
                 self(images)
             if attacked:

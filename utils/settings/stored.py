@@ -10,6 +10,7 @@ from utils.settings.adversarial import AdversarialSettings
 from utils.settings.common import CommonSettings
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
 from utils.storage.checkpoint import load_newest
+from utils.storage.inputs import refuse_what_is_no_run
 from utils.storage.paths import RunPaths
 
 SETTINGS_OF: dict[str, type[CommonSettings]] = {
@@ -25,6 +26,15 @@ def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
     if script != settings_script:
         raise InputError(f"{path} is of a run of {script}, which resumes it")
     return settings_in(content, path)
+
+
+def resumed_settings(script: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the run that ``--resume_dir`` names among the flags ``given``, if it
+    does."""
+    if not given.get("resume_dir"):
+        return {}
+    refuse_what_is_no_run(given["resume_dir"])
+    return settings_of_run(script, given["resume_dir"])
 
 
 def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:

@@ -166,7 +166,7 @@ def train_epoch(
     model.train()
     tally = Tally(steps) if tally is None else tally
     forward = Forward(model) if forward is None else forward
-    key = (plan.seed, "attack", epoch)
+    options = plan.step_options(epoch)
     looked_at = time.perf_counter()
     start = looked_at - tally.seconds
     with lent_generators(next(model.parameters()).device) as seed:
@@ -178,21 +178,12 @@ def train_epoch(
                 model,
                 optimizer,
                 batch,
-                attack=plan.attack,
-                attack_training=plan.attack_training,
-                key=key,
                 forward=forward,
-                loss=plan.loss,
-                options=plan.options,
-                awp=plan.awp if plan.perturbs(epoch) else 0.0,
                 masks=None if masking is None else masking.masks,
+                **options,
             )
             if masking is not None:
-                masking.step()
-                if forward.world.size > 1 and masking.update_due():
-                    forward.world.require_equal(
-                        mask_hash(masking.masks), f"after {masking.steps} steps the masks"
-                    )
+                _step_masks(masking, forward.world)
             if average is not None:
                 average.after_step(model, masking)
             now = time.perf_counter()
@@ -211,6 +202,12 @@ def train_epoch(
             after_step(tally)
     done = tally.progress(epoch)
     return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
+
+
+def _step_masks(masking: Masking, world: World) -> None:
+    masking.step()
+    if world.size > 1 and masking.update_due():
+        world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
 
 
 def _progress(tally: Tally, epoch: int, world: World) -> Progress:

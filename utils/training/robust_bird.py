@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,9 @@ from utils.execution.distributed import joined
 from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
 from utils.settings.robust_bird import TicketSettings
-from utils.settings.stored import settings_of_run
+from utils.settings.stored import resumed_settings
 from utils.storage.checkpoint import load_checkpoint
-from utils.storage.inputs import read_checkpoint, refuse_what_is_no_run
+from utils.storage.inputs import read_checkpoint
 from utils.training.engine import EpochResult
 from utils.training.forecast import Forecast
 from utils.training.messages import execution_text, setting_text
@@ -37,15 +38,11 @@ if TYPE_CHECKING:
 def main(kind: type[TicketSettings], description: str) -> None:
     """A Robust Bird script with the settings ``kind``."""
 
-    def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not given.get("resume_dir"):
-            return {}
-        refuse_what_is_no_run(given["resume_dir"])
-        return settings_of_run(kind.script, given["resume_dir"])
-
     with joined() as world:
         settings = world.agree(
-            lambda: parse_settings(kind, sys.argv[1:], description, stored_settings)
+            lambda: parse_settings(
+                kind, sys.argv[1:], description, partial(resumed_settings, kind.script)
+            )
         )
         device = world.agree(lambda: pick_device(settings, world))
         world.agree(lambda: RobustBirdRun(settings, device, world), in_turn=True).train()

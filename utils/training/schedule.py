@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,6 +67,17 @@ class Plan:
     def perturbs(self, epoch: int) -> bool:
         """Whether an epoch (from 0) has the weights perturbed."""
         return self.awp > 0 and epoch >= self.awp_start
+
+    def step_options(self, epoch: int) -> dict[str, Any]:
+        """What ``train_step`` takes of this plan in an epoch (from 0)."""
+        return {
+            "attack": self.attack,
+            "attack_training": self.attack_training,
+            "key": (self.seed, "attack", epoch),
+            "loss": self.loss,
+            "options": self.options,
+            "awp": self.awp if self.perturbs(epoch) else 0.0,
+        }
 
     def rate(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate at ``step`` of ``steps`` in ``epoch``, all counted from 0."""

@@ -111,12 +111,10 @@ class Stage:
         if self._is_prepared:
             return None
         self._is_prepared = True
-        batch, tested = (
-            next(iter(self.loader.epoch(0))),
-            EVAL_BATCH if self._most_tested >= EVAL_BATCH else 0,
-        )
+        x = next(iter(self.loader.epoch(0))).x
+        tested = EVAL_BATCH if self._most_tested >= EVAL_BATCH else 0
         return self.forward.prepare(
-            batch, self.plan.attack is not None, self.plan.attack_training, tested
+            x, self.plan.attack is not None, self.plan.attack_training, tested
         )
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
