@@ -78,7 +78,7 @@ def test_differences_in_plain_words(tmp_path):
         "data set cifar10",
         "classes 10 (paper: 100)",
         "no random start in training (paper: on)",
-        "attacked in eval mode (paper: train)",
+        "attacked in eval mode (paper: the usual)",
         "PGD-50 tests (paper: 20)",
         "16 epochs (paper: 200)",
     ]
