@@ -17,6 +17,8 @@ _SERIES = (
     ("test_ra", "test RA", "tab:green", "-"),
     ("val_sa", "validation SA", "tab:blue", ":"),
     ("test_sa", "test SA", "tab:green", ":"),
+    ("average_val_ra", "validation RA, averaged", "tab:blue", "--"),
+    ("average_test_ra", "test RA, averaged", "tab:green", "--"),
 )
 
 Row = Mapping[str, Any]
