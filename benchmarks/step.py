@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -229,9 +229,9 @@ def ours(
     pgd = PGD(8 / 255, 2 / 255, options.train_step)
     climbing = replace(pgd, loss="kl", start="gaussian")
     steps |= {
-        f"{precision}, AWP": _step(options, split, plain, awp=0.01),
+        f"{precision}, AWP": _step(options, split, plain, remedy={"awp": 0.01}),
         f"{precision}, EMA": _step(options, split, plain, ema=0.995),
-        f"{precision}, TRADES": _step(options, split, plain, attack=climbing, **trades),
+        f"{precision}, TRADES": _step(options, split, plain, attack=climbing, remedy=trades),
         f"{precision}, N-FGSM": _step(options, split, plain, attack=n_fgsm(8 / 255)),
     }
     return steps
@@ -244,7 +244,7 @@ def _step(
     *,
     attack: PGD | None = None,
     ema: float = 0.0,
-    **remedy: Any,
+    remedy: Mapping[str, Any] | None = None,
 ) -> Callable[[], object]:
     model = timing.network(options)
     optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -265,7 +265,7 @@ def _step(
             attack_training=attack.loss == "ce",
             key=(1, "attack", 0),
             forward=forward,
-            **remedy,
+            **(remedy or {}),
         )
         if average is not None:
             average.after_step(model, None)
