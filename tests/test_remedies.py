@@ -545,9 +545,15 @@ def test_a_recipe_sets_what_was_not_given():
     modern = parse(AdversarialSettings, "--recipe modern --swa .5 --decreasing_lr .5")
     assert (modern.lr_schedule, modern.ema, modern.awp) == ("step", 0, 0.01)
     assert parse(AdversarialSettings, "--recipe modern --train_loss trades").awp == 0.005
+    assert parse(AdversarialSettings, "--recipe modern --train_loss ce").awp == 0.01
     ticket = parse(EarlyBirdSettings, "--recipe fast")
     assert (ticket.epochs1, ticket.epochs2, ticket.plan2.attack.start) == (200, 30, "wide")
     assert ticket.plan1.attack is None
+
+
+def test_a_start_has_one_name_as_epoch_and_as_fraction():
+    halves = [parse(AdversarialSettings, f"--epochs 20 --swa {swa}") for swa in ("10", "0.5")]
+    assert halves[0].run_name() == halves[1].run_name()
 
 
 def test_a_recipe_is_the_run_of_its_flags():

@@ -4,7 +4,7 @@ relatives."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
@@ -52,10 +52,6 @@ class PGD:
     def is_one_step(self) -> bool:
         """Whether a single step goes to the edge of the ball or past it."""
         return self.steps == 1 and self.step_size >= self.eps > 0
-
-    def resized(self, step_size: float) -> PGD:
-        """The same with steps of another length."""
-        return replace(self, step_size=step_size)
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -108,13 +104,18 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return (wrong - true).sum()
 
 
-def divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """KL(p || q), summed; p by the logits ``clean`` and q by ``logits``."""
-    p, q = clean.log_softmax(dim=1), logits.log_softmax(dim=1)
-    return (p.exp() * (p - q)).sum()
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(p || q) of each image ``[N]``, p by the logits ``reference`` and q by ``logits``."""
+    p, q = reference.log_softmax(dim=1), logits.log_softmax(dim=1)
+    return (p.exp() * (p - q)).sum(dim=1)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "kl": divergence}
+def summed_divergence(logits: Tensor, clean: Tensor) -> Tensor:
+    """From the logits of the clean images, summed (TRADES)."""
+    return kl_divergence(logits, clean).sum()
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "kl": summed_divergence}
 
 
 def pgd_attack(
@@ -153,17 +154,9 @@ def pgd_attack(
             ``torch.inference_mode``, which has no gradients; images that are not floating, or lie
             outside of [0, 1] at a network's first attack: later ones are not looked at.
     """
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        raise ValueError(
-            "pgd_attack needs gradients, which torch.inference_mode() does not record; call it"
-            " outside, or use torch.no_grad()"
-        )
-    if attack.random_start != (draws is not None):
-        raise ValueError("a random start needs draws, and draws need a random start")
+    _refuse_odd_calls(x, attack, draws, targets)
     x = x.detach()
     _refuse_other_ranges(model, x)
-    if attack.loss == "kl" and targets is not None:
-        raise ValueError("the loss kl has no targets")
     adversarial = x if draws is None else _start(x, draws, attack)
     loss_function, direction = LOSSES[attack.loss], 1 if targets is None else -1
     goal = y if targets is None else targets
@@ -181,6 +174,18 @@ def pgd_attack(
                 adversarial.detach() + direction * _step(gradient, attack), x, attack
             )
     return adversarial.detach()
+
+
+def _refuse_odd_calls(x: Tensor, attack: PGD, draws: Tensor | None, targets: Tensor | None) -> None:
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise ValueError(
+            "pgd_attack needs gradients, which torch.inference_mode() does not record; call it"
+            " outside, or use torch.no_grad()"
+        )
+    if attack.random_start != (draws is not None):
+        raise ValueError("a random start needs draws, and draws need a random start")
+    if attack.loss == "kl" and targets is not None:
+        raise ValueError("the loss kl has no targets")
 
 
 def _refuse_other_ranges(model: nn.Module, x: Tensor) -> None:

@@ -247,6 +247,7 @@ class AdversarialSettings(CommonSettings):
         epochs = ",".join(str(epoch) for epoch in self.milestones)
         return {
             **super().canonical(),
+            **self.canonical_starts(self.epochs),
             "decreasing_lr": epochs,
             "dynamic_epoch": str(self.first_adaptive_epoch),
             "fb": fb,

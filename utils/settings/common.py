@@ -492,9 +492,9 @@ class CommonSettings:
             positive=["lr", "width", "save_minutes"],
             not_negative=_NOT_NEGATIVE,
         )
-        for name, most in (("ema", 1.0), ("label_smoothing", 1.0), ("awp", 1.0)):
+        for name in ("ema", "label_smoothing", "awp"):
             value = getattr(self, name)
-            require(0 <= value < most, f"--{name} lies in [0, {most:g}), not at {value:g}")
+            require(0 <= value < 1, f"--{name} lies in [0, 1), not at {value:g}")
         beta = self.beta
         require(beta is None or beta >= 0, f"--beta must not be negative, but is {beta}")
         require(
@@ -522,6 +522,12 @@ class CommonSettings:
                 getattr(self, name) >= 0,
                 f"--{name} must not be negative, but is {getattr(self, name)}",
             )
+
+    def canonical_starts(self, epochs: int) -> dict[str, str | None]:
+        """The starts of remedies as epochs, of a last stage of ``epochs``."""
+        plan = self.last_plan(epochs)
+        swa = None if plan.swa_start is None else str(plan.swa_start)
+        return {"awp_start": str(plan.awp_start), "swa": swa}
 
     def refuse_late_remedies(self, epochs: int) -> None:
         """Raise ``InputError`` for remedies that begin after a training of ``epochs``."""

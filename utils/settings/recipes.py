@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 
@@ -33,12 +33,12 @@ RECIPES: dict[str, dict[str, Choice]] = {
 _REPLACED_BY = {"swa": "ema", "decreasing_lr": "lr_schedule"}
 
 
-def recipe_values(recipe: str, given: Collection[str], names: Collection[str]) -> dict[str, Any]:
+def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """What a recipe sets.
 
     Args:
         recipe: one of ``RECIPES``.
-        given: flags that the user set.
+        given: the flags that the user set.
         names: flags of the script; of two stages the recipe is the last one's.
     """
     replaced = {_REPLACED_BY[name] for name in given if name in _REPLACED_BY}
@@ -47,7 +47,7 @@ def recipe_values(recipe: str, given: Collection[str], names: Collection[str]) -
         flag = name if name in names else f"{name}2"
         if flag not in given and name not in replaced:
             found[flag] = choice.value
-    if found.get("awp") and "train_loss" in given:
+    if "awp" in found and given.get("train_loss") == "trades":
         found["awp"] = 0.005  # the authors' value for TRADES
     return found
 

@@ -135,10 +135,14 @@ class TicketSettings(CommonSettings):
         names = {
             "sgd": "sgd",
             "pgd": f"PGD-{self.train_step} training at {self.train_ball}",
-            "last": self.attack_text,
             "fast": f"fast at {self.train_ball}",
         }
         return names[kind]
+
+    @property
+    def stage2_text(self) -> str:
+        """Stage 2 with its attack, for the headline."""
+        return self.attack_text if self.stage2 == "pgd" else self.stage_text(self.stage2)
 
     @property
     def plan1(self) -> Plan:
@@ -187,6 +191,7 @@ class TicketSettings(CommonSettings):
         floor = None if self.floor == usual_floor(self.density) else self.floor
         return {
             **super().canonical(),
+            **self.canonical_starts(self.epochs2),
             "decreasing_lr": one if one == two else f"{one}; {two}",
             "channel_floor": floor,
         }

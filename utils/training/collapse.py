@@ -6,7 +6,7 @@ an epoch (Wong, Rice and Kolter, 2020).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data import Data
@@ -52,8 +52,7 @@ class CollapseGuard:
 
     @property
     def attack(self) -> PGD:
-        size = self._first.step_size * _SHRINK**self.rollbacks
-        return self._first.resized(size) if self.rollbacks else self._first
+        return replace(self._first, step_size=self._first.step_size * _SHRINK**self.rollbacks)
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to look after ``step`` (from 1) of an epoch of ``steps``."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.attacks import kl_divergence
+
 Network = Callable[[Tensor], Tensor]
 
 
@@ -70,12 +72,6 @@ def trades(
     clean, logits = network(images), network(attacked)
     loss = F.cross_entropy(clean, y, label_smoothing=options.label_smoothing)
     return loss + options.beta * kl_divergence(logits, clean).mean(), logits
-
-
-def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(p || q) of each image ``[N]``, p by the logits ``reference`` and q by ``logits``."""
-    p, q = reference.log_softmax(dim=1), logits.log_softmax(dim=1)
-    return (p.exp() * (p - q)).sum(dim=1)
 
 
 LOSSES = {

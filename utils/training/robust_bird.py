@@ -184,7 +184,7 @@ class RobustBirdRun(Run):
                 " epochs"
             )
         what = f"{s.method} at density {s.density:g} of the {kept}: {setting_text(s, self.data)}"
-        then = f"then {s.stage_text('last' if s.stage2 == 'pgd' else s.stage2)} for {s.epochs2}"
+        then = f"then {s.stage2_text} for {s.epochs2}"
         return f"{what}, {now}, {then}, {execution_text(self.execution, self.device)}"
 
     def cautions(self) -> Sequence[str]:

@@ -611,6 +611,8 @@ class Run(ABC):
 
     def _finish(self) -> None:
         self.draw()
+        if self.stage.average is not None:
+            self.folder.save(self.paths.average, self.network_content(AVERAGE))
         summary = self.summary()
         self.folder.write_summary(summary)
         self.folder.say(summary_text(summary))
@@ -634,8 +636,6 @@ class Run(ABC):
             own = {"epoch": last["epoch"], "val_ra": last[AVERAGE + "val_ra"]}
             scores = self._final_scores("averaged", self.stage.average.model)
             average = {"average": figures(own, scores)}
-            self.folder.save(self.paths.average, self.network_content(AVERAGE))
-            self.folder.settle()
         return {
             "method": settings.method,
             "run": self.paths.root.name,

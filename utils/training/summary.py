@@ -27,7 +27,7 @@ def weight_checksums(paths: RunPaths, spec: Mapping[str, Any]) -> dict[str, str]
     """A checksum of each network that an evaluation may be of, by its file."""
     found = {}
     for path in (paths.best_ra, paths.best_sa, paths.checkpoint, paths.average):
-        if path == paths.average and not path.exists():
+        if not path.exists():  # no average is kept
             continue
         network = network_of(load_checkpoint(path), path, spec, torch.device("cpu"))
         found[path.name] = checksum(network.state_dict())
