@@ -577,6 +577,17 @@ def benchmark_tables(found: Sequence[Strong], paper_dataset: str | None) -> list
     ]
 
 
+_BENCHMARK_COLUMNS = (
+    "method",
+    "whose",
+    "seeds",
+    "density",
+    "test images",
+    "clean accuracy",
+    "AutoAttack accuracy",
+)
+
+
 def _benchmark_table(cell: tuple[str | None, str, int], ours: Sequence[Strong]) -> Table:
     dataset, arch, sparsity = cell
     lines = []
@@ -623,18 +634,9 @@ def _benchmark_table(cell: tuple[str | None, str, int], ours: Sequence[Strong]) 
             f" {'; '.join(substitutes)}."
         )
     notes += _setup_notes(list({s.group.label: (s.group, dataset) for s in ours}.values()))
-    columns = (
-        "method",
-        "whose",
-        "seeds",
-        "density",
-        "test images",
-        "clean accuracy",
-        "AutoAttack accuracy",
-    )
     return Table(
         title,
-        columns,
+        _BENCHMARK_COLUMNS,
         [line for _, _, line in lines],
         notes,
         marked=frozenset(i for i, line in enumerate(lines) if line[1]),
