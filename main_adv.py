@@ -9,9 +9,14 @@ Read it top to bottom: flags -> run -> epochs -> report. ``--help`` lists the fl
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from data import calibration_batches
+from models.channels import plan_channels
+from models.flops import LayerCost
 from models.loading import build_network
 from sparse_core import Masking
 from utils.errors import InputError, run_command
@@ -20,6 +25,7 @@ from utils.execution.distributed import joined
 from utils.settings.adversarial import DENSE, AdversarialSettings, cautions, refuse_idle_masks
 from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
+from utils.training.channel_masking import ChannelMasking
 from utils.training.messages import execution_text, setting_text
 from utils.training.run import Run
 from utils.training.stage import Stage
@@ -42,17 +48,13 @@ class AdversarialRun(Run):
     """One stage of adversarial training, dense or with masks from its first step on."""
 
     settings: AdversarialSettings
+    channel_notes: Sequence[str] = ()
 
     def first_stage(self) -> Stage:
         settings = self.settings
-        stage = Stage(
-            build_network(self.spec, self.device, settings.seed),
-            self.data,
-            settings.training,
-            settings,
-            self.execution,
-        )
-        refuse_idle_masks(settings, stage.steps)
+        if settings.structure == "channel" and settings.method != DENSE:
+            return self._narrow_stage()
+        stage = self._stage_on(build_network(self.spec, self.device, settings.seed))
         if settings.method != DENSE:
             scored = settings.sparse_init in ("snip", "grasp", "synflow")
             batches = calibration_batches(self.data, seed=settings.seed) if scored else []
@@ -62,6 +64,43 @@ class AdversarialRun(Run):
                 )
             except ValueError as error:
                 raise InputError(str(error)) from error
+        return stage
+
+    def stage_of(self, content: Mapping[str, Any]) -> Stage:
+        live = (content["masking"] or {}).get("live")
+        return self.first_stage() if live is None else self._narrow_stage(live)
+
+    def _narrow_stage(self, live: Tensor | None = None) -> Stage:
+        """On the ``live`` channels; the first ones are drawn by the seed."""
+        settings = self.settings
+        store = build_network(self.spec, self.device, settings.seed)
+        asked = (settings.density, settings.flops, settings.channel_multiple)
+        try:
+            plan = plan_channels(store, self.data.image_shape, *asked)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        live = plan.channels.first(plan.counts, settings.seed) if live is None else live
+        network = {**self.spec, "channels": plan.channels.kept(live)}
+        stage = self._stage_on(build_network(network, self.device), plan.costs)
+        stage.masking = ChannelMasking(
+            stage.model,
+            store,
+            stage.optimizer,
+            plan.channels,
+            live,
+            settings.masking(stage.steps),
+            score=settings.channel_score,
+            multiple=plan.multiple,
+            world=self.world,
+        )
+        self.channel_notes = plan.notes()
+        return stage
+
+    def _stage_on(self, model: nn.Module, full: Sequence[LayerCost] | None = None) -> Stage:
+        settings = self.settings
+        dense = None if full is None else {cost.name: cost.weights for cost in full}
+        stage = Stage(model, self.data, settings.training, settings, self.execution, dense)
+        refuse_idle_masks(settings, stage.steps)
         return stage
 
     @property
@@ -75,13 +114,15 @@ class AdversarialRun(Run):
     def headline(self) -> str:
         s = self.settings
         density = f" at density {s.density:g}" if self.stage.masking else ""
+        if s.flops is not None:
+            density = f" at {s.flops:g} of the FLOPs"
         return (
             f"{s.method}{density}: {setting_text(s, self.data)}, {s.attack_text},"
             f" {s.epochs} epochs, {execution_text(self.execution, self.device)}"
         )
 
     def cautions(self) -> Sequence[str]:
-        return cautions(self.settings, self.stage.steps)
+        return [*self.channel_notes, *cautions(self.settings, self.stage.steps)]
 
 
 if __name__ == "__main__":

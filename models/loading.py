@@ -3,6 +3,7 @@ channels removed included."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -12,9 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.build import CUSTOM_ARCHITECTURES, build_model
+from models.channels import narrow
 from models.slimming import slim
 from utils.errors import InputError, one_line
 from utils.storage.checkpoint import load_weights, network_weights
@@ -33,7 +35,8 @@ _RANGES = {
 _USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor": 16}
 _LEAST_KEPT = 1e-3  # share of a network's numbers, without channels, from which nobody goes below
 # of a description: what a full, nameless network does not have
-_NOT_BUILT = frozenset({"kept", "classes"})
+REMOVED = frozenset({"kept", "channels"})  # channels, of a network that is not full-size
+_NOT_BUILT = REMOVED | {"classes"}
 
 
 def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
@@ -63,11 +66,7 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
         for number in (*spec["mean"], *spec["std"])
     ):
         raise InputError(f"{path} does not hold the mean and the standard deviation of its pixels")
-    kept = spec.get("kept", {})
-    channels = [*kept.values()] if isinstance(kept, Mapping) else [None]
-    if not all(
-        isinstance(one, list) and all(type(channel) is int for channel in one) for one in channels
-    ):
+    if not _says_what_is_removed(spec):
         raise InputError(f"{path} does not say which channels its network kept")
     classes = spec.get("classes")
     named = classes is None or (
@@ -76,6 +75,60 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     if not named or (classes is not None and len(classes) != spec["num_classes"]):
         raise InputError(f"{path} does not name each of its {spec['num_classes']} classes")
     return dict(spec)
+
+
+def _says_what_is_removed(spec: Mapping[str, Any]) -> bool:
+    """``kept``: channels by batch norm; ``channels``: by layer those of its outputs and inputs, or
+    None for all."""
+    kept, channels = (spec.get(name, {}) for name in ("kept", "channels"))
+    if not (isinstance(kept, Mapping) and isinstance(channels, Mapping)):
+        return False
+    if not all(isinstance(sides, list) and len(sides) == 2 for sides in channels.values()):
+        return False
+    sides = [side for pair in channels.values() for side in pair if side is not None]
+    return all(
+        isinstance(side, list) and all(type(channel) is int for channel in side)
+        for side in (*kept.values(), *sides)
+    )
+
+
+def full_size(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the network before channels were removed."""
+    return {name: value for name, value in spec.items() if name not in REMOVED}
+
+
+def without_channels(model: nn.Module, spec: Mapping[str, Any]) -> nn.Module:
+    """A full-size network without the channels that its description removes; ``ValueError`` if it
+    has no such channels."""
+    model = slim(model, spec["kept"]) if "kept" in spec else model
+    return narrow(model, spec["channels"]) if "channels" in spec else model
+
+
+@torch.no_grad()
+def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights in the shapes of the full-size one, for programs that know no other.
+
+    Args:
+        spec: description of the network.
+        state: its state dict.
+
+    Returns:
+        A state dict of the full-size network, with zeros where channels were removed, and variance
+        1 in their statistics.
+    """
+    full = build_network(full_size(spec), torch.device("cpu"))
+    numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
+    for value in numbered.state_dict().values():
+        value.copy_(torch.arange(value.numel()).view(value.shape))
+    # removing channels of numbers instead of weights tells where each weight comes from
+    positions = without_channels(numbered, spec).state_dict()
+    spread = {}
+    for name, value in full.state_dict().items():
+        fill = 1 if name.endswith("running_var") else 0
+        whole = torch.full((value.numel(),), fill, dtype=state[name].dtype)
+        whole[positions[name].long().flatten()] = state[name].cpu().flatten()
+        spread[name] = whole.view(value.shape)
+    return spread
 
 
 def refuse_other_classes(path: object, spec: Mapping[str, Any], classes: Sequence[str]) -> bool:
@@ -108,20 +161,19 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
 
     Args:
         spec: arguments of ``build_model``, and for a network without some of its channels ``kept``:
-            the channels that stay, by batch norm (``models.slimming``). Names of ``classes`` may
-            lie beside them.
+            the channels that stay, by batch norm (``models.slimming``), or ``channels``: those of
+            each layer (``models.channels``). Names of ``classes`` may lie beside them.
         device: where it goes, channels-last.
         seed: of its weights.
 
     Raises:
         InputError: a network that cannot be built so.
     """
-    kept = spec.get("kept")
     try:
         model = build_model(
             **{name: value for name, value in spec.items() if name not in _NOT_BUILT}, seed=seed
         )
-        model = model if kept is None else slim(model, kept)
+        model = without_channels(model, spec)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     except (ValueError, RuntimeError, OverflowError) as error:
         # a size it cannot have, or more memory than there is
@@ -156,7 +208,7 @@ def _refuse_larger_than_its_file(
         raise InputError(f"{path}: this network cannot be built ({one_line(error)})") from error
     asked = sum(value.numel() for value in model.state_dict().values())
     held = sum(value.numel() for value in network_weights(content, str(path)).values())
-    if asked * (_LEAST_KEPT if "kept" in spec else 1) > held:
+    if asked * (_LEAST_KEPT if REMOVED & spec.keys() else 1) > held:
         raise InputError(f"{path} describes a network of {asked} numbers and holds {held}")
 
 

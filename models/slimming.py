@@ -139,34 +139,6 @@ def slim(model: nn.Module, kept: Kept) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def full_size_state(full: nn.Module, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A slim network's weights in the full network's shapes: what ``mask_channels`` leaves, for
-    programs that know no other.
-
-    Args:
-        full: the network before ``slim``; only its shapes matter.
-        kept: the channels that stayed.
-        state: state dict of the slim network.
-
-    Returns:
-        A state dict for ``full`` with zeros where channels were removed, and variance 1 in their
-        statistics.
-    """
-    numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
-    for value in numbered.state_dict().values():
-        value.copy_(torch.arange(value.numel()).view(value.shape))
-    # slimming numbers instead of weights tells where each weight comes from
-    positions = slim(numbered, kept).state_dict()
-    spread = {}
-    for name, value in full.state_dict().items():
-        fill = 1 if name.endswith("running_var") else 0
-        whole = torch.full((value.numel(),), fill, dtype=state[name].dtype)
-        whole[positions[name].long().flatten()] = state[name].cpu().flatten()
-        spread[name] = whole.view(value.shape)
-    return spread
-
-
 Indices = Mapping[nn.Module, Tensor]
 
 

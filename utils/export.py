@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from models import load_model
-from models.loading import build_network, network_of, stored_network
-from models.slimming import for_channels_first, full_size_state
+from models.loading import build_network, full_size, full_size_state, network_of, stored_network
+from models.slimming import for_channels_first
 from sparse_core import prunable
 from utils.errors import InputError, RunError, one_line
 from utils.seeding import seeded, stream
@@ -77,9 +77,7 @@ class Trained:
 
     def full_size(self) -> nn.Module:
         """A fresh network, no channel removed."""
-        return build_network(
-            {name: value for name, value in self.spec.items() if name != "kept"}, _CPU
-        )
+        return build_network(full_size(self.spec), _CPU)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -266,8 +264,7 @@ def _dynamic_batch() -> tuple[dict[int, torch.export.Dim], ...]:
 def _state_bytes(trained: Trained) -> bytes:
     """A flat state dict of the full-size network, as loaders of the Adversarial Pruning Benchmark
     and RobustBench take it."""
-    kept, state = trained.spec.get("kept"), trained.state
-    plain = state if kept is None else full_size_state(trained.full_size(), kept, state)
+    plain = full_size_state(trained.spec, trained.state)
     buffer = io.BytesIO()
     torch.save({name: value.contiguous() for name, value in plain.items()}, buffer)
     return buffer.getvalue()

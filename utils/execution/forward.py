@@ -100,6 +100,17 @@ class Forward:
         """Logits ``[N, classes]`` of images ``[N, C, H, W]``; other processes are not asked."""
         return self._logits(self.model, x)
 
+    def plainly(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Logits of another network in the same precision, not compiled; other processes are not
+        asked."""
+        return self._logits(model, x)
+
+    def reset(self) -> None:
+        """Forget what was compiled, captured and replicated: the network's tensors are others."""
+        self._graphs, self._uncaptured = {}, set()
+        self._compiled = self._replica = None
+        torch.compiler.reset()
+
     def averaged(self, x: Tensor) -> Tensor:
         """The same, with the parameters' gradients averaged over the processes in backward."""
         if self._replica is None:  # not before: DDP asks the other processes

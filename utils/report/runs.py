@@ -30,7 +30,10 @@ METHOD_NAMES = {
     "rb-channel": "Robust Bird, channels",
     "fb": "Flying Bird",
     "fbp": "Flying Bird+",
+    "fb-channel": "Flying Bird, channels",
+    "fbp-channel": "Flying Bird+, channels",
     "static": "Static",
+    "static-channel": "Static, channels",
     "oneshot": "One-shot",
     "oneshot-channel": "One-shot, channels",
 }

@@ -12,6 +12,7 @@ from utils.errors import require
 from utils.settings.common import COMMON_RULES, CommonSettings
 from utils.settings.flags import epoch_number, flag
 from utils.settings.rules import Rule
+from utils.training.channel_masking import CHANNEL_GROWTHS, CHANNEL_SCORES
 from utils.training.schedule import Plan
 
 DENSE = "dense"  # the method without masks
@@ -20,6 +21,7 @@ _MOVING_MASK = (
     "growth death redistribution death_rate decay_schedule update_frequency dynamic_fre"
     " second_frequency"
 )
+_CHANNELS = "flops channel_multiple channel_score"
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio"
 EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
 # Settings of a run that describe how a network came about; --eval may repeat them and not change
@@ -87,9 +89,28 @@ _TRAINING_RULES = (
     ),
     Rule("density", _dense, "a dense run, which has no masks; see --fb, --fbp and --fix", True),
     Rule(
-        f"sparse_init {_MOVING_MASK} {_ADAPTIVE}",
+        f"sparse_init structure {_CHANNELS} {_MOVING_MASK} {_ADAPTIVE}",
         _dense,
         "a dense run, which has no masks; see --fb, --fbp and --fix",
+    ),
+    Rule(
+        _CHANNELS,
+        lambda s: not s.eval and s.structure == "weight",
+        "masks of weights; see --structure channel",
+    ),
+    Rule(
+        "sparse_init",
+        lambda s: not s.eval and s.structure == "channel",
+        "--structure channel, which draws its first channels by the seed",
+    ),
+    Rule(
+        "density", lambda s: not s.eval and s.flops is not None, "--flops, which gives the density"
+    ),
+    Rule("channel_score", lambda s: not s.eval and s.fix, "--fix, whose channels do not move"),
+    Rule(
+        "",
+        lambda s: not s.eval and s.structure == "channel" and s.growth not in CHANNEL_GROWTHS,
+        "--growth {s.growth} is of weights; channels grow by " + " or ".join(CHANNEL_GROWTHS),
     ),
     Rule(_MOVING_MASK, lambda s: not s.eval and s.fix, "--fix, whose masks do not move"),
     Rule(
@@ -108,7 +129,7 @@ _TRAINING_RULES = (
     ),
     Rule(
         "",
-        lambda s: not s.eval and s.method != DENSE and s.density == 1,
+        lambda s: not s.eval and s.method != DENSE and 1 in (s.density, s.flops),
         "--density 1 leaves nothing to prune, so --fb, --fbp or --fix could not take effect",
     ),
 )
@@ -162,7 +183,25 @@ class AdversarialSettings(CommonSettings):
     fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at one density")
     fbp: bool = flag.sparsity(False, "Flying Bird+: the density adapts too")
     fix: bool = flag.sparsity(False, "static sparsity: the first masks stay")
-    density: float = flag.sparsity(0.2, "kept fraction of convolution and linear weights")
+    density: float = flag.sparsity(
+        0.2, "kept fraction of convolution and linear weights, or of channels (then .5)"
+    )
+    structure: str = flag.sparsity(
+        "weight", "what is pruned and regrown", choices=("weight", "channel")
+    )
+    flops: float | None = flag.sparsity(
+        None, "kept fraction of the inference FLOPs, instead of --density; channels only"
+    )
+    channel_multiple: int | None = flag.sparsity(
+        None,
+        "channels of a group are kept in multiples of it (default: 16, of narrow networks 8)",
+        metavar="CHANNELS",
+    )
+    channel_score: str = flag.sparsity(
+        "taylor",
+        "channels are dropped by |scale * its gradient| since the last update, or by |scale|",
+        choices=CHANNEL_SCORES,
+    )
     sparse_init: str = flag.sparsity("igq", "how the first masks are chosen", choices=SPARSE_INITS)
     growth: str = flag.sparsity("random", "which dead weights grow", choices=GROWTHS)
     death: str = flag.sparsity(
@@ -170,7 +209,9 @@ class AdversarialSettings(CommonSettings):
     )
     redistribution: str = flag.sparsity("none", "of weights between layers", choices=("none",))
     reset: bool = flag.sparsity(False, "refused: it has no meaning in the paper's method")
-    death_rate: float = flag.sparsity(0.5, "fraction of live weights dropped at the first update")
+    death_rate: float = flag.sparsity(
+        0.5, "fraction of live weights (of channels: .2) dropped at the first update"
+    )
     decay_schedule: str = flag.sparsity("cosine", "of the dropped fraction", choices=SCHEDULES)
     update_frequency: int = flag.sparsity(900, "steps between mask updates", metavar="STEPS")
     dynamic_fre: bool = flag.sparsity(False, "use --second_frequency in the second half of the run")
@@ -197,8 +238,14 @@ class AdversarialSettings(CommonSettings):
 
     @property
     def method(self) -> str:
-        """``dense``, ``fb``, ``fbp`` or ``static``."""
-        return "fbp" if self.fbp else "static" if self.fix else "fb" if self.fb else DENSE
+        """``dense``, ``fb``, ``fbp`` or ``static``; by channels with ``-channel``."""
+        method = "fbp" if self.fbp else "static" if self.fix else "fb" if self.fb else DENSE
+        return f"{method}-channel" if method != DENSE and self.structure == "channel" else method
+
+    @property
+    def moves(self) -> bool:
+        """Whether masks are updated while the network trains."""
+        return (self.fb or self.fbp) and not self.fix
 
     @property
     def milestones(self) -> tuple[int, ...]:
@@ -243,7 +290,7 @@ class AdversarialSettings(CommonSettings):
         )
 
     def canonical(self) -> dict[str, Any]:
-        fb = self.method == "fb"  # --fb --fix is the same run as --fix
+        fb = self.fb and self.moves  # --fb --fix is the same run as --fix
         epochs = ",".join(str(epoch) for epoch in self.milestones)
         return {
             **super().canonical(),
@@ -254,9 +301,16 @@ class AdversarialSettings(CommonSettings):
         }
 
     def name_parts(self) -> list[str]:
-        return [*([] if self.method == DENSE else [f"d{self.density:g}"]), f"e{self.epochs}"]
+        kept = f"d{self.density:g}" if self.flops is None else f"f{self.flops:g}"
+        return [*([] if self.method == DENSE else [kept]), f"e{self.epochs}"]
 
     # ---- what is refused, and what is said
+
+    @classmethod
+    def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Channels have usual values of their own."""
+        usual = {"density": 0.5, "death_rate": 0.2} if given.get("structure") == "channel" else {}
+        return {**super().guessed(given), **usual}
 
     def check_values(self) -> None:
         super().check_values()
@@ -265,6 +319,12 @@ class AdversarialSettings(CommonSettings):
         require(
             0 < self.density <= 1,
             f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
+        )
+        flops, multiple = self.flops, self.channel_multiple
+        require(flops is None or 0 < flops <= 1, f"--flops lies in (0, 1], not at {flops}")
+        require(
+            multiple is None or multiple >= 1,
+            f"--channel_multiple must be at least 1, not {multiple}",
         )
         require(0 < self.death_rate <= 1, f"--death-rate lies in (0, 1], not {self.death_rate:g}")
         require(
@@ -318,7 +378,7 @@ def evaluation_settings(script: object, stored: Mapping[str, Any]) -> Mapping[st
 
 def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
     """Refuse a run too short for its masks to change; known once the data is."""
-    if s.method in ("fb", "fbp"):
+    if s.moves:
         require(
             bool(_update_steps(s, steps_per_epoch)),
             f"with {_frequencies(s)} no mask update falls into the run of"
@@ -339,7 +399,7 @@ def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
         found.append(
             f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end"
         )
-    if s.method in ("fb", "fbp"):
+    if s.moves:
         found += _cautions_about_updates(s, steps_per_epoch)
     return found
 

@@ -396,7 +396,8 @@ def refuse_unfit_training_state(model: nn.Module, content: Mapping[str, Any]) ->
             ):
                 raise ValueError(f"the optimizer's {kind} of {name} is not shaped like its weight")
     shapes = {name: parameter.shape for name, parameter in parameters}
-    for kind in ("masks", "explored") if content.get("masking") else ():
+    masked = "masks" in (content.get("masking") or {})  # of channels there are none
+    for kind in ("masks", "explored") if masked else ():
         for name, mask in content["masking"][kind].items():
             if (
                 not isinstance(mask, Tensor)

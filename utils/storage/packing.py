@@ -27,7 +27,7 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
         parameters: names in the order in which the optimizer counts them.
     """
     masking = content["masking"]
-    if masking is None:
+    if masking is None or "masks" not in masking:  # of channels, whose network has no zeros
         return dict(content)
     masks: Mapping[str, Tensor] = masking["masks"]
 

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.channels import put
 from sparse_core import Masking
+from utils.training.channel_masking import ChannelMasking, ChannelMove
+
+AnyMasking = Masking | ChannelMasking
 
 
 class Average:
@@ -29,11 +33,17 @@ class Average:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.count = 0
 
-    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+    def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
         """Follow the weights and masks after a step of training."""
 
-    def after_epoch(self, model: nn.Module, masking: Masking | None) -> None:
+    def after_epoch(self, model: nn.Module, masking: AnyMasking | None) -> None:
         """Follow the weights after an epoch's last step."""
+
+    @torch.no_grad()
+    def follow(self, move: ChannelMove) -> None:
+        """Follow an update of channels: what has grown begins its average anew."""
+        mine = _tensors(self.model)
+        put(self.model, {n: move.carried(n, mine[n], value) for n, value in move.values.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.model.state_dict(), "count": self.count}
@@ -57,7 +67,7 @@ class ExponentialAverage(Average):
         self._masks: Mapping[str, Tensor] | None = None
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+    def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         mine, theirs = _tensors(self.model), _tensors(model)
         moving = [name for name, tensor in mine.items() if tensor.is_floating_point()]
@@ -87,7 +97,19 @@ class EpochAverage(Average):
         self._ages: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def after_epoch(self, model: nn.Module, masking: Masking | None) -> None:
+    def follow(self, move: ChannelMove) -> None:
+        super().follow(move)
+        for name, weight in self.model.named_parameters():
+            if name in move.values:
+                stays, known = move.sources[name] >= 0, self._ages.get(name)
+                self._ages[name] = (
+                    (self.count * stays).to(weight.device, torch.int16)
+                    if known is None
+                    else move.carried(name, known)
+                )
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module, masking: AnyMasking | None) -> None:
         masks = {} if masking is None else masking.masks
         mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         for name, average in mine.items():
@@ -96,12 +118,14 @@ class EpochAverage(Average):
                 age.add_(1).mul_(masks[name])
                 average.add_((theirs[name] - average) / age.clamp_min(1))
                 average.masked_fill_(~masks[name], 0.0)
+            elif name in self._ages:  # of channels that grew at different times
+                average.add_((theirs[name] - average) / self._ages[name].add_(1))
             else:
                 average.add_((theirs[name] - average) / (self.count + 1))
         self.count += 1
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, masking: Masking | None) -> None:
+    def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
         """What a mask update has dropped loses its average and its age."""
         if masking is None or masking.masks is self._masks:
             return

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from utils.execution.distributed import World
 from utils.execution.forward import Forward
 from utils.seeding import lent_generators, stream
 from utils.training.averages import Average
-from utils.training.losses import LOSSES, NO_OPTIONS, Options, TrainLoss
+from utils.training.channel_masking import ChannelMasking, ChannelMove
+from utils.training.losses import LOSSES, NO_OPTIONS, LossOf, Network, Options, TrainLoss
 from utils.training.schedule import Plan, set_learning_rate
 from utils.training.weight_perturbation import perturbed_weights
 
@@ -64,6 +65,20 @@ def sgd(
     )
 
 
+class Step(NamedTuple):
+    """What one update leaves, on the device.
+
+    Attributes:
+        loss: mean over the images trained on (by all processes), detached.
+        right: correct answers among them.
+        loss_of: the same batch's loss for another network of this architecture.
+    """
+
+    loss: Tensor
+    right: Tensor
+    loss_of: LossOf
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -77,7 +92,7 @@ def train_step(
     options: Options = NO_OPTIONS,
     awp: float = 0.0,
     masks: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Step:
     """One update on one batch, masks apart.
 
     Args:
@@ -91,10 +106,6 @@ def train_step(
         loss: what the update descends, with its ``options``.
         awp: length of the adversarial weight perturbation; 0 for none.
         masks: of the weights that it leaves at zero.
-
-    Returns:
-        The mean loss and the number of right answers on the images trained on (by all processes),
-        detached and on the device.
     """
     x = attacked = batch.x
     forward = Forward(model) if forward is None else forward
@@ -103,8 +114,8 @@ def train_step(
         draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
         attacked = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
 
-    def batch_loss() -> tuple[Tensor, Tensor]:
-        value, logits = loss.compute(forward.averaged, x, attacked, batch.y, options)
+    def batch_loss(network: Network = forward.averaged) -> tuple[Tensor, Tensor]:
+        value, logits = loss.compute(network, x, attacked, batch.y, options)
         # The average over processes of these is the mean over the whole batch, however it was
         # divided.
         return value * (batch.weight * world.size) if world.size > 1 else value, logits
@@ -116,13 +127,17 @@ def train_step(
         value.backward()
     optimizer.step()
     right = (logits.detach().argmax(dim=1) == batch.y).sum()
+
+    def loss_of(other: nn.Module) -> Tensor:
+        return batch_loss(lambda images: forward.plainly(other, images))[0]
+
     if world.size > 1:
         world.share_buffers(model)
         sums = world.total(
             torch.stack([value.detach().double() / world.size, right.double() * (batch.weight > 0)])
         )
-        return sums[0].to(value.dtype), sums[1].long()
-    return value.detach(), right
+        return Step(sums[0].to(value.dtype), sums[1].long(), loss_of)
+    return Step(value.detach(), right, loss_of)
 
 
 def train_epoch(
@@ -133,13 +148,14 @@ def train_epoch(
     plan: Plan,
     epoch: int,
     steps: int,
-    masking: Masking | None = None,
+    masking: Masking | ChannelMasking | None = None,
     average: Average | None = None,
     tally: Tally | None = None,
     print_freq: int = 50,
     forward: Forward | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     after_step: Callable[[Tally], None] = lambda tally: None,
+    on_move: Callable[[ChannelMove], None] = lambda move: None,
 ) -> EpochResult:
     """Train for one epoch in train mode.
 
@@ -158,6 +174,7 @@ def train_epoch(
         forward: as in ``train_step``.
         after_step: called after each step, masks and all; may save the tally, and may raise to
             leave.
+        on_move: called after an update of channels, before the average follows the step.
 
     Raises:
         RunError: a loss that is not finite; the step is named. The network is then of no use. Or
@@ -174,7 +191,7 @@ def train_epoch(
             # dropout draws alike in a resumed run
             seed(stream(plan.seed, "network", epoch, step, forward.world.rank))
             set_learning_rate(optimizer, plan.rate(epoch, step, steps))
-            loss, right = train_step(
+            done = train_step(
                 model,
                 optimizer,
                 batch,
@@ -183,11 +200,11 @@ def train_epoch(
                 **options,
             )
             if masking is not None:
-                _step_masks(masking, forward.world)
+                _step_masks(masking, forward.world, done.loss_of, on_move)
             if average is not None:
                 average.after_step(model, masking)
             now = time.perf_counter()
-            tally.add(loss, right, batch.total)
+            tally.add(done.loss, done.right, batch.total)
             tally.seconds = now - start
             looks = (
                 (step + 1) % print_freq == 0
@@ -200,14 +217,26 @@ def train_epoch(
                 tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
                 on_progress(progress)
             after_step(tally)
-    done = tally.progress(epoch)
-    return EpochResult(done.loss, done.accuracy, tally.images, tally.seconds)
+    end = tally.progress(epoch)
+    return EpochResult(end.loss, end.accuracy, tally.images, tally.seconds)
 
 
-def _step_masks(masking: Masking, world: World) -> None:
-    masking.step()
+def _step_masks(
+    masking: Masking | ChannelMasking,
+    world: World,
+    loss_of: LossOf,
+    on_move: Callable[[ChannelMove], None],
+) -> None:
+    if isinstance(masking, ChannelMasking):
+        move = masking.step(loss_of)
+        if move is not None:
+            on_move(move)
+        masks: Mapping[str, Tensor] = {"channels": masking.live}
+    else:
+        masking.step()
+        masks = masking.masks
     if world.size > 1 and masking.update_due():
-        world.require_equal(mask_hash(masking.masks), f"after {masking.steps} steps the masks")
+        world.require_equal(mask_hash(masks), f"after {masking.steps} steps the masks")
 
 
 def _progress(tally: Tally, epoch: int, world: World) -> Progress:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.attacks import kl_divergence
 
 Network = Callable[[Tensor], Tensor]
+LossOf = Callable[[nn.Module], Tensor]  # the mean loss of one batch, of any network
 
 
 @dataclass(frozen=True)

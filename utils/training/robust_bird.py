@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models import flops
-from models.loading import build_network, network_of, refuse_other_classes, spec_in
+from models.loading import build_network, full_size, network_of, refuse_other_classes, spec_in
 from models.slimming import kept_channels, slim
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils.errors import InputError, require
@@ -69,10 +69,9 @@ class RobustBirdRun(Run):
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
         settings = self.settings
         self.early_bird = settings.early_bird()
-        dense = {name: value for name, value in self.spec.items() if name != "kept"}
         stage = self._on_dense_weights(
             Stage(
-                build_network(dense, self.device),
+                build_network(full_size(self.spec), self.device),
                 self.data,
                 settings.plan1,
                 settings,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from models import CUSTOM_ARCHITECTURES
-from models.loading import network_of, spec_in
+from models.loading import full_size, network_of, spec_in
 from utils.errors import InputError, RunError, Stopped, one_line
 from utils.evaluation.scores import FinalScores, epoch_scores, final_scores
 from utils.execution.distributed import ALONE, World, lost_another
@@ -117,7 +117,7 @@ class Run(ABC):
                 self.stage.figures()
                 states = self.stage.state_dict()
                 rehearse_checkpoint(
-                    self.stage.model, states, self.spec, self.data, self.device, settings.seed
+                    self.stage.model, states, self.network, self.data, self.device, settings.seed
                 )
 
     # ---- what a script says
@@ -159,6 +159,11 @@ class Run(ABC):
     def rows(self) -> list[Row]:
         """The epochs of the last stage: the run's figures are of these."""
         return self.history
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The description of the network as it is now."""
+        return {**self.spec, **self.stage.removed()}
 
     # ---- epochs
 
@@ -530,7 +535,7 @@ class Run(ABC):
         return {
             "state_dict": model.state_dict(),
             **({"averaged": True} if prefix else {}),
-            "network": self.spec,
+            "network": self.network,
             "script": self.settings.script,
             "settings": dataclasses.asdict(self.settings),
             "digests": dict(self.data.digests),
@@ -543,11 +548,12 @@ class Run(ABC):
         path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
         resuming.refuse_other_images(content, path, self.data, self.settings.data)
         # older ones do not name their classes
-        if {"classes": self.spec["classes"], **spec, "kept": None} != {**self.spec, "kept": None}:
+        if {"classes": self.spec["classes"], **full_size(spec)} != full_size(self.spec):
             raise InputError(
                 f"{path} was trained on other data: classes, image size or pixel statistics differ"
             )
-        self.spec = spec
+        # channels that come and go are the masks' to tell
+        self.spec = {name: value for name, value in spec.items() if name != "channels"}
         try:
             self.history = list(content["history"])
             self.stage = self.stage_of(content)
@@ -568,7 +574,7 @@ class Run(ABC):
             "method": self.settings.method,
             "settings": dataclasses.asdict(self.settings),
             "milestones": self.settings.milestones_in(self.epochs),
-            "network": self.spec,
+            "network": self.network,
             "classes": data.classes,
             "digests": dict(data.digests),
             "images": images,
@@ -621,14 +627,15 @@ class Run(ABC):
     def summary(self) -> Row:
         settings, (row, prefix), last = self.settings, self._best("val_ra"), self.rows[-1]
         self.folder.settle()
-        stored = self.world.from_first(lambda: load_checkpoint(self.paths.best_ra))
+        path = self.paths.best_ra
+        stored = self.world.from_first(lambda: load_checkpoint(path))
         if (stored["epoch"], stored["val_ra"]) != (row["epoch"], row[prefix + "val_ra"]):
             self.folder.say(
-                f"warning: {self.paths.best_ra.name} is of an epoch {stored['epoch']} that was lost"
+                f"warning: {path.name} is of an epoch {stored['epoch']} that was lost"
                 " and trained again"
             )
         best = self._final_scores(
-            "best", network_of(stored, self.paths.best_ra, self.spec, self.device)
+            "best", network_of(stored, path, spec_in(stored, path) or self.spec, self.device)
         )
         final = self._final_scores("final", self.stage.model)
         average = {}
@@ -650,7 +657,7 @@ class Run(ABC):
             "explored": last["explored"],
             "flops": self.flops(),
             "seconds": sum(row["seconds"] for row in self.history),
-            "weights": weight_checksums(self.paths, self.spec) if self.folder.writes else {},
+            "weights": weight_checksums(self.paths) if self.folder.writes else {},
             "made_by": self.made_by,
         }
 

@@ -19,6 +19,7 @@ from utils.execution.distributed import synchronize_batch_norm
 from utils.execution.forward import PLAIN, Execution, Forward
 from utils.settings.common import CommonSettings
 from utils.training.averages import Average, EpochAverage, ExponentialAverage
+from utils.training.channel_masking import ChannelMasking, ChannelMove
 from utils.training.collapse import CollapseGuard
 from utils.training.engine import EpochResult, Tally, sgd, train_epoch
 from utils.training.rehearsal import refusing, rehearse_step
@@ -79,7 +80,7 @@ class Stage:
         self.guard: CollapseGuard | None = None
         if plan.guarded and plan.attack is not None and plan.attack.is_one_step:
             self.guard = CollapseGuard(plan.attack, data, plan.seed)
-        self.masking: Masking | None = None
+        self.masking: Masking | ChannelMasking | None = None
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
         further = [plan.further_passes(epoch) for epoch in range(plan.epochs)]
@@ -98,7 +99,7 @@ class Stage:
         )
         self._is_prepared = not self.execution.compile
         self._most_tested = max(len(data.val), len(data.test))
-        self._train = data.train
+        self._train, self._image_shape = data.train, data.image_shape
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
 
     @property
@@ -133,10 +134,19 @@ class Stage:
             "masking": self.masking,
             "average": self.average,
             "tally": tally,
+            "on_move": self._follow,
         }
         return train_epoch(
             self.model, self.optimizer, batches, forward=self.forward, **given, **options
         )
+
+    def _follow(self, move: ChannelMove) -> None:
+        """What else depends on the shapes of the network, or on where its channels lie."""
+        if self.average is not None:
+            self.average.follow(move)
+        if move.reshapes:
+            self.forward.reset()
+            self.costs = flops.layer_costs(self.model, self._image_shape)
 
     def finish_epoch(self, epoch: int) -> None:
         """Take the weights after an epoch (from 0) into a mean over epochs, if there is one."""
@@ -156,11 +166,14 @@ class Stage:
 
     def live_counts(self) -> dict[str, int]:
         """Live weights of each prunable layer."""
-        return (
-            self.masking.live_counts()
-            if self.masking
-            else {cost.name: cost.weights for cost in self.costs}
-        )
+        if isinstance(self.masking, Masking):
+            return self.masking.live_counts()
+        return {cost.name: cost.weights for cost in self.costs}
+
+    def removed(self) -> Row:
+        """Of the network's description what is known by its masks alone: its live channels."""
+        channels = isinstance(self.masking, ChannelMasking)
+        return {"channels": self.masking.kept()} if channels else {}
 
     def figures(self) -> Row:
         """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from models import flops
-from models.loading import network_of
+from models.loading import network_of, spec_in
 from utils.evaluation.scores import FinalScores
 from utils.storage.checkpoint import checksum, load_checkpoint
 from utils.storage.paths import RunPaths
@@ -23,13 +23,14 @@ def figures(row: Mapping[str, Any], scores: FinalScores, *, averaged: bool = Fal
     return {"epoch": row["epoch"], "val_ra": row["val_ra"], **average, **dataclasses.asdict(scores)}
 
 
-def weight_checksums(paths: RunPaths, spec: Mapping[str, Any]) -> dict[str, str]:
+def weight_checksums(paths: RunPaths) -> dict[str, str]:
     """A checksum of each network that an evaluation may be of, by its file."""
     found = {}
     for path in (paths.best_ra, paths.best_sa, paths.checkpoint, paths.average):
         if not path.exists():  # no average is kept
             continue
-        network = network_of(load_checkpoint(path), path, spec, torch.device("cpu"))
+        content = load_checkpoint(path)
+        network = network_of(content, path, spec_in(content, path) or {}, torch.device("cpu"))
         found[path.name] = checksum(network.state_dict())
     return found
 

@@ -1,0 +1,489 @@
+"""Channels that live or die together, and networks that have only some of them.
+
+A residual stream with everything that writes and reads it is one group, the inner channels of a
+block are another. ``torch-pruning`` finds the groups, so networks of one's own have them too. A
+network without some channels of its groups is an ordinary narrow network.
+
+    channels = find_channels(model, image_shape)
+    live = channels.first(counts, seed)                 # which channels stay
+    small = narrow(copy.deepcopy(model), channels.kept(live))
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.flops import LayerCost, layer_costs
+from models.modes import in_mode
+from sparse_core import grow_highest, stream, uniform
+
+# By layer: its output and its input channels that stay, None where all do.
+Kept = Mapping[str, Sequence[Sequence[int] | None]]
+_TOLERANCE = 1e-9  # relative, in float64
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The groups of a network's channels, numbered one group after the other.
+
+    Attributes:
+        sizes: channels by group; a group is named by the first layer that writes it.
+        owners: by tensor and dimension the channel that each index belongs to, -1 for one that
+            always stays.
+        readers: by weight the dimension along which it reads channels.
+        scales: the scales of batch norms, one a channel.
+        whole: groups that cannot be divided, each with the reason.
+    """
+
+    sizes: Mapping[str, int]
+    owners: Mapping[str, Mapping[int, Tensor]]
+    readers: Mapping[str, int]
+    scales: Sequence[str]
+    whole: Mapping[str, str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+    def by_group(self, values: Tensor) -> dict[str, Tensor]:
+        """Views of a vector over all channels."""
+        return dict(zip(self.sizes, values.split([*self.sizes.values()]), strict=True))
+
+    def first(self, counts: Mapping[str, int], seed: int) -> Tensor:
+        """So many channels of each group, drawn by the seed: bool over all channels."""
+        live = torch.zeros(self.total, dtype=torch.bool)
+        for name, part in self.by_group(live).items():
+            score = uniform(stream(seed, "channels", name), torch.arange(len(part)))
+            part.copy_(grow_highest(score, torch.zeros_like(part), counts[name]))
+        return live
+
+    def indices(self, name: str, live: Tensor) -> dict[int, Tensor]:
+        """The indices of a tensor that stay, by dimension."""
+        present = torch.cat([live, live.new_ones(1)])  # what belongs to no channel, at -1
+        return {
+            dim: present[owner].nonzero().squeeze(1) for dim, owner in self.owners[name].items()
+        }
+
+    def positions(self, live: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Where each number of the narrow network lies in the full one's tensors, row-major."""
+        found = {}
+        for name in self.owners:
+            shape = shapes[name]
+            numbers = torch.arange(math.prod(shape)).view(*shape)
+            for dim, index in self.indices(name, live).items():
+                numbers = numbers.index_select(dim, index)
+            found[name] = numbers
+        return found
+
+    def kept(self, live: Tensor) -> dict[str, list[list[int] | None]]:
+        """What ``narrow`` keeps of each layer that loses channels."""
+        found: dict[str, list[list[int] | None]] = {}
+        for name in self.owners:
+            layer, _, leaf = name.rpartition(".")
+            if leaf != "weight" and f"{layer}.weight" in self.owners:
+                continue
+            sides: list[list[int] | None] = [None, None]
+            for dim, index in self.indices(name, live).items():
+                if len(index) < len(self.owners[name][dim]):
+                    sides[int(self.readers.get(name) == dim)] = index.tolist()
+            if sides != [None, None]:
+                found[layer] = sides
+        return found
+
+    def inference_flops(self, costs: Sequence[LayerCost], counts: Mapping[str, int]) -> int:
+        """Real FLOPs an image with so many channels of each group."""
+        fractions = {
+            number: counts[name] / size for number, (name, size) in enumerate(self.sizes.items())
+        }
+        group_of = torch.repeat_interleave(torch.tensor([*self.sizes.values()], dtype=torch.long))
+        total = 0.0
+        for cost in costs:
+            weights = float(cost.weights)
+            for owner in self.owners.get(cost.name, {}).values():
+                owned = owner[owner >= 0]
+                kept = sum(
+                    fractions[number] * count
+                    for number, count in enumerate(torch.bincount(group_of[owned]).tolist())
+                    if count
+                )
+                weights *= (len(owner) - len(owned) + kept) / len(owner)
+            total += 2 * weights * cost.positions
+        return round(total)
+
+
+# ---------------------------------------------------------------- how many
+
+
+def channel_counts(sizes: Mapping[str, int], density: float, multiple: int) -> dict[str, int]:
+    """Kept channels by group: the multiple nearest to ``density``, at least one; a group smaller
+    than that stays whole."""
+    counts = {}
+    for name, size in sizes.items():
+        choices = [size, *range(multiple, size, multiple)] if density < 1 else [size]
+        counts[name] = min(choices, key=lambda n: (abs(n - density * size), n))
+    return counts
+
+
+def density_for_flops(
+    channels: Channels, costs: Sequence[LayerCost], fraction: float, multiple: int
+) -> float:
+    """The channel density whose real inference FLOPs come nearest to ``fraction`` of the full
+    network's, by bisection.
+
+    Raises:
+        ValueError: even the smallest network takes clearly more.
+    """
+    full = channels.inference_flops(costs, channels.sizes)
+
+    def taken(density: float) -> float:
+        counts = channel_counts(channels.sizes, density, multiple)
+        return channels.inference_flops(costs, counts) / full
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if taken(middle) > fraction else (middle, high)
+    if low == 0.0 and taken(0.0) > fraction:
+        raise ValueError(
+            f"no density takes {fraction:g} of the FLOPs: with one multiple of {multiple} channels"
+            f" a group the network takes {taken(0.0):.3f}"
+        )
+    return min((low, high), key=lambda density: abs(taken(density) - fraction))
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """How many channels of each group a network keeps at first.
+
+    Attributes:
+        channels: its groups.
+        costs: of the full network.
+        counts: kept channels by group.
+        multiple: what they are multiples of.
+    """
+
+    channels: Channels
+    costs: Sequence[LayerCost]
+    counts: Mapping[str, int]
+    multiple: int
+
+    def notes(self) -> list[str]:
+        """The density that came out, and what stays whole."""
+        sizes = self.channels.sizes
+        kept, total = sum(self.counts.values()), self.channels.total
+        full = self.channels.inference_flops(self.costs, sizes)
+        cost = self.channels.inference_flops(self.costs, self.counts) / full
+        small = [name for name, size in sizes.items() if size < self.multiple]
+        found = [
+            f"{kept} of {total} channels in {len(sizes)} groups are live ({kept / total:.4f}), in"
+            f" multiples of {self.multiple}; {cost:.3f} of the full network's FLOPs"
+        ]
+        if small:
+            found.append(
+                f"smaller than --channel_multiple {self.multiple} and so left whole:"
+                f" {', '.join(small)}"
+            )
+        if self.channels.whole:
+            why = "; ".join(f"{name} ({reason})" for name, reason in self.channels.whole.items())
+            found.append(f"groups of channels that cannot be divided: {why}")
+        return found
+
+
+def plan_channels(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    density: float,
+    flops: float | None = None,
+    multiple: int | None = None,
+) -> ChannelPlan:
+    """Find a network's groups and how many channels of each it keeps at first.
+
+    Args:
+        model: full-size.
+        image_shape: ``[C, H, W]``.
+        density: kept fraction of each group, in (0, 1].
+        flops: kept fraction of the real inference FLOPs, which then gives the density.
+        multiple: of which counts are multiples; 16 by default, 8 if a group has fewer than 64
+            channels.
+
+    Raises:
+        ValueError: no group can be divided, or one would keep less than half a multiple.
+    """
+    channels = find_channels(model, image_shape)
+    sizes, costs = channels.sizes, layer_costs(model, image_shape)
+    if multiple is None:
+        multiple = 16 if min(sizes.values()) >= 64 else 8
+    if all(size <= multiple for size in sizes.values()):
+        raise ValueError(
+            f"a --channel_multiple of {multiple} divides none of the groups, of which the largest"
+            f" has {max(sizes.values())} channels"
+        )
+    if flops is not None:
+        density = density_for_flops(channels, costs, flops, multiple)
+    for name, size in sizes.items():
+        if flops is None and size >= multiple and density * size < multiple / 2:
+            raise ValueError(
+                f"--density {density:g} keeps {density * size:.3g} of the {size} channels of"
+                f" {name}, less than half of a --channel_multiple of {multiple}"
+            )
+    return ChannelPlan(channels, costs, channel_counts(sizes, density, multiple), multiple)
+
+
+# ---------------------------------------------------------------- narrow networks
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, kept: Kept) -> nn.Module:
+    """Remove channels of a network in place; ``ValueError`` for layers or channels that it does not
+    have. Names in its state dict are unchanged."""
+    for name, sides in kept.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = nn.Identity()
+        dims = _dimensions(module)
+        if dims is None:
+            raise ValueError(f"the network has no layer {name!r} whose channels can be removed")
+        for side, indices in zip(dims, sides, strict=True):
+            if indices is not None:
+                _keep(module, name, side, indices)
+        _set_sizes(module)
+    return model
+
+
+@torch.no_grad()
+def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set tensors of a network by name: in place, or as new ones where their shape is another."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in values.items():
+        if state[name].shape == value.shape:
+            state[name].copy_(value)
+            continue
+        layer, _, leaf = name.rpartition(".")
+        module, old = model.get_submodule(layer), state[name]
+        like = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        new = value.to(old.device, old.dtype).contiguous(memory_format=like)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, leaf, new)
+    for layer in {name.rpartition(".")[0] for name in values}:
+        _set_sizes(model.get_submodule(layer))
+
+
+def _keep(module: nn.Module, name: str, side: Mapping[str, int], indices: Sequence[int]) -> None:
+    sizes = {getattr(module, leaf).shape[dim] for leaf, dim in side.items()}
+    if sizes != {max(sizes, default=0)} or not indices or not _ascends(indices, max(sizes)):
+        raise ValueError(f"{name} cannot keep these channels")
+    for leaf, dim in side.items():
+        value = getattr(module, leaf)
+        taken = value.index_select(dim, torch.tensor(indices, device=value.device))
+        if isinstance(value, nn.Parameter):
+            taken = nn.Parameter(taken, requires_grad=value.requires_grad)
+        setattr(module, leaf, taken)
+
+
+def _ascends(indices: Sequence[int], size: int) -> bool:
+    inside = indices[0] >= 0 and indices[-1] < size
+    return inside and all(a < b for a, b in itertools.pairwise(indices))
+
+
+def _set_sizes(module: Any) -> None:
+    """The sizes that a layer says of itself, from its tensors."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels, module.out_channels = module.weight.shape[:2]
+    else:
+        depthwise = module.groups > 1
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+        if depthwise:
+            module.in_channels = module.groups = module.out_channels
+
+
+def _dimensions(module: nn.Module) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Along which dimensions a layer's tensors hold its output and its input channels; None for a
+    layer that cannot be divided."""
+    own = {**module._parameters, **module._buffers}
+    present = {name for name, value in own.items() if value is not None}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and "running_mean" in present:
+        names = {"weight", "bias", "running_mean", "running_var"} & present
+        return dict.fromkeys(sorted(names), 0), {}
+    if "weight" not in present:  # computed from other tensors, as by a spectral norm
+        return None
+    bias = {"bias": 0} if "bias" in present else {}
+    if isinstance(module, nn.Linear):
+        return {"weight": 0, **bias}, {"weight": 1}
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    if module.groups == 1:
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        return {"weight": int(transposed), **bias}, {"weight": int(not transposed)}
+    if module.groups == module.in_channels == module.out_channels:
+        return {"weight": 0, **bias}, {}
+    return None
+
+
+# ---------------------------------------------------------------- groups
+
+
+def find_channels(model: nn.Module, image_shape: Sequence[int]) -> Channels:
+    """The groups of a network for images ``[C, H, W]``, found by ``torch-pruning`` and checked.
+
+    A group is left whole where the library fails, where one of its layers is neither a convolution,
+    a linear layer nor a batch norm, or where a network without its channels computes anything else
+    than one that does not read them.
+
+    Raises:
+        ValueError: no group can be divided.
+    """
+    groups, whole = _groups(model, image_shape)
+
+    def is_exact(some: Mapping[str, _Group]) -> bool:
+        return _is_exact(model, _channels(model, some, whole), image_shape)
+
+    if groups and not is_exact(groups):
+        sound = {name: group for name, group in groups.items() if is_exact({name: group})}
+        reason = "the network cannot do without some of them"
+        whole |= dict.fromkeys(groups.keys() - sound.keys(), reason)
+        groups = sound if sound and is_exact(sound) else {}
+    if not groups:
+        why = "; ".join(f"{name}: {reason}" for name, reason in whole.items())
+        raise ValueError(f"no group of its channels can be divided ({why or 'it has none'})")
+    return _channels(model, groups, whole)
+
+
+class _Group:
+    """Which indices of which tensors belong to each channel of one group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.written: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self.read: dict[tuple[str, int], list[tuple[int, int]]] = {}
+
+
+def _groups(
+    model: nn.Module, image_shape: Sequence[int]
+) -> tuple[dict[str, _Group], dict[str, str]]:
+    """Groups by the first layer that writes them, and those that cannot be divided."""
+    import torch_pruning  # a second to import, and loading a narrow network does not need it
+
+    traced = copy.deepcopy(model).cpu().float().eval()
+    names = {id(module): name for name, module in traced.named_modules()}
+    # two images: some networks drop the dimension of one
+    image = torch.full((2, *image_shape), 0.5)
+    graph = torch_pruning.DependencyGraph().build_dependency(traced, image, verbose=False)
+    seen: set[tuple[str, int]] = set()
+    groups: dict[str, _Group] = {}
+    whole: dict[str, str] = {}
+    for name, layer in traced.named_modules():
+        dims = _dimensions(layer)
+        if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        if dims is None:
+            whole[name] = f"{type(layer).__name__} with groups or computed weights"
+            continue
+        if (f"{name}.weight", dims[0]["weight"]) in seen:
+            continue
+        size = layer.weight.shape[dims[0]["weight"]]
+        try:
+            pruner = graph.get_pruner_of_module(layer)
+            members = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(size)))
+            group = _group_of(members, names, size)
+        except Exception as error:  # the library fails in as many ways as there are layers
+            whole[name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        seen |= group.written.keys()
+        if group.read:  # the classes are not read by any layer
+            groups[name] = group
+    return groups, whole
+
+
+def _group_of(members: Iterable[Any], names: Mapping[int, str], size: int) -> _Group:
+    group = _Group(size)
+    for member in members:
+        module, handler = member.dep.target.module, member.dep.handler
+        if id(module) not in names:
+            if isinstance(module, nn.Parameter):
+                raise ValueError("a free parameter is coupled with it")
+            continue  # additions, concatenations and the like
+        dims = _dimensions(module)
+        if dims is None:
+            if next(module.parameters(), None) is None:
+                continue  # activations
+            raise ValueError(f"{names[id(module)]} is a {type(module).__name__}")
+        reads = handler.__name__ == "prune_in_channels" and bool(dims[1])
+        where = group.read if reads else group.written
+        pairs = list(zip(member.root_idxs, member.idxs, strict=True))
+        for leaf, dim in dims[int(reads)].items():
+            where.setdefault((f"{names[id(module)]}.{leaf}", dim), []).extend(pairs)
+    return group
+
+
+def _channels(model: nn.Module, groups: Mapping[str, _Group], whole: Mapping[str, str]) -> Channels:
+    state = model.state_dict(keep_vars=True)
+    owners: dict[str, dict[int, Tensor]] = {}
+    readers: dict[str, int] = {}
+    start = 0
+    for group in groups.values():
+        for part in (group.written, group.read):
+            for (name, dim), pairs in part.items():
+                length = state[name].shape[dim]
+                owner = owners.setdefault(name, {}).setdefault(dim, torch.full((length,), -1))
+                channel, index = torch.tensor(sorted(set(pairs))).unbind(1)
+                owner[index] = start + channel
+                if part is group.read:
+                    readers[name] = dim
+        start += group.size
+    scales = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in owners
+    ]
+    sizes = {name: group.size for name, group in groups.items()}
+    # in the order of the state dict, so that whatever follows them does so in one order
+    ordered = {name: owners[name] for name in state if name in owners}
+    return Channels(sizes, ordered, readers, scales, dict(whole))
+
+
+@torch.no_grad()
+def _is_exact(model: nn.Module, channels: Channels, image_shape: Sequence[int]) -> bool:
+    """Whether the network without every other channel computes what the full one does when nothing
+    reads those."""
+    full = copy.deepcopy(model).cpu().double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for value in (*full.parameters(), *full.buffers()):
+        if value.is_floating_point():  # first values, as 1 and 0 of norms, would hide a mistake
+            value.mul_(0.5 + torch.rand(value.shape, generator=generator, dtype=value.dtype))
+            value.add_(0.01 * torch.rand(value.shape, generator=generator, dtype=value.dtype))
+    live = torch.cat([torch.arange(size) % 2 == 0 for size in channels.sizes.values()])
+    x = torch.rand(2, *image_shape, generator=generator, dtype=torch.float64)
+    try:
+        small = narrow(copy.deepcopy(full), channels.kept(live))
+        silence(full, channels, ~live)
+        with in_mode(full, False), in_mode(small, False):
+            expected, found = full(x), small(x)
+    except Exception:  # whatever a forward pass with other sizes may raise
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
+    return bool((expected - found).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+@torch.no_grad()
+def silence(model: nn.Module, channels: Channels, silent: Tensor) -> None:
+    """Set to zero, in place, all weights of a full network that read the ``silent`` channels."""
+    state = model.state_dict(keep_vars=True)
+    absent = torch.cat([silent, silent.new_zeros(1)])
+    for name, dim in channels.readers.items():
+        index = absent[channels.owners[name][dim]].nonzero().squeeze(1)
+        state[name].index_fill_(dim, index.to(state[name].device), 0.0)

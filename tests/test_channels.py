@@ -1,0 +1,245 @@
+"""Groups of channels in networks of every kind, and networks without some of them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from models.channels import channel_counts, find_channels, narrow, plan_channels, silence
+from models.flops import layer_costs, real_inference
+from models.loading import build_network, full_size_state
+from tests import toy
+
+NETWORKS = {
+    "resnet18": ({"width": 0.25}, 16, 12),
+    "resnet50": ({"width": 0.125}, 16, 37),
+    "vgg16": ({"width": 0.25}, 32, 13),
+    "wideresnet": ({"depth_factor": 16, "width_factor": 2}, 16, 10),
+}
+CPU = torch.device("cpu")
+
+
+class Joined(nn.Module):
+    """Two branches joined by concatenation, a depthwise convolution, pixels flattened into a linear
+    layer, and channels that a group norm computes across."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(20)
+        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
+        self.mixed = nn.Conv2d(20, 8, 3, padding=1)
+        self.across = nn.GroupNorm(2, 8)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8 * 4 * 4, classes)
+
+    def forward(self, x):
+        x = self.norm(torch.cat([self.left(x), self.right(x)], 1)).relu()
+        x = self.across(self.mixed(self.depthwise(x))).relu()
+        return self.linear(nn.functional.avg_pool2d(self.last(x), 2).flatten(1))
+
+
+class Looped(nn.Module):
+    """A convolution that is computed twice, so that its inputs are its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.again(self.again(self.first(x)).relu()).relu()
+        return self.linear(x.mean((2, 3)))
+
+
+def lively(model, seed=0):
+    """In float64, with no number at its first value, at which a mistake might not show."""
+    model = model.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.mul_(0.5 + torch.rand(value.shape, generator=generator).double())
+    return model
+
+
+def half(channels, seed=3):
+    return channels.first(channel_counts(channels.sizes, 0.5, 1), seed)
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_the_groups_of_a_network_are_its_streams_and_the_insides_of_its_blocks(arch):
+    flags, side, groups = NETWORKS[arch]
+    model = build_model(arch, 10, **flags)
+    channels = find_channels(model, (3, side, side))
+    assert len(channels.sizes) == groups
+    assert not channels.whole
+    if arch == "resnet18":  # the first stream is written by the stem and by both blocks
+        written = [
+            name
+            for name, owners in channels.owners.items()
+            if name.endswith("weight") and 0 in owners and int(owners[0][0]) == 0
+        ]
+        assert {"conv1.weight", "layer1.0.conv2.weight", "layer1.1.conv2.weight"} <= set(written)
+        assert "layer1.0.conv1.weight" not in written
+    # each index of a convolution but the first's inputs belongs to some channel
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            owners = channels.owners[f"{name}.weight"]
+            assert all(bool((owner >= 0).all()) for owner in owners.values())
+            assert set(owners) == ({0} if layer.in_channels == 3 else {0, 1})
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_a_narrow_network_computes_what_the_full_one_does_without_reading_the_others(arch):
+    flags, side, _ = NETWORKS[arch]
+    model = lively(build_model(arch, 10, **flags))
+    channels = find_channels(model, (3, side, side))
+    live = half(channels)
+    small = narrow(copy.deepcopy(model), channels.kept(live))
+    silence(model, channels, ~live)
+    x = torch.rand(4, 3, side, side, dtype=torch.float64)
+    for training in (True, False):
+        expected, found = model.train(training)(x), small.train(training)(x)
+        assert (expected - found).abs().max() <= 1e-10 * expected.abs().max()
+    # an ordinary network of half the width
+    widths = {n: tuple(v.shape) for n, v in small.state_dict().items()}
+    if arch in ("resnet18", "vgg16"):
+        other = build_model(arch, 10, width=flags["width"] / 2)
+        assert widths == {n: tuple(v.shape) for n, v in other.state_dict().items()}
+    costs, counts = (
+        layer_costs(model.float(), (3, side, side)),
+        channel_counts(channels.sizes, 0.5, 1),
+    )
+    assert channels.inference_flops(costs, counts) == real_inference(
+        layer_costs(small.float(), (3, side, side))
+    )
+
+
+def test_concatenated_depthwise_and_flattened_channels_are_followed():
+    model = lively(Joined())
+    channels = find_channels(model, (3, 8, 8))
+    assert channels.sizes == {"left": 8, "right": 12, "last": 8}
+    assert list(channels.whole) == ["mixed"]
+    assert "GroupNorm" in channels.whole["mixed"]
+    live = half(channels)
+    small = narrow(copy.deepcopy(model), channels.kept(live))
+    assert small.depthwise.groups == small.depthwise.in_channels == 10
+    assert small.linear.in_features == 4 * 16
+    silence(model, channels, ~live)
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    assert (model(x) - small(x)).abs().max() <= 1e-12
+
+
+def test_positions_say_where_each_number_lies():
+    model = lively(build_model("resnet18", 10, width=0.125))
+    channels = find_channels(model, (3, 16, 16))
+    live = half(channels)
+    small = narrow(copy.deepcopy(model), channels.kept(live)).state_dict()
+    state = model.state_dict()
+    positions = channels.positions(live, {n: v.shape for n, v in state.items()})
+    for name, index in positions.items():
+        assert torch.equal(torch.take(state[name], index), small[name])
+
+
+def test_what_cannot_be_divided_is_left_whole_or_refused():
+    channels = find_channels(Looped(), (3, 8, 8))
+    assert sum(channels.sizes.values()) in (8, 16)  # coupled with itself, or left alone
+    with pytest.raises(ValueError, match="no group of its channels can be divided"):
+        find_channels(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (3, 8, 8))
+    shared = toy.network()
+    shared[0] = nn.utils.parametrizations.spectral_norm(shared[0])
+    with pytest.raises(ValueError, match="computed weights"):
+        find_channels(shared, (3, 8, 8))
+
+
+def test_a_network_with_a_size_written_into_its_forward_pass_keeps_those_channels():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            assert x.shape[1] == 8
+            return self.linear(self.b(x).relu().mean((2, 3)))
+
+    channels = find_channels(Fixed(), (3, 8, 8))
+    assert channels.sizes == {"b": 8}
+    assert "a" in channels.whole
+
+
+@pytest.mark.parametrize(
+    ("density", "multiple", "counts"),
+    [
+        (0.5, 16, {"a": 16, "b": 32, "c": 4, "d": 16}),
+        (0.3, 16, {"a": 16, "b": 16, "c": 4, "d": 16}),
+        (0.5, 1, {"a": 13, "b": 32, "c": 2, "d": 8}),
+        (0.9, 8, {"a": 24, "b": 56, "c": 4, "d": 16}),
+        (1.0, 16, {"a": 27, "b": 64, "c": 4, "d": 16}),
+    ],
+)
+def test_counts_are_the_nearest_multiples(density, multiple, counts):
+    sizes = {"a": 27, "b": 64, "c": 4, "d": 16}
+    assert channel_counts(sizes, density, multiple) == counts
+
+
+@pytest.mark.parametrize("fraction", [0.6, 0.25, 0.1])
+@pytest.mark.parametrize("arch", ["resnet18", "wideresnet"])
+def test_flops_give_the_density(arch, fraction):
+    flags, side, _ = NETWORKS[arch]
+    model = build_model(arch, 10, **flags)
+    plan = plan_channels(model, (3, side, side), 0.2, flops=fraction, multiple=4)
+    channels, full = plan.channels, plan.channels.inference_flops(plan.costs, plan.channels.sizes)
+    taken = channels.inference_flops(plan.costs, plan.counts) / full
+    more = {n: min(channels.sizes[n], c + 4) for n, c in plan.counts.items()}
+    fewer = {n: max(4, c - 4) for n, c in plan.counts.items()}
+    steps = [channels.inference_flops(plan.costs, counts) / full for counts in (fewer, more)]
+    assert steps[0] <= fraction <= steps[1]
+    assert abs(taken - fraction) < (steps[1] - steps[0]) / 2
+    assert full == real_inference(plan.costs)
+
+
+def test_numbers_of_channels_that_cannot_be_are_refused():
+    model = build_model("resnet18", 10, width=0.25)
+    with pytest.raises(ValueError, match=r"keeps 0\.8 of the 16 channels of conv1"):
+        plan_channels(model, (3, 16, 16), 0.05)
+    with pytest.raises(ValueError, match="divides none of the groups"):
+        plan_channels(model, (3, 16, 16), 0.5, multiple=128)
+    with pytest.raises(ValueError, match="no density takes"):
+        plan_channels(model, (3, 16, 16), 0.5, flops=0.001)
+    notes = "; ".join(plan_channels(model, (3, 16, 16), 0.5, multiple=32).notes())
+    assert "left whole: conv1, layer1.0.conv1, layer1.1.conv1" in notes
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wideresnet"])
+def test_a_description_builds_the_narrow_network_and_its_weights_in_full_size(arch):
+    flags, side, _ = NETWORKS[arch]
+    spec = {"arch": arch, "num_classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3, **flags}
+    model = lively(build_network(spec, CPU)).float()
+    channels = find_channels(model, (3, side, side))
+    spec["channels"] = channels.kept(half(channels))
+    small = build_network(spec, CPU).eval()
+    small.load_state_dict(narrow(copy.deepcopy(model), spec["channels"]).state_dict())
+    full = build_network({n: v for n, v in spec.items() if n != "channels"}, CPU).eval()
+    full.load_state_dict(full_size_state(spec, small.state_dict()))
+    x = torch.rand(2, 3, side, side)
+    assert (full(x) - small(x)).abs().max() <= 1e-5 * small(x).abs().max()
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        {"conv9": [[0], None]},
+        {"conv1": [[0, 99], None]},
+        {"conv1": [[], None]},
+        {"bn": [[1, 0], None]},
+    ],
+)
+def test_channels_that_a_network_does_not_have_are_refused(channels):
+    with pytest.raises(ValueError, match=r"no layer 'conv9'|cannot keep these channels"):
+        narrow(build_model("resnet18", 10, width=0.125), channels)

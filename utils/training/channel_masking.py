@@ -1,0 +1,456 @@
+"""Flying Bird by channels: a network that has only its live channels while it trains.
+
+A full-size store keeps the weights of all channels. The network that is attacked, trained, tested
+and saved is narrow; a mask update drops and grows channels group by group, with exact counts, and
+gathers its weights anew from the store. What grows changes nothing at first: nobody reads it yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.channels import Channels, Kept, put, silence
+from sparse_core import (
+    DensityController,
+    DropFractionSchedule,
+    MaskingConfig,
+    Verdict,
+    drop_lowest,
+    grow_highest,
+    stream,
+    uniform,
+    update_is_due,
+)
+from utils.execution.distributed import ALONE, World
+from utils.training.losses import LossOf
+
+CHANNEL_GROWTHS = ("random", "gradient")
+CHANNEL_SCORES = ("taylor", "scale")
+
+
+@dataclass(frozen=True)
+class ChannelMove:
+    """What a mask update did to the tensors of a narrow network.
+
+    Attributes:
+        sources: by tensor where each of its numbers lay before the update, row-major; -1 for one
+            that has grown.
+        values: by tensor its numbers after the update.
+        reshapes: whether shapes changed.
+    """
+
+    sources: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    reshapes: bool
+
+    def carried(self, name: str, before: Tensor, grown: Tensor | None = None) -> Tensor:
+        """A tensor shaped like this one (momentum, average) after the update; what has grown is
+        taken from ``grown``, zero by default."""
+        source = self.sources[name].to(before.device)
+        carried = torch.take(before, source.clamp_min(0))
+        other = torch.zeros_like(carried) if grown is None else grown.to(carried)
+        return torch.where(source >= 0, carried, other)
+
+
+class _Scored(NamedTuple):
+    """A narrow weight whose indices ``rows`` along ``dim`` belong to the channels ``owner``."""
+
+    weight: Tensor
+    dim: int
+    rows: Tensor
+    owner: Tensor
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Zero for a weight that was not used."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+class ChannelMasking:
+    """Keeps a network narrow: its live channels, their updates, and what is needed to resume them.
+
+    It is to channels what ``sparse_core.Masking`` is to weights, and is stepped and observed alike.
+
+    Args:
+        model: the narrow network, whose weights are replaced by those of the store.
+        store: the full-size network; its weights are the initial ones of all channels. They are
+            scaled to the narrow layers' fan-in.
+        optimizer: of the narrow network, SGD.
+        channels: the groups of the store.
+        live: of all channels those that ``model`` has.
+        config: schedule and verdicts, as for weights; densities are of channels.
+        score: ``taylor`` drops the channels of smallest |scale * its gradient|, averaged over the
+            steps since the last update; ``scale`` those of smallest |scale| now.
+        multiple: Flying Bird+ adds and removes so many channels of a group at once.
+        world: the processes that train together.
+    """
+
+    # no weight of the narrow network is masked
+    masks: Mapping[str, Tensor] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: nn.Module,
+        optimizer: torch.optim.SGD,
+        channels: Channels,
+        live: Tensor,
+        config: MaskingConfig,
+        *,
+        score: str = "taylor",
+        multiple: int = 1,
+        world: World = ALONE,
+    ) -> None:
+        self.config, self.channels, self.live = config, channels, live.clone()
+        self.steps = 0
+        self.events: list[dict[str, Any]] = []
+        self.controller = DensityController(
+            config.epoch_range, config.update_threshold, config.start_epoch
+        )
+        self._schedule = DropFractionSchedule(
+            config.drop_fraction, config.total_steps, config.drop_schedule
+        )
+        self._model, self._store, self._optimizer = model, store, optimizer
+        self._score, self._multiple, self._world = score, multiple, world
+        self._explored = live.clone()
+        device = next(model.parameters()).device
+        self._sums = torch.zeros(channels.total, dtype=torch.float64, device=device)
+        self._summed = 0  # steps
+        self._shapes = {name: tuple(value.shape) for name, value in store.state_dict().items()}
+        self._scale_to_fan_in()
+        self._gather(self._positions())
+        self._find_scored()
+        if not config.fixed and score == "taylor":
+            # before the step, while scales are those that the gradients are of
+            optimizer.register_step_pre_hook(lambda *_: self._add_scores())
+
+    # ---- every step
+
+    def step(self, loss_of: LossOf) -> ChannelMove | None:
+        """Call after each ``optimizer.step()``, gradients still in place; updates when due.
+
+        Args:
+            loss_of: the training loss of the last batch for any network of this architecture.
+
+        Returns:
+            What an update did, for whatever else is shaped like the weights.
+        """
+        self.steps += 1
+        return self.update(loss_of) if self.update_due() else None
+
+    def update_due(self) -> bool:
+        """Whether channels change after the step that was just counted."""
+        return update_is_due(self.config, self.steps)
+
+    @torch.no_grad()
+    def _add_scores(self) -> None:
+        self._sums += self._scores_now()
+        self._summed += 1
+
+    def _scores_now(self) -> Tensor:
+        """|scale * gradient| (or |scale|) of every channel, summed over the norms of its group;
+        where it has no norm, of the weights that read it. Dead channels have zero."""
+        scores = torch.zeros_like(self._sums)
+        for part in self._scales:
+            scores.index_add_(0, part.owner, self._values(part).abs().double())
+        if self._readers:
+            read = torch.zeros_like(scores)
+            for part in self._readers:
+                read.index_add_(0, part.owner, self._values(part).flatten(1).sum(1).double())
+            scores += read.abs()
+        return scores
+
+    def _values(self, part: _Scored) -> Tensor:
+        weight = part.weight
+        value = weight.abs() if self._score == "scale" else weight * _gradient(weight)
+        return value.transpose(0, part.dim)[part.rows]
+
+    def _find_scored(self) -> None:
+        """The scales of the narrow network, and the weights that read channels without one."""
+        normed = torch.zeros_like(self.live)
+        for name in self.channels.scales:
+            owner = self.channels.owners[name][0]
+            normed[owner[owner >= 0]] = True
+        self._scales = [self._scored(name, 0, normed) for name in self.channels.scales]
+        readers = [self._scored(name, dim, ~normed) for name, dim in self.channels.readers.items()]
+        self._readers = [part for part in readers if len(part.rows)]
+
+    def _scored(self, name: str, dim: int, among: Tensor) -> _Scored:
+        weight = self._model.get_parameter(name)
+        owner = self.channels.owners[name][dim][self.channels.indices(name, self.live)[dim]]
+        wanted = (owner >= 0) & among[owner]
+        rows, owner = wanted.nonzero().squeeze(1), owner[wanted]
+        return _Scored(weight, dim, rows.to(weight.device), owner.to(weight.device))
+
+    # ---- every update
+
+    @torch.no_grad()
+    def update(self, loss_of: LossOf) -> ChannelMove:
+        """Drop and grow channels in every group, by the current schedule and verdict. Called by
+        ``step`` when due."""
+        verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
+        fraction = self._schedule.at(self.steps)
+        scores = (self._sums / self._summed if self._summed else self._scores_now()).cpu()
+        changes = self._changes(scores, fraction, verdict)
+        before, was_live = self._positions(), self.live
+        self._scatter(before)
+        kept = self._kept(scores, changes)
+        ranks, statistics = self._probe(loss_of, kept)
+        self.live = self._grown(ranks, kept, changes)
+        self._explored = self._explored | self.live
+        self._awaken(self.live & ~was_live, statistics)
+        move = self._move(before, was_live)
+        self._sums.zero_()
+        self._summed = 0
+        self._find_scored()
+        event = {"step": self.steps, "epoch": self.epoch, "drop_fraction": fraction}
+        event |= {"prune": verdict.prune, "grow": verdict.grow, "density": self.density()}
+        self.events.append(event)
+        return move
+
+    def _changes(
+        self, scores: Tensor, fraction: float, verdict: Verdict
+    ) -> dict[str, tuple[int, int]]:
+        """How many channels each group drops and then grows among those that were dead."""
+        counts, sizes = self.counts(), self.channels.sizes
+        swaps = {
+            name: min(math.ceil(fraction * live), sizes[name] - live, live - 1)
+            for name, live in counts.items()
+        }
+        pruned, grown = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0)
+        means = {
+            name: (part.sum() / counts[name]).item()
+            for name, part in self.channels.by_group(scores * self.live).items()
+        }
+        by_mean = sorted(counts, key=lambda name: (means[name], name))
+        total = fraction * sum(counts.values()) / self._multiple
+        if verdict.prune:
+            self._spread(
+                pruned,
+                max(1, round(total * self.config.prune_ratio)),
+                by_mean,
+                {name: live - self._multiple - swaps[name] for name, live in counts.items()},
+            )
+        if verdict.grow:
+            self._spread(
+                grown,
+                max(1, round(total * self.config.growth_ratio)),
+                by_mean[::-1],
+                {name: sizes[name] - live - swaps[name] for name, live in counts.items()},
+            )
+        return {name: (swaps[name] + pruned[name], swaps[name] + grown[name]) for name in counts}
+
+    def _spread(
+        self, given: dict[str, int], multiples: int, order: list[str], room: Mapping[str, int]
+    ) -> None:
+        """Give the groups, one after the other, a multiple each as long as they have room."""
+        while multiples:
+            taking = [name for name in order if room[name] - given[name] >= self._multiple]
+            if not taking:
+                return
+            for name in taking[:multiples]:
+                given[name] += self._multiple
+            multiples -= min(multiples, len(taking))
+
+    def _kept(self, scores: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
+        live = self.live.clone()
+        for (name, part), score in zip(
+            self.channels.by_group(live).items(),
+            self.channels.by_group(scores).values(),
+            strict=True,
+        ):
+            part.copy_(drop_lowest(score, part, changes[name][0]))
+        return live
+
+    def _grown(self, ranks: Tensor, kept: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
+        """``kept`` and the channels of highest rank among those that were dead before."""
+        # what was just dropped counts as live while others are chosen
+        taken = self.live | kept
+        grown = taken.clone()
+        for (name, part), rank in zip(
+            self.channels.by_group(grown).items(),
+            self.channels.by_group(ranks).values(),
+            strict=True,
+        ):
+            tie_key = stream(self.config.seed, "ties", self.steps, name)
+            part.copy_(grow_highest(rank, part, changes[name][1], tie_key=tie_key))
+        return kept | (grown & ~taken)
+
+    def _probe(self, loss_of: LossOf, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """One batch through the full-size network, whose dead channels compute and are not read.
+
+        Returns:
+            The rank of each channel, and the statistics of the batch norms.
+        """
+        probe = copy.deepcopy(self._store).train()
+        self._reset_norms(probe.state_dict(keep_vars=True), ~kept, {})
+        silence(probe, self.channels, ~kept)
+        for module in probe.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0  # statistics of this batch alone
+        by_gradient = self.config.growth == "gradient"
+        with torch.set_grad_enabled(by_gradient):
+            loss = loss_of(probe)
+            if by_gradient:
+                loss.backward()
+        state = probe.state_dict(keep_vars=True)
+        statistics = {
+            name: self._world.total(value.detach().clone()) / self._world.size
+            for name, value in state.items()
+            if name.endswith(("running_mean", "running_var"))
+        }
+        if not by_gradient:
+            parts = [
+                uniform(stream(self.config.seed, "grow", self.steps, name), torch.arange(size))
+                for name, size in self.channels.sizes.items()
+            ]
+            return torch.cat(parts), statistics
+        squares = torch.zeros(self.channels.total, dtype=torch.float64)
+        for name, dim in self.channels.readers.items():
+            gradient = self._world.total(_gradient(state[name]).clone()) / self._world.size
+            sums = gradient.transpose(0, dim).flatten(1).double().square().sum(1).cpu()
+            owner = self.channels.owners[name][dim]
+            squares.index_add_(0, owner[owner >= 0], sums[owner >= 0])
+        return squares.sqrt(), statistics
+
+    def _awaken(self, grown: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        """Channels that grow have their stored weights; nobody reads them, and their norms are
+        new."""
+        silence(self._store, self.channels, grown)
+        self._reset_norms(self._store.state_dict(keep_vars=True), grown, statistics)
+
+    def _reset_norms(
+        self, state: Mapping[str, Tensor], chosen: Tensor, statistics: Mapping[str, Tensor]
+    ) -> None:
+        """Scale 1, shift 0 and the given statistics for some channels of every norm."""
+        for name in self.channels.scales:
+            layer = name.removesuffix("weight")
+            owner = self.channels.owners[name][0]
+            index = (chosen[owner] & (owner >= 0)).nonzero().squeeze(1).to(state[name].device)
+            state[name].index_fill_(0, index, 1.0)
+            if layer + "bias" in state:
+                state[layer + "bias"].index_fill_(0, index, 0.0)
+            for leaf in ("running_mean", "running_var"):
+                if layer + leaf in statistics:
+                    state[layer + leaf][index] = statistics[layer + leaf][index]
+
+    # ---- store and network
+
+    @torch.no_grad()
+    def _scale_to_fan_in(self) -> None:
+        """A layer that reads a part of its inputs starts as one of that size would."""
+        state = self._store.state_dict(keep_vars=True)
+        for name, dim in self.channels.readers.items():
+            kept = len(self.channels.indices(name, self.live)[dim])
+            state[name].mul_(math.sqrt(self._shapes[name][dim] / kept))
+
+    def _positions(self) -> dict[str, Tensor]:
+        device = next(self._model.parameters()).device
+        found = self.channels.positions(self.live, self._shapes)
+        return {name: index.to(device) for name, index in found.items()}
+
+    @torch.no_grad()
+    def _gather(self, positions: Mapping[str, Tensor]) -> None:
+        stored = self._store.state_dict(keep_vars=True)
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            whole = stored[name]
+            value.copy_(torch.take(whole, positions[name]) if name in positions else whole)
+
+    @torch.no_grad()
+    def _scatter(self, positions: Mapping[str, Tensor]) -> None:
+        stored = self._store.state_dict(keep_vars=True)
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if name in positions:
+                stored[name].put_(positions[name], value)
+            else:
+                stored[name].copy_(value)
+
+    def _move(self, before: Mapping[str, Tensor], was_live: Tensor) -> ChannelMove:
+        """Gather the narrow network anew, and its momentum."""
+        after = self._positions()
+        stored = self._store.state_dict()
+        reshapes = any(after[name].shape != index.shape for name, index in before.items())
+        sources, values = {}, {}
+        for name, index in before.items():
+            numbers = torch.arange(index.numel(), device=index.device).view(index.shape)
+            places = torch.full(self._shapes[name], -1, dtype=torch.long, device=index.device)
+            sources[name] = places.put_(index, numbers).take(after[name])
+            values[name] = torch.take(stored[name], after[name])
+        move = ChannelMove(sources, values, reshapes)
+        before_names = dict(self._model.named_parameters())
+        momenta = {
+            name: self._optimizer.state.pop(parameter).get("momentum_buffer")
+            for name, parameter in before_names.items()
+            if parameter in self._optimizer.state
+        }
+        put(self._model, values)
+        (group,) = self._optimizer.param_groups
+        group["params"] = list(self._model.parameters())
+        for name, parameter in self._model.named_parameters():
+            momentum = momenta.get(name)
+            if momentum is not None:
+                if name in values:
+                    momentum = torch.empty_like(parameter).copy_(move.carried(name, momentum))
+                self._optimizer.state[parameter] = {"momentum_buffer": momentum}
+        return move
+
+    # ---- every epoch, and questions
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch from 0: the number of epochs observed."""
+        return len(self.controller.gaps)
+
+    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
+        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
+        self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
+
+    def counts(self) -> dict[str, int]:
+        """Live channels of each group."""
+        return {name: int(part.sum()) for name, part in self.channels.by_group(self.live).items()}
+
+    def density(self) -> float:
+        """Live fraction of all channels of the groups."""
+        return self.live.double().mean().item()
+
+    def explored_fraction(self) -> float:
+        """Fraction of the channels that have been live at some time."""
+        return self._explored.double().mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes in training, as tensors and plain values."""
+        return {
+            "live": self.live.clone(),
+            "explored": self._explored.clone(),
+            "store": self._store.state_dict(),
+            "sums": self._sums.clone(),
+            "summed": self._summed,
+            "steps": self.steps,
+            "gaps": list(self.controller.gaps),
+            "val_losses": list(self.controller.val_losses),
+            "events": [dict(event) for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a ``state_dict`` whose live channels are those that this was made with; raises
+        ``ValueError`` for one of other channels."""
+        if not torch.equal(state["live"], self.live):
+            raise ValueError("the live channels are not those of the network")
+        self._explored = state["explored"].clone()
+        self._store.load_state_dict(state["store"])
+        self._sums.copy_(state["sums"])
+        self._summed, self.steps = int(state["summed"]), int(state["steps"])
+        self.controller.gaps = [float(gap) for gap in state["gaps"]]
+        self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
+        self.events = [dict(event) for event in state["events"]]
+
+    def kept(self) -> Kept:
+        """What ``models.channels.narrow`` keeps of the full network to get this one."""
+        return self.channels.kept(self.live)
