@@ -183,8 +183,9 @@ class ChannelPlan:
         cost = self.channels.inference_flops(self.costs, self.counts) / full
         small = [name for name, size in sizes.items() if size < self.multiple]
         found = [
-            f"{kept} of {total} channels in {len(sizes)} groups are live ({kept / total:.4f}), in"
-            f" multiples of {self.multiple}; {cost:.3f} of the full network's FLOPs"
+            f"{kept} of {total} channels in {len(sizes)} groups are live at first"
+            f" ({kept / total:.4f}), in multiples of {self.multiple}; {cost:.3f} of the full"
+            " network's FLOPs"
         ]
         if small:
             found.append(
@@ -298,7 +299,7 @@ def _ascends(indices: Sequence[int], size: int) -> bool:
 def _set_sizes(module: Any) -> None:
     """The sizes that a layer says of itself, from its tensors."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = len(module.running_mean)
+        module.num_features = module.get_buffer("running_mean").numel()
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):

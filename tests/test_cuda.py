@@ -39,7 +39,7 @@ def stepped(execution, steps=3):
     forward = Forward(model, execution, [64])
     losses = []
     for batch in loader.epoch(0):
-        loss, _ = train_step(
+        loss, *_ = train_step(
             model,
             optimizer,
             batch,

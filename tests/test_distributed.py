@@ -3,6 +3,7 @@ when one of them does."""
 
 import atexit
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from torch import nn
 
 import sparse_core
 from data import Augmentation, Batch, TrainLoader
+from models.channels import channel_counts, find_channels, narrow
 from models.slimming import PickingBatchNorm2d
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
@@ -37,6 +39,7 @@ from utils.settings.command_line import parse_settings
 from utils.storage.checkpoint import load_checkpoint, save_checkpoint
 from utils.storage.run_folder import read_epochs
 from utils.training.averages import ExponentialAverage
+from utils.training.channel_masking import ChannelMasking
 from utils.training.engine import train_epoch
 from utils.training.losses import LOSSES, Options
 from utils.training.schedule import Plan
@@ -98,14 +101,20 @@ def plain_network(batch_norm):
     return nn.Sequential(*layers).double()
 
 
-def trained(world, batch_norm=False, training=True, spoil=None, remedies=False):
+def trained(world, batch_norm=False, training=True, spoil=None, remedies=False, channels=False):
     """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient;
     everything that has come of it."""
-    model = plain_network(batch_norm)
+    model = store = plain_network(batch_norm)
+    if channels:
+        groups = find_channels(store, (3, 8, 8))
+        live = groups.first(channel_counts(groups.sizes, 0.5, 1), 1)
+        model = narrow(copy.deepcopy(store), groups.kept(live))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    masking = Masking(
-        model, optimizer, MaskingConfig(0.4, 14, growth="gradient", update_frequency=4)
-    )
+    config = MaskingConfig(0.4, 14, growth="gradient", update_frequency=4)
+    if channels:
+        masking = ChannelMasking(model, store, optimizer, groups, live, config, world=world)
+    else:
+        masking = Masking(model, optimizer, config)
     loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
     plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
     average = None
@@ -131,6 +140,7 @@ def trained(world, batch_norm=False, training=True, spoil=None, remedies=False):
             "masking": masking,
             "average": average,
             "forward": forward,
+            "on_move": average.follow if average else lambda move: None,
         }
         result = train_epoch(model, optimizer, doubled, **options)
         results.append([result.loss, result.accuracy, result.images])
@@ -141,19 +151,23 @@ def trained(world, batch_norm=False, training=True, spoil=None, remedies=False):
     state = {**model.state_dict(), **moments}
     if average is not None:
         state |= {f"average {n}": value for n, value in average.model.state_dict().items()}
+    masks = {"channels": masking.live} if channels else masking.masks
     return {
         "state": state,
-        "masks": masking.masks,
+        "masks": masks,
         "results": results,
         "updates": len(masking.events),
-        "hash": mask_hash(masking.masks),
+        "hash": mask_hash(masks),
     }
 
 
-@pytest.mark.parametrize(("size", "remedies"), [(2, False), (3, False), (2, True)])
-def test_without_batch_norm_several_processes_are_one(tmp_path, size, remedies):
+@pytest.mark.parametrize(
+    ("size", "remedies", "channels"),
+    [(2, False, False), (3, False, False), (2, True, False), (2, True, True)],
+)
+def test_without_batch_norm_several_processes_are_one(tmp_path, size, remedies, channels):
     """In float64; the remedies are TRADES, weight perturbation and an average."""
-    rest = (False, True, None, remedies)
+    rest = (False, True, None, remedies, channels)
     one, several = trained(ALONE, *rest), in_processes(size, trained, tmp_path, *rest)
     assert one["updates"] == 3
     for other in several:

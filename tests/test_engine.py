@@ -72,7 +72,7 @@ def test_set_learning_rate():
 def test_a_clean_step_is_plain_sgd():
     x, y = toy.images()
     model, optimizer = parts()
-    loss, right = train_step(
+    loss, right, _ = train_step(
         model, optimizer, Batch(x, y, torch.arange(12)), attack=None, attack_training=True, key=(1,)
     )
     twin, twin_optimizer = parts()

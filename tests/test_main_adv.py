@@ -552,9 +552,9 @@ def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(
     original, steps = utils.training.engine.train_step, []
 
     def poisoned(*arguments, **options):
-        loss, right = original(*arguments, **options)
+        done = original(*arguments, **options)
         steps.append(1)
-        return (loss * float("nan") if len(steps) == 6 else loss), right
+        return done._replace(loss=done.loss * float("nan")) if len(steps) == 6 else done
 
     monkeypatch.setattr(utils.training.engine, "train_step", poisoned)
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)

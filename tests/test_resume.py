@@ -61,6 +61,16 @@ METHODS = {
         *"--fb --train_attack n-fgsm --swa 2 --lr_schedule cosine --nesterov".split(),
         *toy.TOY_MASKS,
     ],
+    "fb by channels": [
+        *LONGER,
+        *"--fb --structure channel --channel_multiple 1 --update_frequency 2".split(),
+        *"--growth gradient --awp .005 --ema .5".split(),
+    ],
+    "fbp by channels": [
+        *LONGER,
+        *"--fbp --structure channel --channel_multiple 1 --update_frequency 2".split(),
+        *"--dynamic_epoch 1 --swa 2 --prune_ratio 1".split(),
+    ],
     "rb": [*toy.TOY_BIRD, *toy.EASY_TICKET],
     "rb-channel": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", "0.5"],
     "rb fast": [*toy.TOY_BIRD, *toy.EASY_TICKET, "--stage1", "fast"],
@@ -83,11 +93,10 @@ def state(save_dir):
     average = content.get("average", {"weights": {}})
     for kind in average.keys() - {"count"}:
         tensors |= {f"average {kind} {name}": value for name, value in average[kind].items()}
-    masking = content["masking"] or {"masks": {}, "explored": {}}
+    masking = content["masking"] or {}
+    kinds = ("masks", "explored", "store") if "masks" in masking else ("store",)
     tensors |= {
-        f"{kind} {name}": mask
-        for kind in ("masks", "explored")
-        for name, mask in masking[kind].items()
+        f"{kind} {name}": value for kind in kinds for name, value in masking.get(kind, {}).items()
     }
     for path in (paths.best_ra, paths.best_sa):
         tensors |= {
@@ -100,7 +109,7 @@ def state(save_dir):
         for k, v in read_summary(paths).items()
         if k not in ("seconds", "settings", "stage1", "made_by")
     }
-    plain = {k: v for k, v in masking.items() if k not in ("masks", "explored")}
+    plain = {k: v for k, v in masking.items() if k not in kinds}
     plain["averaged"] = average.get("count")
     return tensors, (rows, summary, plain, content["epoch"])
 

@@ -639,8 +639,8 @@ def test_a_failure_names_its_stage(run_eb, tmp_path, monkeypatch):
     original = utils.training.engine.train_step
 
     def poisoned(*arguments, attack, **options):
-        loss, right = original(*arguments, attack=attack, **options)
-        return (loss if attack is None else loss * float("nan")), right
+        done = original(*arguments, attack=attack, **options)
+        return done if attack is None else done._replace(loss=done.loss * float("nan"))
 
     monkeypatch.setattr(utils.training.engine, "train_step", poisoned)
     outcome = run_eb(*BIRD, "--save_dir", tmp_path)

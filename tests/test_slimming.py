@@ -6,7 +6,8 @@ from torch import nn
 
 from models import build_model
 from models.flops import layer_costs, real_inference
-from models.slimming import for_channels_first, full_size_state, kept_channels, mask_channels, slim
+from models.loading import full_size_state
+from models.slimming import for_channels_first, kept_channels, mask_channels, slim
 from tests import toy
 
 NETWORKS = {
@@ -136,7 +137,8 @@ def test_in_full_size_the_slim_network_computes_the_same(arch, density):
     model = network(arch)
     kept, _ = kept_channels(model, density)
     small = slim(model, kept).eval()
-    state = full_size_state(build_model(arch, 10, **NETWORKS[arch]), kept, small.state_dict())
+    spec = {"arch": arch, "num_classes": 10, **NETWORKS[arch], "kept": kept}
+    state = full_size_state(spec, small.state_dict())
     full = build_model(arch, 10, **NETWORKS[arch]).eval()
     full.load_state_dict(state)
     x = torch.rand(3, 3, 32, 32)

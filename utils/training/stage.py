@@ -172,8 +172,8 @@ class Stage:
 
     def removed(self) -> Row:
         """Of the network's description what is known by its masks alone: its live channels."""
-        channels = isinstance(self.masking, ChannelMasking)
-        return {"channels": self.masking.kept()} if channels else {}
+        masking = self.masking
+        return {"channels": masking.kept()} if isinstance(masking, ChannelMasking) else {}
 
     def figures(self) -> Row:
         """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""
