@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import remedies_table
 import tables
 import torch
 
@@ -419,3 +420,9 @@ def test_every_script_at_toy_size(name, images, environment):
     start = time.monotonic()
     assert script(name, images, environment, SMOKE=1, JOBS=2).returncode == 0
     assert time.monotonic() - start < 60
+
+
+def test_the_page_of_the_remedies_is_what_its_summaries_say():
+    folder = ROOT / "results" / "remedies"
+    assert remedies_table.page(folder) == (folder / "README.md").read_text()
+    assert remedies_table.table(folder).count("\n") >= 5
