@@ -117,7 +117,7 @@ class ChannelMasking:
         self._schedule = DropFractionSchedule(
             config.drop_fraction, config.total_steps, config.drop_schedule
         )
-        self._model, self._store, self._optimizer = model, store, optimizer
+        self._model, self._store, self.optimizer = model, store, optimizer
         self._score, self._multiple, self._world = score, multiple, world
         self._explored = live.clone()
         device = next(model.parameters()).device
@@ -386,19 +386,19 @@ class ChannelMasking:
         move = ChannelMove(sources, values, reshapes)
         before_names = dict(self._model.named_parameters())
         momenta = {
-            name: self._optimizer.state.pop(parameter).get("momentum_buffer")
+            name: self.optimizer.state.pop(parameter).get("momentum_buffer")
             for name, parameter in before_names.items()
-            if parameter in self._optimizer.state
+            if parameter in self.optimizer.state
         }
         put(self._model, values)
-        (group,) = self._optimizer.param_groups
+        (group,) = self.optimizer.param_groups
         group["params"] = list(self._model.parameters())
         for name, parameter in self._model.named_parameters():
             momentum = momenta.get(name)
             if momentum is not None:
                 if name in values:
                     momentum = torch.empty_like(parameter).copy_(move.carried(name, momentum))
-                self._optimizer.state[parameter] = {"momentum_buffer": momentum}
+                self.optimizer.state[parameter] = {"momentum_buffer": momentum}
         return move
 
     # ---- every epoch, and questions
