@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model
+from models import build_model, load_model
 from models.channels import channel_counts, find_channels, narrow, plan_channels, silence
 from models.flops import layer_costs, real_inference
 from models.loading import build_network, full_size_state
 from tests import toy
+from utils.export import Trained, export
 
 NETWORKS = {
     "resnet18": ({"width": 0.25}, 16, 12),
@@ -243,3 +244,18 @@ def test_a_description_builds_the_narrow_network_and_its_weights_in_full_size(ar
 def test_channels_that_a_network_does_not_have_are_refused(channels):
     with pytest.raises(ValueError, match=r"no layer 'conv9'|cannot keep these channels"):
         narrow(build_model("resnet18", 10, width=0.125), channels)
+
+
+def test_a_trained_narrow_network_loads_by_itself_and_exports_in_full_size(run_adv, tmp_path):
+    flags = "--fb --structure channel --channel_multiple 1 --update_frequency 2".split()
+    assert run_adv(*toy.TOY_RUN, *flags, "--save_dir", tmp_path).code == 0
+    (root,) = tmp_path.iterdir()
+    path = root / "model_RA_best.pth.tar"
+    model = load_model(path)
+    assert model.conv1.out_channels == 2  # of 4
+    assert run_adv("--eval", "--pretrained", path, "--test_step", 1).code == 0
+    full = build_network({**Trained.read(path).spec, "channels": {}}, CPU).eval()
+    out, _ = export(path, "state_dict", tmp_path / "full.pth")
+    full.load_state_dict(torch.load(out, weights_only=True))
+    x = torch.rand(2, 1, 8, 8)
+    assert (full(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
