@@ -185,3 +185,14 @@ def test_inference_prints_markdown(monkeypatch):
         " xz |"
     )
     assert table[3].endswith("| 3.00 MB (1.00x smaller) | 0.50 MB (4.00x smaller) |")
+
+
+def test_channels_cost_less_than_the_dense_network():
+    command = [sys.executable, "benchmarks/channels.py", "--quick", "--repeats", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dense, half, _ = json.loads(done.stdout)["rows"]
+    assert dense["faster"] == 1
+    assert half["fewer FLOPs"] > 3.5
+    assert half["network file"] < 0.3
+    assert 0 < half["update in steps"]
