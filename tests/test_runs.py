@@ -262,8 +262,9 @@ def test_lines_by_density_begin_with_the_dense_run_of_their_scale(tmp_path):
 
 def test_every_method_has_a_name():
     methods = {
-        AdversarialSettings(**flags).method
+        AdversarialSettings(**flags, structure=structure).method
         for flags in ({}, {"fb": True}, {"fbp": True}, {"fix": True})
+        for structure in ("weight", "channel")
     }
     methods |= {
         kind(pruning=pruning).method
