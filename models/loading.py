@@ -116,6 +116,8 @@ def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
         A state dict of the full-size network, with zeros where channels were removed, and variance
         1 in their statistics.
     """
+    if not REMOVED & spec.keys():
+        return dict(state)
     full = build_network(full_size(spec), torch.device("cpu"))
     numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
     for value in numbered.state_dict().values():

@@ -108,8 +108,9 @@ class Forward:
     def reset(self) -> None:
         """Forget what was compiled, captured and replicated: the network's tensors are others."""
         self._graphs, self._uncaptured = {}, set()
+        if self._compiled is not None:
+            torch.compiler.reset()
         self._compiled = self._replica = None
-        torch.compiler.reset()
 
     def averaged(self, x: Tensor) -> Tensor:
         """The same, with the parameters' gradients averaged over the processes in backward."""

@@ -206,7 +206,7 @@ class ChannelMasking:
         self.live = self._grown(ranks, kept, changes)
         self._explored = self._explored | self.live
         self._awaken(self.live & ~was_live, statistics)
-        move = self._move(before, was_live)
+        move = self._move(before)
         self._sums.zero_()
         self._summed = 0
         self._find_scored()
@@ -236,7 +236,7 @@ class ChannelMasking:
                 pruned,
                 max(1, round(total * self.config.prune_ratio)),
                 by_mean,
-                {name: live - self._multiple - swaps[name] for name, live in counts.items()},
+                {name: live - max(self._multiple, swaps[name]) for name, live in counts.items()},
             )
         if verdict.grow:
             self._spread(
@@ -372,7 +372,7 @@ class ChannelMasking:
             else:
                 stored[name].copy_(value)
 
-    def _move(self, before: Mapping[str, Tensor], was_live: Tensor) -> ChannelMove:
+    def _move(self, before: Mapping[str, Tensor]) -> ChannelMove:
         """Gather the narrow network anew, and its momentum."""
         after = self._positions()
         stored = self._store.state_dict()
@@ -384,10 +384,9 @@ class ChannelMasking:
             sources[name] = places.put_(index, numbers).take(after[name])
             values[name] = torch.take(stored[name], after[name])
         move = ChannelMove(sources, values, reshapes)
-        before_names = dict(self._model.named_parameters())
         momenta = {
             name: self.optimizer.state.pop(parameter).get("momentum_buffer")
-            for name, parameter in before_names.items()
+            for name, parameter in self._model.named_parameters()
             if parameter in self.optimizer.state
         }
         put(self._model, values)
