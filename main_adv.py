@@ -77,7 +77,7 @@ class AdversarialRun(Run):
         asked = (settings.density, settings.flops, settings.channel_multiple)
         try:
             plan = plan_channels(store, self.data.image_shape, *asked)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # torch-pruning may not be installed
             raise InputError(str(error)) from error
         live = plan.channels.first(plan.counts, settings.seed) if live is None else live
         network = {**self.spec, "channels": plan.channels.kept(live)}
