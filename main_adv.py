@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data import calibration_batches
 from models.channels import plan_channels
 from models.flops import LayerCost
-from models.loading import build_network
+from models.loading import build_network, full_size
 from sparse_core import Masking
 from utils.errors import InputError, run_command
 from utils.evaluation.command import evaluate_checkpoint, stored_settings
@@ -67,6 +67,7 @@ class AdversarialRun(Run):
         return stage
 
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
+        self.spec = full_size(self.spec)  # channels that come and go are the masks' to tell
         live = (content["masking"] or {}).get("live")
         return self.first_stage() if live is None else self._narrow_stage(live)
 

@@ -7,7 +7,6 @@ dense one, an update in steps, and the files.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import json
@@ -18,9 +17,7 @@ import timing
 import torch
 import torch.nn.functional as F
 
-from models.channels import plan_channels
 from models.flops import layer_costs, real_inference
-from models.loading import without_channels
 from sparse_core import MaskingConfig
 from utils.errors import run_command
 from utils.execution.forward import Execution, Forward
@@ -33,7 +30,7 @@ DENSITIES = (0.5, 0.25)
 
 def main() -> None:
     options = timing.parse(timing.parser(__doc__ or ""))
-    batch, store = timing.random_batch(options), timing.network(options)
+    batch = timing.random_batch(options)
     execution = Execution(best_precision(torch.device(options.device)))
     work: dict[str, Callable[[], object]] = {}
     sizes: dict[str, tuple[int, int, int]] = {}
@@ -54,17 +51,13 @@ def main() -> None:
 
     add("dense", timing.network(options))
     for density in DENSITIES:
-        whole = copy.deepcopy(store)
-        plan = plan_channels(whole, batch.x.shape[1:], density)
-        live = plan.channels.first(plan.counts, 1)
-        model = without_channels(copy.deepcopy(store), {"channels": plan.channels.kept(live)})
-        model = timing.placed(model, options)
+        model, store, plan, live = timing.narrowed(options, density)
         optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
         config = MaskingConfig(density, 1000, growth="gradient", drop_fraction=0.2)
         add(
             f"{density:g} of the channels",
             model,
-            ChannelMasking(model, whole, optimizer, plan.channels, live, config),
+            ChannelMasking(model, store, optimizer, plan.channels, live, config),
         )
     times = timing.alternate(work, options.repeats, options.device)
     rows = [

@@ -4,11 +4,10 @@ the CPU, in one run.
     python benchmarks/inference.py --arch resnet18 --batch 64
     python benchmarks/inference.py --quick
 
-Dense, unstructured (Flying Bird's masks at density .2 and .1) and slim (Robust Bird with .5 and .2
-of the channels) take turns, first with one engine and then with the other; medians and ratios to
-dense are printed. Weights are initial ones and the channels are
-chosen by random scales: the time does not depend on training, and size only by what compresses,
-which are the zeros. Float32, channels-last in PyTorch.
+Dense, unstructured (Flying Bird's masks at density .2 and .1) and narrow networks (half and a
+quarter of the channels) take turns, first with one engine and then with the other; medians and
+ratios to dense are printed. Weights are initial ones: the time does not depend on training, and
+size only by what compresses, which are the zeros. Float32, channels-last in PyTorch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 
 import timing
 import torch
-from slimming import slimmed, with_random_scales
 from torch import Tensor, nn
 
 from models import ARCHITECTURES
@@ -33,7 +31,7 @@ from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
 from utils.storage.packing import compact
 
-MASKED, SLIM = (0.2, 0.1), (0.5, 0.2)
+MASKED, NARROW = (0.2, 0.1), (0.5, 0.25)
 FILES = ("checkpoint", "float32", "gzip", "xz")
 # of one image: a single call is too short to time, and finds the caches as the network before left
 # them
@@ -105,15 +103,14 @@ class Candidate:
 
 
 def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
-    dense = with_random_scales(timing.network(options))
-    made = {"dense": Candidate.of(dense)}
+    made = {"dense": Candidate.of(timing.network(options))}
     made |= {
         f"Flying Bird, density {density:g}": Candidate.of(timing.network(options), density)
         for density in MASKED
     }
     made |= {
-        f"Robust Bird, channels {density:g}": Candidate.of(slimmed(dense, density, options))
-        for density in SLIM
+        f"{density:g} of the channels": Candidate.of(timing.narrowed(options, density)[0])
+        for density in NARROW
     }
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Batch
 from models import ARCHITECTURES, build_model
+from models.channels import ChannelPlan, narrow, plan_channels
 from utils.attacks import PGD
 from utils.execution.forward import Forward
 from utils.execution.hardware import use_fast_kernels
@@ -61,6 +63,17 @@ def network(options: argparse.Namespace) -> nn.Module:
     return placed(build_model(options.arch, 10, mean=mean, std=std, **width), options)
 
 
+def narrowed(
+    options: argparse.Namespace, density: float
+) -> tuple[nn.Module, nn.Module, ChannelPlan, torch.Tensor]:
+    """A network of some of its channels, the full one, and which of its channels those are."""
+    full = network(options)
+    plan = plan_channels(full, (options.channels, options.side, options.side), density)
+    live = plan.channels.first(plan.counts, 1)
+    small = narrow(copy.deepcopy(full), plan.channels.kept(live))
+    return placed(small, options), full, plan, live
+
+
 def placed(model: nn.Module, options: argparse.Namespace) -> nn.Module:
     """In train mode on the device, channels-last."""
     return model.to(options.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -70,9 +83,7 @@ def random_batch(options: argparse.Namespace) -> Batch:
     x = torch.rand(
         options.batch_size, options.channels, options.side, options.side, device=options.device
     )
-    y = torch.randint(
-        0, getattr(options, "classes", 10), (options.batch_size,), device=options.device
-    )
+    y = torch.randint(0, 10, (options.batch_size,), device=options.device)
     return Batch(
         x.to(memory_format=torch.channels_last),
         y,

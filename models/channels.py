@@ -4,9 +4,9 @@ A residual stream with everything that writes and reads it is one group, the inn
 block are another. ``torch-pruning`` finds the groups, so networks of one's own have them too. A
 network without some channels of its groups is an ordinary narrow network.
 
-    channels = find_channels(model, image_shape)
-    live = channels.first(counts, seed)                 # which channels stay
-    small = narrow(copy.deepcopy(model), channels.kept(live))
+    plan = plan_channels(model, image_shape, density=0.5)
+    live = plan.channels.first(plan.counts, seed)       # which channels stay
+    small = narrow(copy.deepcopy(model), plan.channels.kept(live))
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.flops import LayerCost, layer_costs
 from models.modes import in_mode
-from sparse_core import grow_highest, stream, uniform
+from sparse_core import global_masks, grow_highest, stream, uniform
 
 # By layer: its output and its input channels that stay, None where all do.
 Kept = Mapping[str, Sequence[Sequence[int] | None]]
@@ -57,13 +57,20 @@ class Channels:
         """Views of a vector over all channels."""
         return dict(zip(self.sizes, values.split([*self.sizes.values()]), strict=True))
 
-    def first(self, counts: Mapping[str, int], seed: int) -> Tensor:
-        """So many channels of each group, drawn by the seed: bool over all channels."""
+    def highest(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Tensor:
+        """So many channels of each group, those of highest score: bool over all channels."""
         live = torch.zeros(self.total, dtype=torch.bool)
         for name, part in self.by_group(live).items():
-            score = uniform(stream(seed, "channels", name), torch.arange(len(part)))
-            part.copy_(grow_highest(score, torch.zeros_like(part), counts[name]))
+            part.copy_(grow_highest(scores[name], part.clone(), counts[name]))
         return live
+
+    def first(self, counts: Mapping[str, int], seed: int) -> Tensor:
+        """So many channels of each group, drawn by the seed: bool over all channels."""
+        scores = {
+            name: uniform(stream(seed, "channels", name), torch.arange(size))
+            for name, size in self.sizes.items()
+        }
+        return self.highest(scores, counts)
 
     def indices(self, name: str, live: Tensor) -> dict[int, Tensor]:
         """The indices of a tensor that stay, by dimension."""
@@ -161,7 +168,7 @@ def density_for_flops(
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """How many channels of each group a network keeps at first.
+    """How many channels of each group a network keeps, at least at first.
 
     Attributes:
         channels: its groups.
@@ -183,9 +190,8 @@ class ChannelPlan:
         cost = self.channels.inference_flops(self.costs, self.counts) / full
         small = [name for name, size in sizes.items() if size < self.multiple]
         found = [
-            f"{kept} of {total} channels in {len(sizes)} groups are live at first"
-            f" ({kept / total:.4f}), in multiples of {self.multiple}; {cost:.3f} of the full"
-            " network's FLOPs"
+            f"keeps {kept} of {total} channels in {len(sizes)} groups ({kept / total:.4f}), in"
+            f" multiples of {self.multiple}; {cost:.3f} of the full network's FLOPs"
         ]
         if small:
             found.append(
@@ -220,13 +226,7 @@ def plan_channels(
     """
     channels = find_channels(model, image_shape)
     sizes, costs = channels.sizes, layer_costs(model, image_shape)
-    if multiple is None:
-        multiple = 16 if min(sizes.values()) >= 64 else 8
-    if all(size <= multiple for size in sizes.values()):
-        raise ValueError(
-            f"a --channel_multiple of {multiple} divides none of the groups, of which the largest"
-            f" has {max(sizes.values())} channels"
-        )
+    multiple = _multiple(sizes, multiple)
     if flops is not None:
         density = density_for_flops(channels, costs, flops, multiple)
     for name, size in sizes.items():
@@ -236,6 +236,96 @@ def plan_channels(
                 f" {name}, less than half of a --channel_multiple of {multiple}"
             )
     return ChannelPlan(channels, costs, channel_counts(sizes, density, multiple), multiple)
+
+
+def _multiple(sizes: Mapping[str, int], asked: int | None) -> int:
+    multiple = (16 if min(sizes.values()) >= 64 else 8) if asked is None else asked
+    if all(size <= multiple for size in sizes.values()):
+        raise ValueError(
+            f"a --channel_multiple of {multiple} divides none of the groups, of which the largest"
+            f" has {max(sizes.values())} channels"
+        )
+    return multiple
+
+
+def plan_largest(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    density: float,
+    floor: float = 0.0,
+    multiple: int | None = None,
+) -> tuple[ChannelPlan, Tensor, dict[str, int]]:
+    """The channels with the largest batch-norm scales over all groups together (Liu et al.,
+    "Network Slimming", 2017); a channel that several norms read counts with the mean.
+
+    Scales of different depths are not quite comparable: early in training the whole last group,
+    which the classifier reads, may lie below everything else. So every group keeps its ``floor``,
+    and the others give for it.
+
+    Args:
+        model: full-size.
+        image_shape: ``[C, H, W]``.
+        density: kept fraction of all channels, in (0, 1].
+        floor: least kept fraction of each group, in [0, density].
+        multiple: to which each group's count is then rounded, as in ``plan_channels``.
+
+    Returns:
+        How many channels stay; which, as bool over all; and for the groups that the floor helped
+        how many they would have kept without it. A group without norms stays whole.
+
+    Raises:
+        ValueError: no group can be divided or has norms, a density that leaves fewer channels than
+            there are groups, or below the floor.
+    """
+    if not 0 <= floor <= density:
+        raise ValueError(
+            f"the floor {floor:g} is a fraction of each group's channels and at most the density"
+            f" {density:g}"
+        )
+    channels = find_channels(model, image_shape)
+    multiple = _multiple(channels.sizes, multiple)
+    scores = _mean_scales(model, channels)
+    ranked = {name: score for name, score in scores.items() if not bool(score.isnan().any())}
+    if not ranked:
+        raise ValueError("none of its channels has a batch norm whose scale could rank it")
+    if round(density * sum(score.numel() for score in ranked.values())) < len(ranked):
+        raise ValueError(
+            f"density {density:g} leaves the network fewer channels than it has groups"
+            f" ({len(ranked)})"
+        )
+    plain = {name: int(mask.sum()) for name, mask in global_masks(ranked, density).items()}
+    floors = {name: max(1, math.floor(floor * score.numel())) for name, score in ranked.items()}
+    raised = {
+        name: score.masked_fill(
+            grow_highest(score, torch.zeros_like(score, dtype=torch.bool), floors[name]), torch.inf
+        )
+        for name, score in ranked.items()
+    }
+    counts = dict(channels.sizes)
+    for name, mask in global_masks(raised, density).items():
+        size, share = counts[name], int(mask.sum()) / counts[name]
+        counts |= channel_counts({name: size}, share, multiple)
+    plan = ChannelPlan(channels, layer_costs(model, image_shape), counts, multiple)
+    live = channels.highest(scores, counts)
+    return plan, live, {name: n for name, n in plain.items() if n < floors[name]}
+
+
+def usual_floor(density: float) -> float:
+    """A tenth of a group is enough to go on with; half of the density leaves the ranking a say
+    where nearly all must go."""
+    return min(0.1, density / 2)
+
+
+@torch.no_grad()
+def _mean_scales(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
+    """Mean |scale| of the norms that each channel goes through, by group; NaN without any."""
+    sums, norms = torch.zeros(2, channels.total, dtype=torch.float64)
+    for name in channels.scales:
+        owner = channels.owners[name][0]
+        scale = model.get_parameter(name).abs().double().cpu()
+        sums.index_add_(0, owner[owner >= 0], scale[owner >= 0])
+        norms.index_add_(0, owner[owner >= 0], torch.ones_like(scale)[owner >= 0])
+    return channels.by_group(sums / norms)
 
 
 # ---------------------------------------------------------------- narrow networks
@@ -271,7 +361,10 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         layer, _, leaf = name.rpartition(".")
         module, old = model.get_submodule(layer), state[name]
         like = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-        new = value.to(old.device, old.dtype).contiguous(memory_format=like)
+        # not `contiguous`: with a dimension of size 1 it leaves strides as they are, and kernels,
+        # and so roundings, differ from those of a network built anew
+        new = torch.empty(value.shape, dtype=old.dtype, device=old.device, memory_format=like)
+        new.copy_(value)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, leaf, new)

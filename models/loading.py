@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.build import CUSTOM_ARCHITECTURES, build_model
 from models.channels import narrow
-from models.slimming import slim
 from utils.errors import InputError, one_line
 from utils.storage.checkpoint import load_weights, network_weights
 from utils.storage.inputs import read_checkpoint
@@ -34,9 +33,8 @@ _RANGES = {
 }
 _USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor": 16}
 _LEAST_KEPT = 1e-3  # share of a network's numbers, without channels, from which nobody goes below
-# of a description: what a full, nameless network does not have
-REMOVED = frozenset({"kept", "channels"})  # channels, of a network that is not full-size
-_NOT_BUILT = REMOVED | {"classes"}
+# of a description: what a full-size, nameless network does not have
+_NOT_BUILT = frozenset({"channels", "classes"})
 
 
 def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
@@ -54,6 +52,10 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
         "image_size": int,
     }
     kinds |= {"depth_factor": int, "width_factor": int}
+    if isinstance(spec, Mapping) and "kept" in spec:
+        raise InputError(
+            f"{path} is of a version before 0.2, in which each batch norm picked its own channels"
+        )
     known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
     if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
         raise InputError(f"{path} does not say which network it holds")
@@ -78,30 +80,23 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
 
 
 def _says_what_is_removed(spec: Mapping[str, Any]) -> bool:
-    """``kept``: channels by batch norm; ``channels``: by layer those of its outputs and inputs, or
-    None for all."""
-    kept, channels = (spec.get(name, {}) for name in ("kept", "channels"))
-    if not (isinstance(kept, Mapping) and isinstance(channels, Mapping)):
+    """``channels``: by layer those of its outputs and inputs that stay, or None for all."""
+    channels = spec.get("channels", {})
+    if not isinstance(channels, Mapping):
         return False
     if not all(isinstance(sides, list) and len(sides) == 2 for sides in channels.values()):
         return False
-    sides = [side for pair in channels.values() for side in pair if side is not None]
     return all(
         isinstance(side, list) and all(type(channel) is int for channel in side)
-        for side in (*kept.values(), *sides)
+        for sides in channels.values()
+        for side in sides
+        if side is not None
     )
 
 
 def full_size(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The description of the network before channels were removed."""
-    return {name: value for name, value in spec.items() if name not in REMOVED}
-
-
-def without_channels(model: nn.Module, spec: Mapping[str, Any]) -> nn.Module:
-    """A full-size network without the channels that its description removes; ``ValueError`` if it
-    has no such channels."""
-    model = slim(model, spec["kept"]) if "kept" in spec else model
-    return narrow(model, spec["channels"]) if "channels" in spec else model
+    return {name: value for name, value in spec.items() if name != "channels"}
 
 
 @torch.no_grad()
@@ -116,14 +111,14 @@ def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
         A state dict of the full-size network, with zeros where channels were removed, and variance
         1 in their statistics.
     """
-    if not REMOVED & spec.keys():
+    if "channels" not in spec:
         return dict(state)
     full = build_network(full_size(spec), torch.device("cpu"))
     numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
     for value in numbered.state_dict().values():
         value.copy_(torch.arange(value.numel()).view(value.shape))
     # removing channels of numbers instead of weights tells where each weight comes from
-    positions = without_channels(numbered, spec).state_dict()
+    positions = narrow(numbered, spec["channels"]).state_dict()
     spread = {}
     for name, value in full.state_dict().items():
         fill = 1 if name.endswith("running_var") else 0
@@ -162,9 +157,9 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
     """A fresh network on ``device``.
 
     Args:
-        spec: arguments of ``build_model``, and for a network without some of its channels ``kept``:
-            the channels that stay, by batch norm (``models.slimming``), or ``channels``: those of
-            each layer (``models.channels``). Names of ``classes`` may lie beside them.
+        spec: arguments of ``build_model``, and for a network without some of its channels
+            ``channels``: those of each layer that stay (``models.channels``). Names of ``classes``
+            may lie beside them.
         device: where it goes, channels-last.
         seed: of its weights.
 
@@ -175,7 +170,7 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
         model = build_model(
             **{name: value for name, value in spec.items() if name not in _NOT_BUILT}, seed=seed
         )
-        model = without_channels(model, spec)
+        model = narrow(model, spec.get("channels", {}))
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     except (ValueError, RuntimeError, OverflowError) as error:
         # a size it cannot have, or more memory than there is
@@ -210,7 +205,7 @@ def _refuse_larger_than_its_file(
         raise InputError(f"{path}: this network cannot be built ({one_line(error)})") from error
     asked = sum(value.numel() for value in model.state_dict().values())
     held = sum(value.numel() for value in network_weights(content, str(path)).values())
-    if asked * (_LEAST_KEPT if REMOVED & spec.keys() else 1) > held:
+    if asked * (_LEAST_KEPT if "channels" in spec else 1) > held:
         raise InputError(f"{path} describes a network of {asked} numbers and holds {held}")
 
 
@@ -218,7 +213,7 @@ def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict
     """The content of a file with a network, and what the network is.
 
     Args:
-        path: a checkpoint of ours (masked, packed or slim), our safetensors, or a state dict such
+        path: a checkpoint of ours (masked, packed or narrow), our safetensors, or a state dict such
             as the paper's code wrote.
         given: for a file that does not describe its network: ``arch``, ``num_classes`` and whatever
             of ``width``, ``depth_factor``, ``width_factor`` and ``image_size`` is unusual. None
@@ -273,7 +268,7 @@ def load_model(
     ``[N, num_classes]``.
 
     Args:
-        path_or_url: a checkpoint of ours (masked, packed or slim), a safetensors file that
+        path_or_url: a checkpoint of ours (masked, packed or narrow), a safetensors file that
             ``scripts/export.py`` wrote, or a state dict, such as the paper's code and ``--format
             state_dict`` write. What a URL names is downloaded once, into ``torch.hub``'s folder, or
             our cache of a user who has no home. Nothing in a file is run.
@@ -285,8 +280,6 @@ def load_model(
         utils.errors.InputError: no such file, nothing at the URL, a broken file, another network
             than described, or a description for a file that has its own.
     """
-    # Imported here because the modules that read files build networks, and so import this package.
-
     path = _downloaded(path_or_url) if "://" in str(path_or_url) else Path(path_or_url)
     given = {
         "arch": arch,
@@ -300,8 +293,6 @@ def load_model(
 
 def _downloaded(url: str | Path) -> Path:
     """Where what is at ``url`` is kept; fetched if it is not there yet."""
-    from utils.errors import InputError, one_line
-
     name = PurePosixPath(unquote(urlparse(str(url)).path)).name
     # The best model of every run has one file name, so the address goes into the name here.
     path = (

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from models import build_model, load_model
-from models.channels import channel_counts, find_channels, narrow, plan_channels, silence
+from models.channels import (
+    channel_counts,
+    find_channels,
+    narrow,
+    plan_channels,
+    plan_largest,
+    silence,
+)
 from models.flops import layer_costs, real_inference
 from models.loading import build_network, full_size_state
 from tests import toy
@@ -215,6 +222,88 @@ def test_numbers_of_channels_that_cannot_be_are_refused():
         plan_channels(model, (3, 16, 16), 0.5, flops=0.001)
     notes = "; ".join(plan_channels(model, (3, 16, 16), 0.5, multiple=32).notes())
     assert "left whole: conv1, layer1.0.conv1, layer1.1.conv1" in notes
+
+
+# ---------------------------------------------------------------- the largest scales
+
+
+def scaled(arch, seed=0):
+    model = build_model(arch, 10, **NETWORKS[arch][0])
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.copy_(torch.randn(module.num_features, generator=generator))
+    return model
+
+
+def mean_scales(model, channels):
+    """Channel by channel, from the owners alone."""
+    state = model.state_dict()
+    found = {number: [] for number in range(channels.total)}
+    for name in channels.scales:
+        for owner, scale in zip(channels.owners[name][0].tolist(), state[name], strict=True):
+            found[owner].append(abs(scale.item()))
+    return torch.tensor([sum(values) / len(values) for values in found.values()])
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_the_channels_with_the_largest_mean_scale_stay(arch):
+    model = scaled(arch)
+    before = copy.deepcopy(model.state_dict())
+    plan, live, helped = plan_largest(model, (3, 32, 32), 0.3, multiple=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    scores = mean_scales(model, plan.channels)
+    assert not helped
+    assert int(live.sum()) == round(0.3 * plan.channels.total) == sum(plan.counts.values())
+    assert scores[live].min() >= scores[~live].max()
+
+
+def test_each_count_is_rounded_to_the_nearest_multiple_and_small_groups_stay_whole():
+    model = scaled("resnet18")
+    exact, _, _ = plan_largest(model, (3, 32, 32), 0.4, multiple=1)
+    plan, live, _ = plan_largest(model, (3, 32, 32), 0.4, multiple=32)
+    sizes = plan.channels.sizes
+    assert min(sizes.values()) < 32
+    for (name, count), part in zip(
+        plan.counts.items(), plan.channels.by_group(live).values(), strict=True
+    ):
+        assert int(part.sum()) == count
+        choices = [*range(32, sizes[name] + 1, 32)] or [sizes[name]]
+        assert count == min(choices, key=lambda n: abs(n - exact.counts[name]))
+
+
+@pytest.mark.parametrize(("floor", "stay"), [(0.0, 1), (0.1, 3), (0.3, 9)])
+def test_a_group_keeps_its_floor_and_the_others_give_for_it(floor, stay):
+    model = scaled("resnet18")
+    with torch.no_grad():
+        model.layer2[0].bn2.weight.mul_(1e-6)
+    plan, live, helped = plan_largest(model, (3, 32, 32), 0.3, floor, multiple=1)
+    assert helped["layer2.0.conv1"] == 0
+    part = plan.channels.by_group(live)["layer2.0.conv1"]
+    largest = model.layer2[0].bn2.weight.abs().topk(stay).indices.tolist()
+    assert part.nonzero().flatten().tolist() == sorted(largest)
+    assert int(live.sum()) == round(0.3 * plan.channels.total)
+
+
+def test_groups_without_norms_stay_whole():
+    plan, live, _ = plan_largest(Joined(), (3, 8, 8), 0.5, multiple=1)
+    parts = plan.channels.by_group(live)
+    assert {name: int(part.sum()) for name, part in parts.items()} == plan.counts
+    assert plan.counts["last"] == plan.channels.sizes["last"] == 8
+    assert plan.counts["left"] + plan.counts["right"] == 10
+
+
+def test_densities_and_floors_that_cannot_be_are_refused():
+    model = scaled("resnet18")
+    with pytest.raises(ValueError, match="fewer channels than it has groups"):
+        plan_largest(model, (3, 32, 32), 1e-6)
+    for floor in (-0.1, 0.6, float("nan")):
+        with pytest.raises(ValueError, match="floor"):
+            plan_largest(model, (3, 32, 32), 0.5, floor)
+    with pytest.raises(ValueError, match="divides none"):
+        plan_largest(model, (3, 32, 32), 0.5, multiple=999)
+    with pytest.raises(ValueError, match="batch norm"):
+        plan_largest(Looped(), (3, 8, 8), 0.5, multiple=1)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wideresnet"])

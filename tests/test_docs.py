@@ -209,12 +209,27 @@ def test_a_network_of_ones_own(own_script, run_eb, tmp_path):
     checkpoint = next((tmp_path / "out").iterdir()) / "checkpoint.pth.tar"
     assert load_model(checkpoint)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     export(checkpoint, "safetensors", tmp_path / "plain.safetensors")
-    for refused, reason in (
-        (["--width", 2], "size is its own"),
-        (["--pruning", "channel"], "cannot take plain"),
-    ):
-        outcome = run_eb("--arch", "plain", *refused, "--save_dir", tmp_path)
-        assert (outcome.code, reason in outcome.err) == (2, True), outcome.err
+    outcome = run_eb("--arch", "plain", "--width", 2, "--save_dir", tmp_path)
+    assert (outcome.code, "size is its own" in outcome.err) == (2, True), outcome.err
+
+
+def test_channels_of_a_network_of_ones_own(own_script, run_eb, tmp_path):
+    flags = [flag for flag in TOY_RUN if flag not in ("--width", "0.0625")]
+    by_channels = "--fb --structure channel --growth gradient --update_frequency 2".split()
+    content = own_script("CUSTOM_ARCHITECTURES[", "--arch", "plain", *flags, *by_channels)
+    assert len(content["masking"]["events"]) >= 2
+    assert content["network"]["channels"]["1"] == [content["network"]["channels"]["2"][0], None]
+    checkpoint = next((tmp_path / "out").iterdir()) / "checkpoint.pth.tar"
+    small = load_model(checkpoint)
+    assert small[1].weight.shape[0] == 16
+    path, difference = export(checkpoint, "safetensors", tmp_path / "plain.safetensors")
+    assert difference == 0
+    assert load_model(path)[1].weight.shape[0] == 16
+    bird = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5]
+    bird = [flag for flag in bird if flag not in ("--width", "0.0625")]
+    outcome = run_eb("--arch", "plain", *bird, "--save_dir", tmp_path / "rb")
+    assert outcome.code == 0, outcome.err
+    assert "keeps 16 of 32 channels in 1 groups (0.5000), in multiples of 8" in outcome.out
 
 
 def test_a_growth_rule_of_ones_own(own_script):

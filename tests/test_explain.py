@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from models.slimming import kept_channels, slim
+from models.channels import narrow, plan_largest
 from tests import toy
 from utils.attacks import PGD
 from utils.errors import InputError
@@ -183,9 +183,10 @@ def last_map(model, x):
 def test_grad_cam_at_the_last_stage_is_cam(arch, kept):
     """Zhou et al., 2016: the map weighed by the classifier's row of the class."""
     model, (x, y) = network(arch), images()
-    model = (
-        model if kept is None else slim(model, kept_channels(model, kept, floor=kept)[0])
-    ).eval()
+    if kept is not None:
+        plan, live, _ = plan_largest(model, x.shape[1:], kept, floor=kept, multiple=1)
+        model = narrow(model, plan.channels.kept(live))
+    model.eval()
     *_, classifier = (module for module in model.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         cam = (classifier.weight[y, :, None, None] * last_map(model, x)).sum(dim=1, keepdim=True)
@@ -420,9 +421,9 @@ def test_the_script_explains_a_network_without_some_channels(run_eb, run_explain
         tmp_path / "runs",
     ]
     assert run_eb(*flags).code == 0
-    slim_one = next((tmp_path / "runs").glob("*/model_RA_best.pth.tar"))
+    narrow_one = next((tmp_path / "runs").glob("*/model_RA_best.pth.tar"))
     outcome = run_explain(
-        "--grid", 3, slim_one, "--out", tmp_path / "new" / "pictures", "--explain-images", 2
+        "--grid", 3, narrow_one, "--out", tmp_path / "new" / "pictures", "--explain-images", 2
     )
     assert (outcome.code, outcome.err) == (0, "")
     assert sorted(path.name for path in (tmp_path / "new" / "pictures").iterdir()) == PICTURES

@@ -16,8 +16,8 @@ from torch import nn
 
 from data import load_data, plain_batches
 from models import BasicBlock, Normalize, PreActResNet, build_model, load_model
+from models.channels import narrow, plan_largest
 from models.loading import build_network
-from models.slimming import kept_channels, slim
 from tests import toy
 from utils import export as exporting
 from utils.errors import run_command
@@ -55,7 +55,7 @@ def flying_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def slim_run(tmp_path_factory):
+def narrow_run(tmp_path_factory):
     flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5]
     return trained_once("train_eb", flags, tmp_path_factory.mktemp("rb"))
 
@@ -67,12 +67,12 @@ def flying(flying_run, tmp_path):
 
 
 @pytest.fixture
-def slim_bird(slim_run, tmp_path):
+def narrow_bird(narrow_run, tmp_path):
     """The best model of a toy Robust Bird run without half of the channels."""
-    return shutil.copytree(slim_run, tmp_path / "rb") / "model_RA_best.pth.tar"
+    return shutil.copytree(narrow_run, tmp_path / "rb") / "model_RA_best.pth.tar"
 
 
-@pytest.fixture(params=["flying", "slim_bird"])
+@pytest.fixture(params=["flying", "narrow_bird"])
 def checkpoint(request):
     return request.getfixturevalue(request.param)
 
@@ -142,8 +142,8 @@ def test_onnx_answers_as_the_network_on_the_whole_test_set(checkpoint, run_expor
         assert_same(network, model, batch.x.contiguous())
 
 
-def test_onnx_of_a_slim_network_is_slim(slim_bird):
-    path, difference = export(slim_bird, "onnx")
+def test_onnx_of_a_narrow_network_is_narrow(narrow_bird):
+    path, difference = export(narrow_bird, "onnx")
     assert difference <= 1e-5
     model = onnx.load(path)
     # not mean, std
@@ -153,7 +153,7 @@ def test_onnx_of_a_slim_network_is_slim(slim_bird):
         if len(weights.dims) == 4 and list(weights.dims) != [1] * 4
     ]
     stored = sum(onnx.numpy_helper.to_array(weights).size for weights in kernels)
-    trained = Trained.read(slim_bird)
+    trained = Trained.read(narrow_bird)
     assert stored == sum(
         weight.numel() for weight in trained.model.parameters() if weight.ndim == 4
     )
@@ -187,11 +187,15 @@ def test_other_families_without_some_channels(arch, kind, tmp_path):
     }
     spec |= {"image_size": 8, **({"width": 0.0625} if arch == "resnet50" else {})}
     model = moved(build_network(spec, torch.device("cpu")))
-    kept = kept_channels(model, 0.6)[0]
-    content = {"network": {**spec, "kept": kept}, "state_dict": slim(model, kept).state_dict()}
-    torch.save(content, tmp_path / "slim.pth.tar")
-    path, difference = export(tmp_path / "slim.pth.tar", kind)
-    assert path == tmp_path / f"slim{SUFFIXES[kind]}"
+    plan, live, _ = plan_largest(model, (1, 8, 8), 0.6, multiple=1)
+    kept = plan.channels.kept(live)
+    content = {
+        "network": {**spec, "channels": kept},
+        "state_dict": narrow(model, kept).state_dict(),
+    }
+    torch.save(content, tmp_path / "narrow.pth.tar")
+    path, difference = export(tmp_path / "narrow.pth.tar", kind)
+    assert path == tmp_path / f"narrow{SUFFIXES[kind]}"
     assert difference <= 1e-5
 
 
@@ -204,7 +208,10 @@ def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):
         }
     content = load_checkpoint(checkpoint)
     assert {name: told[name] for name in content["network"]} == content["network"]
-    assert (told["method"], told["dataset"]) == ("rb-channel" if "kept" in told else "fb", "digits")
+    assert (told["method"], told["dataset"]) == (
+        "rb-channel" if "channels" in told else "fb",
+        "digits",
+    )
     state = load_model(path).state_dict()
     assert state.keys() == content["state_dict"].keys()
     assert all(torch.equal(value, content["state_dict"][name]) for name, value in state.items())

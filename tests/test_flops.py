@@ -1,11 +1,13 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import ARCHITECTURES, build_model
+from models.channels import narrow, plan_largest
 from models.flops import layer_costs, paper_inference, paper_training, real_inference, real_training
-from models.slimming import kept_channels, slim
 from sparse_core import layer_counts, prunable
 from tests import toy
 from utils.storage.paths import RunPaths
@@ -56,15 +58,16 @@ def torchs_count(model, side=32):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16", "wideresnet"])
-def test_real_count_of_slim_networks_equals_torchs_own_counter(arch):
+def test_real_count_of_narrow_networks_equals_torchs_own_counter(arch):
     options = {"depth_factor": 10, "width_factor": 1} if arch == "wideresnet" else {"width": 0.125}
     model = build_model(arch, 10, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.1, 1.0)
-    slimmed = slim(model, kept_channels(model, 0.5, 0.1)[0])
-    counted = real_inference(layer_costs(slimmed, (3, 32, 32)))
-    assert counted == torchs_count(slimmed)
+    plan, live, _ = plan_largest(model, (3, 32, 32), 0.5, 0.1, multiple=1)
+    small = narrow(copy.deepcopy(model), plan.channels.kept(live))
+    counted = real_inference(layer_costs(small, (3, 32, 32)))
+    assert counted == torchs_count(small)
     assert 0.15 < counted / torchs_count(model) < 0.5
 
 

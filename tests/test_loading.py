@@ -56,7 +56,7 @@ def test_a_run_s_checkpoints(trained, name):
         assert "packed" in torch.load(trained / name, weights_only=True)  # live weights alone
 
 
-def test_slim_checkpoints_and_their_safetensors(run_eb, tmp_path):
+def test_narrow_checkpoints_and_their_safetensors(run_eb, tmp_path):
     flags = [
         *toy.TOY_BIRD,
         *toy.EASY_TICKET,
@@ -229,9 +229,10 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
             r"describes a network of \d+ numbers and holds",
         ),
         ({"mean": ["a", 0.5, 0.5]}, "mean and the standard deviation of its pixels"),
-        ({"kept": {"bn1": [0.5]}}, "which channels its network kept"),
+        ({"kept": {"bn1": [0]}}, "a version before 0.2"),
+        ({"channels": {"conv1": [[0.5], None]}}, "which channels its network kept"),
         (
-            {"num_classes": 10**7, "kept": {"bn1": [0]}},
+            {"num_classes": 10**7, "channels": {"conv1": [[0], None]}},
             r"describes a network of \d+ numbers and holds",
         ),
     ],

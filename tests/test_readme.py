@@ -159,7 +159,7 @@ def test_robust_bird_commands(command, run_bird, train_as, toy_data):
     assert "pruned: " in outcome.out
     (run,) = (toy_data / "out").iterdir()
     content = load_checkpoint(run / "checkpoint.pth.tar")
-    assert ("kept" in content["network"]) == ("channel" in command)
+    assert ("channels" in content["network"]) == ("channel" in command)
     assert (content["masking"] is None) == ("channel" in command)
 
 
@@ -252,15 +252,15 @@ def test_what_is_said_of_inference_is_what_was_measured():
         ] == cells[:4]
         for cell, measured in zip(cells[4:], (size[name][1], size[name][3]), strict=True):
             assert float(cell.split()[0]) == pytest.approx(float(measured.split()[0]), rel=0.02)
-    masked, slim = (
+    masked, narrow = (
         [ratios[name] for name in ratios if kind in name] for kind in ("density", "channels")
     )
     # Masks: as fast, as large, smaller when compressed. Channels: faster, and smaller either way.
     assert all(0.97 < speed < 1.03 for row in masked for speed in row[:5])
     assert all(row[5] > 3 for row in masked)
-    assert all(min(row) > 1.9 for row in slim)
+    assert all(min(row) > 1.9 for row in narrow)
     (claim,) = re.findall(r"inference is \[([\d.]+) times\]", README)
-    assert float(claim) == pytest.approx(ratios["Robust Bird, channels 0.5"][2], abs=0.05)
+    assert float(claim) == pytest.approx(ratios["0.5 of the channels"][2], abs=0.05)
 
 
 def test_what_is_said_of_a_step_is_what_was_measured():

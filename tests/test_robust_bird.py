@@ -13,9 +13,9 @@ import utils.training.engine
 import utils.training.run
 import utils.training.stage
 from models import build_model
+from models.channels import narrow, plan_largest
 from models.flops import layer_costs, paper_inference, real_inference
 from models.loading import build_network
-from models.slimming import kept_channels, slim
 from sparse_core import initial_masks
 from tests import toy
 from utils.early_bird import EarlyBird
@@ -151,7 +151,7 @@ def test_an_unstructured_ticket_is_the_global_magnitude_mask_of_stage_1(run_eb, 
 
 
 def test_stage_2_goes_on_from_the_weights_of_stage_1(run_eb, tmp_path, monkeypatch):
-    """No rewinding, a fresh optimizer, and for channels the slim network's weights."""
+    """No rewinding, a fresh optimizer, and for channels the narrow network's weights."""
     for pruning in ("unstructured", "channel"):
         seen = []
         original = utils.training.run.Run.adversarial_epoch
@@ -179,7 +179,8 @@ def test_stage_2_goes_on_from_the_weights_of_stage_1(run_eb, tmp_path, monkeypat
         first = stage1_network(only_run(tmp_path / pruning))
         expected = first.state_dict()
         if pruning == "channel":
-            expected = slim(first, kept_channels(first, 0.5, floor=0.1)[0]).state_dict()
+            plan, live, _ = plan_largest(first, (1, 8, 8), 0.5, floor=0.1)
+            expected = narrow(first, plan.channels.kept(live)).state_dict()
         else:
             masks = initial_masks(first, 0.5, "magnitude")
             expected = {
@@ -199,8 +200,14 @@ def test_channels_are_gone_and_the_checkpoint_knows_its_widths(run_eb, run_adv, 
     model.load_state_dict(content["state_dict"])
     dense, small = (sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (fresh(), model))
     assert rows[-1]["density"] == summary["density"] == small / dense < 0.6
-    channels = sum(m.num_features for m in fresh().modules() if isinstance(m, torch.nn.BatchNorm2d))
-    assert sum(summary["channels"].values()) == round(0.5 * channels)
+    widths = {
+        name: layer.weight.shape[0]
+        for name, layer in model.named_modules()
+        if f"{name}.weight" in fresh().state_dict()
+        and layer.weight.shape[0] < fresh().get_submodule(name).weight.shape[0]
+    }
+    assert summary["channels"] == widths
+    assert all(width % 8 == 0 for width in widths.values())
     assert (
         summary["flops"]["real"]["inference"]
         == real_inference(layer_costs(model, (1, 8, 8)))
@@ -245,10 +252,11 @@ def test_other_networks_lose_channels_too(run_eb, tmp_path, image_tree, arch):
 
 
 def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
-    """The last norm's scales far below all others, as after a few epochs of clean training."""
+    """The last group's scales far below all others, as after a few epochs of clean training."""
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
     state = load_checkpoint(only_run(tmp_path / "dense").checkpoint)["state_dict"]
-    state["bn.weight"] *= 1e-6
+    for name in ("bn.weight", "layer4.1.bn1.weight"):
+        state[name] *= 1e-6
     torch.save({"state_dict": state}, tmp_path / "dense.pth.tar")
     flags = (
         "--dataset digits --width 0.0625 --epochs2 1 --batch_size 25 --train_subset 100"
@@ -262,11 +270,13 @@ def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
         "channel",
         "--density",
         0.5,
+        "--channel_multiple",
+        1,
     ]
-    outcome = run_eb(*flags, "--channel_floor", 0, "--save_dir", tmp_path / "one")
-    assert "note: bn would have kept 0 of its channels and keeps its 1 largest" in outcome.out
-    outcome = run_eb(*flags, "--save_dir", tmp_path / "tenth")
-    assert "note: bn would have kept 0 of its channels and keeps its 3 largest" in outcome.out
+    for floor, stay in ((0, 1), (0.1, 3)):
+        outcome = run_eb(*flags, "--channel_floor", floor, "--save_dir", tmp_path / str(floor))
+        helped = f"note: layer4.0.conv2 would have kept 0 of its channels and keeps its {stay} "
+        assert helped in outcome.out, outcome.out + outcome.err
 
 
 # ---------------------------------------------------------------- when the ticket is drawn
@@ -312,7 +322,7 @@ def test_density_one_prunes_nothing_and_says_so(run_eb, tmp_path, pruning):
     assert "warning: --density 1 keeps everything, nothing is pruned" in outcome.out
     content = load_checkpoint(only_run(tmp_path).checkpoint)
     assert content["masking"] is None
-    assert "kept" not in content["network"]
+    assert "channels" not in content["network"]
     assert read_summary(only_run(tmp_path))["density"] == 1
 
 
@@ -537,10 +547,7 @@ def test_a_mask_that_is_gone_is_missed_at_once(run_eb, tmp_path, monkeypatch):
     ("flags", "part"),
     [
         (["--density", "1e-6"], "fewer weights than the network has layers"),
-        (
-            ["--density", "1e-6", "--pruning", "channel"],
-            "fewer channels than the network has batch norms",
-        ),
+        (["--density", "1e-6", "--pruning", "channel"], "fewer channels than it has groups"),
         (["--dataset", "imagefolder", "--data", "nowhere"], "no such folder"),
         (["--data", "nowhere"], "names no data set"),
         (["--stage1_pretrained", "nowhere.pth.tar"], "cannot be read"),
@@ -561,22 +568,22 @@ def test_bad_input_is_one_line_and_writes_nothing(run_eb, tmp_path, monkeypatch,
 def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
     assert (
         run_eb(
-            *BIRD, "--save_dir", tmp_path / "slim", "--density", 0.5, "--pruning", "channel"
+            *BIRD, "--save_dir", tmp_path / "narrow", "--density", 0.5, "--pruning", "channel"
         ).code
         == 0
     )
-    path = only_run(tmp_path / "slim").best_ra
+    path = only_run(tmp_path / "narrow").best_ra
     common = ["--dataset", "digits", "--epochs2", 1, "--save_dir", tmp_path / "runs"]
     outcome = run_eb(*common, "--width", 0.0625, "--stage1_pretrained", path)
     assert (outcome.code, "channels were already removed" in outcome.err) == (2, True)
     outcome = run_eb(
-        *common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "slim").stage1
+        *common, "--width", 0.125, "--stage1_pretrained", only_run(tmp_path / "narrow").stage1
     )
     assert (
         outcome.code,
         "it was trained with --width 0.0625, this run has --width 0.125" in outcome.err,
     ) == (2, True)
-    sparse = load_checkpoint(only_run(tmp_path / "slim").stage1)
+    sparse = load_checkpoint(only_run(tmp_path / "narrow").stage1)
     for value in sparse["state_dict"].values():
         if value.dim() > 1:
             value[torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) < 0.8] = 0
@@ -601,11 +608,13 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("network", ["resnet18", {"arch": "resnet18"}, {"kept": []}])
+@pytest.mark.parametrize("network", ["resnet18", {"arch": "resnet18"}, {"channels": []}])
 def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv, tmp_path, network):
     assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
     content = load_checkpoint(only_run(tmp_path / "runs").checkpoint)
-    content["network"] = {**content["network"], **network} if network == {"kept": []} else network
+    content["network"] = (
+        {**content["network"], **network} if network == {"channels": []} else network
+    )
     torch.save(content, tmp_path / "odd.pth.tar")
     for outcome in (
         run_eb(

@@ -2,7 +2,7 @@
 state dict.
 
 Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
-classes]``: normalization is inside. Slim networks stay slim, but for the plain state dict, which
+classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict, which
 has their full size. A file takes its name only after what was written has been read again and has
 computed what the network does.
 """
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from models import load_model
 from models.loading import build_network, full_size, full_size_state, network_of, stored_network
-from models.slimming import for_channels_first
 from sparse_core import prunable
 from utils.errors import InputError, RunError, one_line
 from utils.seeding import seeded, stream
@@ -218,7 +217,6 @@ def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
         "output_names": ["logits"],
         "verbose": False,
     }
-    model = for_channels_first(model)
     with warnings.catch_warnings():  # of libraries about each other
         warnings.simplefilter("ignore")
         options |= {"dynamo": True, "dynamic_shapes": _dynamic_batch()}

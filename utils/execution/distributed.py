@@ -252,16 +252,14 @@ def synchronize_batch_norm(model: nn.Module) -> None:
     """Make every batch norm one of torch's SyncBatchNorm, in place: statistics over the whole batch
     of all processes.
 
-    Each stays what else it is, a ``BatchNorm2d``, say, whose channels can be removed, or one that
-    picks its channels.
+    Each stays what else it is, a ``BatchNorm2d``, say, whose channels can be removed.
     """
     norms = [
         m
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.SyncBatchNorm)
     ]
-    # Neither torch's own nor a norm that picks computes by itself: both go on to the next class,
-    # which is torch's.
+    # torch's own batch norms go on to the next class, which is torch's too
     kinds = {
         kind: type(f"Sync{kind.__name__}", (kind, nn.SyncBatchNorm), {"process_group": None})
         for kind in {type(m) for m in norms}

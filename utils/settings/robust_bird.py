@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from models import CUSTOM_ARCHITECTURES
-from models.slimming import usual_floor
+from models.channels import usual_floor
 from utils.early_bird import KINDS, TOLERANCES, EarlyBird
 from utils.errors import InputError, require
 from utils.seeding import stream
@@ -21,6 +20,7 @@ from utils.settings.rules import Rule
 from utils.storage.inputs import refuse_what_is_no_checkpoint
 from utils.training.schedule import Plan
 
+_CHANNELS = "channel_floor channel_multiple"
 TICKET_RULES = (
     *COMMON_RULES,
     Rule(
@@ -28,14 +28,8 @@ TICKET_RULES = (
         lambda s: s.stage1_pretrained is not None,
         "--stage1_pretrained, which skips stage 1",
     ),
-    Rule(
-        "",
-        lambda s: s.pruning == "channel" and s.arch in CUSTOM_ARCHITECTURES,
-        "--pruning channel cannot take {s.arch}: channels are removed from ResNets, VGGs and wide"
-        " ResNets",
-    ),
-    Rule("channel_floor", lambda s: s.pruning != "channel", "--pruning unstructured", True),
-    Rule("channel_floor", lambda s: s.density == 1, "--density 1, which removes nothing", True),
+    Rule(_CHANNELS, lambda s: s.pruning != "channel", "--pruning unstructured", True),
+    Rule(_CHANNELS, lambda s: s.density == 1, "--density 1, which removes nothing", True),
     Rule(
         "",
         lambda s: "fast" in s.stages and s.norm == "l2",
@@ -112,7 +106,12 @@ class TicketSettings(CommonSettings):
     )
     density: float = flag.sparsity(0.2, "kept fraction of the weights, or of the channels")
     channel_floor: float | None = flag.sparsity(
-        None, "least kept fraction of each layer's channels (default: .1, at most half the density)"
+        None, "least kept fraction of each group's channels (default: .1, at most half the density)"
+    )
+    channel_multiple: int | None = flag.sparsity(
+        None,
+        "channels of a group are kept in multiples of it (default: 16, of narrow networks 8)",
+        metavar="CHANNELS",
     )
 
     @property
@@ -176,7 +175,7 @@ class TicketSettings(CommonSettings):
 
     @property
     def floor(self) -> float:
-        """Least kept fraction of each layer's channels."""
+        """Least kept fraction of each group's channels."""
         return usual_floor(self.density) if self.channel_floor is None else self.channel_floor
 
     def early_bird(self) -> EarlyBird:
@@ -219,8 +218,13 @@ class TicketSettings(CommonSettings):
             0 < self.density <= 1,
             f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
         )
+        multiple = self.channel_multiple
+        require(
+            multiple is None or multiple >= 1,
+            f"--channel_multiple must be at least 1, not {multiple}",
+        )
         fits = (
-            f"--channel_floor {self.floor:g} lies in [0, --density {self.density:g}]: no layer can"
+            f"--channel_floor {self.floor:g} lies in [0, --density {self.density:g}]: no group can"
             " keep more than its share for sure"
         )
         require(0 <= self.floor <= self.density, fits)

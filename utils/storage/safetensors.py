@@ -22,8 +22,8 @@ from utils.storage.json_files import parsed
 SUFFIX = ".safetensors"
 # What describes the network; the rest of the metadata says where it comes from.
 _NETWORK = frozenset(
-    "arch num_classes mean std width depth_factor width_factor image_size kept classes".split()
-)
+    "arch num_classes mean std width depth_factor width_factor image_size channels classes".split()
+) | {"kept"}  # of versions before 0.2, which are refused
 
 
 def safetensors_bytes(

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from models import flops
+from models.channels import ChannelPlan, narrow, plan_largest
 from models.loading import build_network, full_size, network_of, refuse_other_classes, spec_in
-from models.slimming import kept_channels, slim
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils.errors import InputError, require
 from utils.evaluation.scores import evaluate
@@ -104,16 +104,23 @@ class RobustBirdRun(Run):
         settings = self.settings
         try:
             if settings.pruning == "channel":
-                kept_channels(model, settings.density, settings.floor)
+                self._largest_channels(model)
             else:
                 initial_masks(model, settings.density, "magnitude")
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # torch-pruning may not be installed
             raise InputError(str(error)) from error
+
+    def _largest_channels(
+        self, model: nn.Module
+    ) -> tuple[ChannelPlan, torch.Tensor, dict[str, int]]:
+        s = self.settings
+        shape = self.data.image_shape
+        return plan_largest(model, shape, s.density, s.floor, s.channel_multiple)
 
     def _pretrained(self, path: str) -> nn.Module:
         """The network of ``--stage1_pretrained``: dense, whole and of this architecture."""
         content = read_checkpoint(path)
-        if "kept" in (spec_in(content, path) or {}):
+        if "channels" in (spec_in(content, path) or {}):
             raise InputError(
                 f"--stage1_pretrained {path} is a network whose channels were already removed; a"
                 " dense one is needed"
@@ -288,14 +295,16 @@ class RobustBirdRun(Run):
         if settings.density == 1:
             self.folder.say("warning: --density 1 keeps everything, nothing is pruned")
         elif settings.pruning == "channel":
-            kept, helped = kept_channels(model, settings.density, settings.floor)
+            plan, live, helped = self._largest_channels(model)
+            for note in plan.notes():
+                self.folder.say(note)
             for name, count in helped.items():
                 self.folder.say(
                     f"note: {name} would have kept {count} of its channels and keeps its"
-                    f" {len(kept[name])} largest"
+                    f" {plan.counts[name]} largest"
                 )
-            self.spec = {**self.spec, "kept": kept}
-            weights = slim(model, kept).state_dict()
+            self.spec = {**self.spec, "channels": plan.channels.kept(live)}
+            weights = narrow(model, self.spec["channels"]).state_dict()
             # as a resumed run builds it, so that not even strides differ
             model = build_network(self.spec, self.device)
             model.load_state_dict(weights)
@@ -331,11 +340,8 @@ class RobustBirdRun(Run):
     def _say_pruned(self) -> None:
         live, figures = self.stage.live_counts(), self.stage.figures()
         dense = flops.real_inference(self.dense_costs)
-        channels = ""
-        if "kept" in self.spec:
-            channels = f"{sum(map(len, self.spec['kept'].values()))} batch norm channels, "
         self.folder.say(
-            f"pruned: {channels}{sum(live.values())} weights stay (density"
+            f"pruned: {sum(live.values())} weights stay (density"
             f" {figures['density']:.4f}), {figures['inference_flops']:.4g} FLOPs an image,"
             f" {figures['inference_flops'] / dense:.3f} of the dense network's"
         )
@@ -375,7 +381,8 @@ class RobustBirdRun(Run):
                 "val_sa": rows[-1]["val_sa"],
                 "seconds": seconds,
             }
-        kept = {name: len(channels) for name, channels in self.spec.get("kept", {}).items()}
+        sides = self.spec.get("channels", {})
+        kept = {name: len(out) for name, (out, _) in sides.items() if out is not None}
         return {**super().summary(), "stage1": first, "channels": kept}
 
     def flops(self) -> dict[str, dict[str, int]]:

@@ -552,8 +552,7 @@ class Run(ABC):
             raise InputError(
                 f"{path} was trained on other data: classes, image size or pixel statistics differ"
             )
-        # channels that come and go are the masks' to tell
-        self.spec = {name: value for name, value in spec.items() if name != "channels"}
+        self.spec = spec
         try:
             self.history = list(content["history"])
             self.stage = self.stage_of(content)
