@@ -209,11 +209,11 @@ def ours(
     """The same step by this project, with one optimization more each time."""
     device = torch.device(options.device)
     precision = best_precision(device)
-    variants = {"ours: float32, channels-last": Execution(graphs=False)}
+    variants = {"ours: float32, channels-last": Execution(graphs="off")}
     if precision == "bf16":
-        variants["+ bf16"] = Execution(precision, graphs=False)
+        variants["+ bf16"] = Execution(precision, graphs="off")
     if not options.quick:  # compiling takes longer than all the rest of a quick run
-        variants["+ compiled"] = Execution(precision, compile=True, graphs=False)
+        variants["+ compiled"] = Execution(precision, compile=True, graphs="off")
     if _cuda(options):
         variants["+ the attack as one CUDA graph"] = Execution(precision, compile=not options.quick)
     split = Split(
@@ -223,7 +223,7 @@ def ours(
         device,
     )
     steps = {name: _step(options, split, execution) for name, execution in variants.items()}
-    plain = Execution(precision, graphs=False)
+    plain = Execution(precision, graphs="off")
     trades = {"loss": LOSSES["trades"], "options": Options(beta=6.0)}
     pgd = PGD(8 / 255, 2 / 255, options.train_step)
     climbing = replace(pgd, loss="kl", start="gaussian")

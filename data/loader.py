@@ -5,13 +5,14 @@ A data set that does not fit stays memory-mapped on disk; only the rows of a bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data.augment import Augmentation, augment, to_float
+from data.streaming import streamed
 from utils.execution.distributed import ALONE, World
 from utils.seeding import permutation, stream
 
@@ -39,6 +40,13 @@ class Split:
     def rows(self, indices: Tensor) -> Tensor:
         """The uint8 images at ``indices``, on ``device``."""
         return self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
+
+    def batches(self, wanted: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at each of ``wanted``, indices on the images' device, and these indices; both
+        on ``device``."""
+        if self.images.device == self.device:
+            return ((self.images[indices], indices) for indices in wanted)
+        return streamed(self.images, wanted, self.device)
 
     def spread(self, n: int) -> Tensor:
         """The indices of ``n`` of its images, evenly over the split (all, where it has fewer):
@@ -124,15 +132,21 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's part of the batches of ``epoch`` (from 0), from step ``first_step`` on."""
-        order = self.split.indices[
-            permutation(len(self.split), stream(self.seed, "order", epoch), self.split.device)
+        split, key = self.split, stream(self.seed, "order", epoch)
+        place = split.images.device  # rows that travel are chosen where they lie
+        order = split.indices.to(place)[permutation(len(split), key, place)]
+        bounds = self._bounds[first_step:]
+        parts = [self._part(end - start) for start, end in bounds]
+        wanted = [
+            order[start + first : start + last]
+            for (start, _), (first, last, _) in zip(bounds, parts, strict=True)
         ]
-        for start, end in self._bounds[first_step:]:
-            first, last, counts = self._part(end - start)
-            indices = order[start + first : start + last]
-            x = augment(self.split.rows(indices), indices, self.augmentation, self.seed, epoch)
+        for (start, end), (first, last, counts), (stored, indices) in zip(
+            bounds, parts, split.batches(wanted), strict=True
+        ):
+            x = augment(stored, indices, self.augmentation, self.seed, epoch)
             weight = (last - first) / (end - start) if counts else 0.0
-            yield Batch(x, self.split.labels[indices], indices, weight, end - start)
+            yield Batch(x, split.labels[indices], indices, weight, end - start)
 
     def _part(self, images: int) -> tuple[int, int, bool]:
         """Which of a batch's images this process takes, first and past the last, and whether they

@@ -54,7 +54,7 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     kinds |= {"depth_factor": int, "width_factor": int}
     if isinstance(spec, Mapping) and "kept" in spec:
         raise InputError(
-            f"{path} is of a version before 0.2, in which each batch norm picked its own channels"
+            f"{path} is of an older version, in which each batch norm picked its own channels"
         )
     known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
     if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a bare machine to a table: dense, Robust Bird (weights, channels), Flying Bird and Flying Bird+
-# on scikit-learn's digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method
+# From a bare machine to a table: dense, Robust Bird and Flying Bird by weights and by channels,
+# Flying Bird+, on scikit-learn's digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method
 # solves the digits.
 #   bash scripts/quickstart.sh       OMP_NUM_THREADS=2 made the table in the README
 # A second call reads finished runs; delete runs/quickstart to train again.
@@ -26,6 +26,7 @@ run main_adv.py --epochs 16
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.2
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.5 --pruning channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fb
+run main_adv.py --epochs 16 --density 0.5 --update_frequency 20 --fb --structure channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fbp --dynamic_epoch 0.5
 echo "training took $SECONDS s"
 echo

@@ -229,7 +229,7 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
             r"describes a network of \d+ numbers and holds",
         ),
         ({"mean": ["a", 0.5, 0.5]}, "mean and the standard deviation of its pixels"),
-        ({"kept": {"bn1": [0]}}, "a version before 0.2"),
+        ({"kept": {"bn1": [0]}}, "an older version"),
         ({"channels": {"conv1": [[0.5], None]}}, "which channels its network kept"),
         (
             {"num_classes": 10**7, "channels": {"conv1": [[0], None]}},

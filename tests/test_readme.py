@@ -346,7 +346,7 @@ def test_the_library_snippet_runs(capsys):
 
 
 def test_the_table_is_that_of_the_stored_runs():
-    methods = ("dense", "rb", "rb-channel", "fb", "fbp")
+    methods = ("dense", "rb", "rb-channel", "fb", "fb-channel", "fbp")
     stored = [
         json.loads((ROOT / "results" / "quickstart" / method / "summary.json").read_text())
         for method in methods
@@ -361,14 +361,14 @@ def test_named_scripts_exist():
 
 
 def test_the_quickstart_is_what_its_script_says(run_adv, run_eb, tmp_path, monkeypatch):
-    """Its five commands, with the epochs cut; the script itself takes minutes."""
+    """Its six commands, with the epochs cut; the script itself takes minutes."""
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
     (common,) = re.findall(r"common=\((.*?)\)", script, flags=re.S)
     tails = re.findall(r"^run (.*)$", script, flags=re.M)
     assert [tail.split()[0] for tail in tails] == [
         "main_adv.py",
         *["Robust-Bird/train_eb.py"] * 2,
-        *["main_adv.py"] * 2,
+        *["main_adv.py"] * 3,
     ]
     monkeypatch.chdir(tmp_path)
     for tail in tails:
@@ -381,4 +381,4 @@ def test_the_quickstart_is_what_its_script_says(run_adv, run_eb, tmp_path, monke
         flags += ["--update_frequency", "2"] if "fb" in tail else []
         outcome = (run_adv if program == "main_adv.py" else run_eb)(*flags)
         assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    assert len(list((tmp_path / "out").iterdir())) == 6

@@ -616,8 +616,11 @@ def test_settings_from_a_checkpoint_are_checked_too():
     ],
 )
 def test_devices(line, gpus, expected, monkeypatch):
+    chosen = []
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     assert str(pick_device(parse(line))) == expected
+    assert [str(device) for device in chosen] == [expected] * (expected != "cpu")
 
 
 @pytest.mark.parametrize(
@@ -638,6 +641,7 @@ def test_deterministic_kernels_are_for_gpus(monkeypatch):
         pick_device(parse("--deterministic"))
     assert asked == []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     pick_device(parse("--deterministic"))
     assert asked == [True]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -2,9 +2,9 @@
 state dict.
 
 Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
-classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict, which
-has their full size. A file takes its name only after what was written has been read again and has
-computed what the network does.
+classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict,
+which has their full size. A file takes its name only after what was written has been read again
+and has computed what the network does.
 """
 
 from __future__ import annotations

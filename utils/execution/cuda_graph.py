@@ -1,16 +1,29 @@
-"""A whole PGD attack as one CUDA graph: captured once for a batch size, then replayed without the
-host."""
+"""Work on a GPU as one CUDA graph: captured once for a batch size, then replayed without the host.
+
+A graph computes where its tensors lie: weights and statistics may change in place between replays,
+and inputs are copied into tensors of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from utils.errors import RunError, one_line
+from utils.seeding import host_draws
+
 AttackOnce = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+StepOnce = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+Inputs = Sequence[Tensor | None]
 _WARM_UPS = 3  # libraries choose their kernels and allocate in these
+
+
+class UncapturedError(Exception):
+    """Work that cannot become a graph, found before anything was captured: go on without."""
 
 
 class GraphMemory:
@@ -18,57 +31,183 @@ class GraphMemory:
     which no other stream may reuse."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
 
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work on the stream, after all that was begun before and before all that comes later."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            # which puts the usual stream back, whatever a failed capture leaves
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+class Captured:
+    """What ``work`` does with tensors that stay where they are, to be done again."""
+
+    def __init__(self, work: Callable[[], Any], memory: GraphMemory) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            self._graph, pool=memory.pool, stream=memory.stream, capture_error_mode="thread_local"
+        ):
+            self.outputs = work()
+
+    def replay(self) -> None:
+        """Do it again, into the same ``outputs``."""
+        self._graph.replay()
+
+
+def may_capture(device: torch.device) -> bool:
+    """Whether there are graphs on this device."""
+    return device.type == "cuda"
+
+
+def _capture(work: Callable[[], Any], memory: GraphMemory) -> Captured:
+    """After a failed capture the allocator may still count on it, so the process does not go on."""
+    try:
+        return Captured(work, memory)
+    except RuntimeError as error:
+        raise RunError(
+            f"a CUDA graph could not be captured ({one_line(error)[:200]}); nothing is lost:"
+            " --resume --cuda_graphs off goes on without"
+        ) from error
+
 
 class GraphedAttack:
-    """``attack_once`` on batches of one shape. Weights and statistics are read where they lie, so
-    they may change in place.
+    """``attack_once`` on batches of one shape.
 
     Args:
         model: whose statistics an attack in train mode moves; the capture leaves them as they are,
             also when it fails.
         attack_once: images, labels and draws to adversarial images, without a look at any value.
-        x, y, draws: a first batch, on the GPU.
-        shared: with the other graphs of one network.
+        inputs: images, labels and draws of a first batch, on the GPU.
+        memory: shared with the other graphs of one network.
+
+    Raises:
+        UncapturedError: there is not enough memory for it, or the network draws on the host.
+        RunError: the capture failed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        attack_once: AttackOnce,
-        x: Tensor,
-        y: Tensor,
-        draws: Tensor | None,
-        shared: GraphMemory,
+        self, model: nn.Module, attack_once: AttackOnce, inputs: Inputs, memory: GraphMemory
     ) -> None:
-        self._x, self._y = torch.empty_like(x).copy_(x), y.clone()
-        self._draws = None if draws is None else draws.clone()
+        self._inputs = _own(inputs)
+        x, y, draws = self._inputs
+        assert x is not None
+        assert y is not None
+
+        def work() -> Tensor:
+            return attack_once(x, y, draws)
+
         before = [buffer.clone() for buffer in model.buffers()]
-        stream = shared.stream
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        self._graph = torch.cuda.CUDAGraph()
         try:
-            # which puts the usual stream back, whatever a failed capture leaves
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    attack_once(self._x, self._y, self._draws)
-                with torch.cuda.graph(
-                    self._graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"
-                ):
-                    self._adversarial = attack_once(self._x, self._y, self._draws)
-            torch.cuda.current_stream(x.device).wait_stream(stream)
+            with memory.beside():
+                _warm_up(work)
+                self._captured = _capture(work, memory)
         finally:
             with torch.no_grad():
                 for buffer, value in zip(model.buffers(), before, strict=True):
                     buffer.copy_(value)
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Adversarial images, in memory that the next call writes to."""
-        self._x.copy_(x)
-        self._y.copy_(y)
-        if self._draws is not None and draws is not None:
-            self._draws.copy_(draws)
-        self._graph.replay()
-        return self._adversarial
+        _fill(self._inputs, inputs)
+        self._captured.replay()
+        adversarial: Tensor = self._captured.outputs
+        return adversarial
+
+
+class GraphedStep:
+    """A whole update (attack, forward, backward, optimizer) on batches of one shape.
+
+    The first updates are done as usual, on the graph's stream: they give the optimizer its momentum
+    and the libraries their kernels. What is captured is not run, but replayed at once.
+
+    Args:
+        optimizer: SGD of one group. Its learning rate is read at each call.
+        step_once: images, labels and draws to the loss, the correct answers and the attacked
+            images.
+        memory: shared with the other graphs of one network.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, step_once: StepOnce, memory: GraphMemory
+    ) -> None:
+        self._optimizer, self._step_once, self._memory = optimizer, step_once, memory
+        (self._group,) = optimizer.param_groups
+        self._done = 0
+        self._captured: Captured | None = None
+        self._inputs: list[Tensor | None] = []
+        self._gradients: list[Tensor | None] = []
+        self._rate = torch.zeros((), device=memory.device)
+
+    @property
+    def is_captured(self) -> bool:
+        return self._captured is not None
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Loss, correct answers and attacked images; the last in memory that the next call writes
+        to."""
+        if self._captured is None and self._done < _WARM_UPS:
+            self._done += 1
+            x, y, draws = inputs
+            assert x is not None
+            assert y is not None
+            with self._memory.beside():
+                return self._step_once(x, y, draws)
+        if self._captured is None:
+            self._capture(inputs)
+        assert self._captured is not None
+        _fill(self._inputs, inputs)
+        self._rate.fill_(self._group["lr"])
+        self._captured.replay()
+        for parameter, gradient in zip(self._group["params"], self._gradients, strict=True):
+            parameter.grad = gradient  # a step outside of the graph leaves others
+        loss, right, attacked = self._captured.outputs
+        return loss.clone(), right.clone(), attacked
+
+    def _capture(self, inputs: Inputs) -> None:
+        self._inputs = _own(inputs)
+        x, y, draws = self._inputs
+        assert x is not None
+        assert y is not None
+        rate = self._group["lr"]
+        self._group["lr"] = self._rate
+        drawn = host_draws()
+        try:
+            with self._memory.beside():
+                self._captured = _capture(lambda: self._step_once(x, y, draws), self._memory)
+        finally:
+            self._group["lr"] = rate
+        if host_draws() != drawn:
+            raise RunError(
+                "the network draws on the host, which a CUDA graph would not repeat; --resume"
+                " --cuda_graphs auto goes on"
+            )
+        self._gradients = [parameter.grad for parameter in self._group["params"]]
+
+
+def _warm_up(work: Callable[[], object]) -> None:
+    before = host_draws()
+    try:
+        for _ in range(_WARM_UPS):
+            work()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UncapturedError(one_line(error)[:200]) from error
+    if host_draws() != before:
+        raise UncapturedError("the network draws on the host, which a graph would not repeat")
+
+
+def _own(inputs: Inputs) -> list[Tensor | None]:
+    return [None if value is None else torch.empty_like(value).copy_(value) for value in inputs]
+
+
+def _fill(own: Inputs, inputs: Inputs) -> None:
+    for mine, value in zip(own, inputs, strict=True):
+        if mine is not None and value is not None:
+            mine.copy_(value)

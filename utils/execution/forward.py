@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,18 @@ from torch import Tensor, nn
 from models.modes import in_mode, without_parameter_gradients
 from utils.attacks import PGD, pgd_attack
 from utils.errors import RunError, one_line
-from utils.execution.cuda_graph import AttackOnce, GraphedAttack, GraphMemory
+from utils.execution import cuda_graph
+from utils.execution.cuda_graph import (
+    AttackOnce,
+    GraphedAttack,
+    GraphedStep,
+    GraphMemory,
+    StepOnce,
+    UncapturedError,
+)
 from utils.execution.distributed import ALONE, World
 from utils.execution.hardware import PRECISIONS
-from utils.seeding import host_draws, lent_generators
+from utils.seeding import lent_generators
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,14 @@ class Execution:
     Attributes:
         precision: one of ``PRECISIONS``.
         compile: whether networks are compiled; None where it pays for the length of a training.
-        graphs: whether an attack on a GPU is captured as a CUDA graph.
+        graphs: what is captured as a CUDA graph on a GPU: ``auto`` each attack, ``full`` each
+            update with its attack, ``off`` nothing.
         world: the processes that train together.
     """
 
     precision: str = "float32"
     compile: bool | None = False
-    graphs: bool = True
+    graphs: str = "auto"
     world: World = ALONE
 
     def __post_init__(self) -> None:
@@ -59,8 +67,7 @@ class Execution:
 
 PLAIN = Execution()
 # FLOPs of a training from which compiling pays: on a CPU (2 cores, 350 GFLOP/s) it takes 100 s and
-# gains 5 %, so after 40
-# minutes; for GPUs an estimate, not measured.
+# gains 5 %, so after 40 minutes; for GPUs an estimate, not measured.
 _PAYS_TO_COMPILE = {"cpu": 1e15, "cuda": 1e17}
 
 
@@ -89,12 +96,15 @@ class Forward:
         self._autocast = execution.precision == "bf16"
         self._graph_sizes = frozenset(sizes)
         self._sizes = self._graph_sizes if execution.compile else frozenset()
-        self._may_graph = execution.graphs
-        self._graphs: dict[Any, GraphedAttack] = {}
-        self._uncaptured: set[Any] = set()
+        self._wanted = execution.graphs
+        self._attacks: dict[Hashable, GraphedAttack] = {}
+        self._updates: dict[Hashable, GraphedStep] = {}
+        self._is_capturing = False
+        self._uncaptured: set[Hashable] = set()
         self._shared: GraphMemory | None = None
         self._compiled: Any = None
         self._replica: nn.Module | None = None
+        self._notes: list[str] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``[N, classes]`` of images ``[N, C, H, W]``; other processes are not asked."""
@@ -107,7 +117,7 @@ class Forward:
 
     def reset(self) -> None:
         """Forget what was compiled, captured and replicated: the network's tensors are others."""
-        self._graphs, self._uncaptured = {}, set()
+        self._attacks, self._updates, self._uncaptured = {}, {}, set()
         if self._compiled is not None:
             torch.compiler.reset()
         self._compiled = self._replica = None
@@ -137,48 +147,72 @@ class Forward:
                 self.model, x, y, attack, training=training, draws=draws, forward=self
             )
 
-        if not (
-            self._may_graph
-            and x.device.type == "cuda"
-            and len(x) in self._graph_sizes
-            and attack.steps > 0
-        ):
+        if attack.steps == 0 or not self._is_graphed(x) or self._is_capturing:
             return once(x, y, draws)
         if training and any(
             isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()
         ):
             return once(x, y, draws)  # collectives stay outside of graphs
         key = (attack, training, x.shape)
-        if key not in self._graphs and key not in self._uncaptured:
-            self._capture(key, once, x, y, draws)
-        return self._graphs[key](x, y, draws) if key in self._graphs else once(x, y, draws)
+        if key not in self._attacks and key not in self._uncaptured:
+            self._capture(key, once, (x, y, draws))
+        return self._attacks[key](x, y, draws) if key in self._attacks else once(x, y, draws)
+
+    def update(
+        self,
+        once: StepOnce,
+        x: Tensor,
+        y: Tensor,
+        draws: Tensor | None,
+        *,
+        optimizer: torch.optim.Optimizer,
+        key: Hashable,
+    ) -> tuple[Tensor, ...]:
+        """``once(x, y, draws)``, an update by ``optimizer``: as one graph for batches of the usual
+        sizes where graphs are ``full``. ``key`` holds whatever else ``once`` depends on."""
+        if self._wanted != "full" or not self._is_graphed(x) or self.world.size > 1:
+            return once(x, y, draws)
+        whole = (key, x.shape)
+        if whole not in self._updates:
+            self._updates[whole] = GraphedStep(optimizer, once, self._memory(x.device))
+        self._is_capturing = True  # the attack within is a part of the graph
+        try:
+            return self._updates[whole](x, y, draws)
+        finally:
+            self._is_capturing = False
+
+    def _is_graphed(self, x: Tensor) -> bool:
+        return (
+            self._wanted != "off"
+            and len(x) in self._graph_sizes
+            and cuda_graph.may_capture(x.device)
+        )
+
+    def _memory(self, device: torch.device) -> GraphMemory:
+        if self._shared is None:
+            self._shared = GraphMemory(device)
+        return self._shared
 
     def _capture(
-        self, key: Any, once: AttackOnce, x: Tensor, y: Tensor, draws: Tensor | None
+        self, key: Hashable, once: AttackOnce, inputs: tuple[Tensor, Tensor, Tensor | None]
     ) -> None:
-        if self._shared is None:
-            self._shared = GraphMemory(x.device)
+        device = inputs[0].device
         try:
-            with lent_generators(x.device):  # the step draws as one that captures nothing
-                before = host_draws()
-                graph = GraphedAttack(self.model, once, x, y, draws, self._shared)
-                if host_draws() != before:
-                    raise RuntimeError(
-                        "the network draws on the host, and a graph would repeat what it drew"
-                    )
-            self._graphs[key] = graph
-        except RuntimeError as error:
-            # an operation that cannot be captured, or not enough memory for batches of this size
+            with lent_generators(device):  # the step draws as one that captures nothing
+                self._attacks[key] = GraphedAttack(self.model, once, inputs, self._memory(device))
+        except UncapturedError as error:
             self._uncaptured.add(key)
-            warnings.warn(
-                f"no CUDA graph of the attack ({one_line(error)[:200]}); going on without",
-                stacklevel=3,
-            )
+            self._notes.append(f"warning: no CUDA graph of the attack ({error}); going on without")
 
     @property
     def graphs(self) -> int:
-        """Attacks that have been captured."""
-        return len(self._graphs)
+        """Attacks and updates that have been captured."""
+        return len(self._attacks) + sum(step.is_captured for step in self._updates.values())
+
+    def notes(self) -> list[str]:
+        """What is to be said of it since the last call."""
+        told, self._notes = self._notes, []
+        return told
 
     def prepare(self, x: Tensor, attacked: bool, training: bool, tested: int = 0) -> str:
         """Compile for training on batches like these images ``x`` and for tests; returns what to

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 PRECISIONS = ("float32", "bf16")
+GRAPHS = ("auto", "off", "full")  # what a GPU captures (``utils.execution.forward``)
 
 
 def best_precision(device: torch.device) -> str:

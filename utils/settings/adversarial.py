@@ -37,6 +37,11 @@ def _dense(s: AdversarialSettings) -> bool:
 
 _METHOD_RULES = (
     Rule("", lambda s: s.reset, "--reset has no meaning in the paper's method; leave it out"),
+    Rule(
+        "",
+        lambda s: s.cuda_graphs == "full" and s.structure == "channel",
+        "--cuda_graphs full cannot take --structure channel, whose scores are not in the graph",
+    ),
     Rule("", lambda s: s.fb and s.fbp, "--fb and --fbp are two methods; choose one"),
     Rule("", lambda s: s.fbp and s.fix, "--fbp adapts the masks and --fix keeps them; choose one"),
 )
@@ -44,7 +49,7 @@ _EVALUATION_RULES = (
     Rule("", lambda s: s.eval and s.pretrained is None, "--eval needs --pretrained FILE"),
     Rule("resume resume_dir save_dir precision", lambda s: s.eval, "--eval"),
     Rule(
-        "print_freq save_every save_minutes compile eval_every test_every tensorboard",
+        "print_freq save_every save_minutes compile cuda_graphs eval_every test_every tensorboard",
         lambda s: s.eval,
         "--eval",
         True,

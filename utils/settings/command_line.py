@@ -119,6 +119,7 @@ _TAKEN_ALONG = (
     "data",
     "cache_dir",
     "compile",
+    "cuda_graphs",
     "test_every",
     "tensorboard",
     "stage1_ra",

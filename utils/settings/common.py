@@ -20,7 +20,7 @@ from data.guess import guess_data_set
 from models import CUSTOM_ARCHITECTURES, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs, n_fgsm
 from utils.errors import InputError, require
-from utils.execution.hardware import PRECISIONS, best_precision
+from utils.execution.hardware import GRAPHS, PRECISIONS, best_precision
 from utils.settings.flags import epoch_number, flag, refuse_odd_values
 from utils.settings.recipes import RECIPES
 from utils.settings.rules import Rule, refuse
@@ -109,6 +109,12 @@ COMMON_RULES = (
         "width", lambda s: s.arch in CUSTOM_ARCHITECTURES, "--arch {s.arch}, whose size is its own"
     ),
     Rule("gpu", lambda s: s.device == "cpu" and s.gpu is not None, "--device cpu"),
+    Rule("cuda_graphs", lambda s: s.device == "cpu", "--device cpu", True),
+    Rule(
+        "",
+        lambda s: s.cuda_graphs == "full" and s.awp,
+        "--cuda_graphs full cannot take --awp, whose masks are not in the graph",
+    ),
     Rule(
         "",
         lambda s: s.resume and s.resume_dir,
@@ -248,6 +254,11 @@ class CommonSettings:
     )
     compile: str = flag.hardware(
         "auto", "torch.compile; auto where it pays", choices=("auto", "on", "off")
+    )
+    cuda_graphs: str = flag.hardware(
+        "auto",
+        "what a GPU captures as a CUDA graph: each attack, nothing, or (untimed) whole updates",
+        choices=GRAPHS,
     )
     eval_every: int = flag.hardware(
         1,

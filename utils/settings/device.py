@@ -25,8 +25,8 @@ def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
     unable = settings.sync_bn and device.type == "cpu" and not (stored and world.size == 1)
     require(not unable, "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
     use_fast_kernels(device)
-    if device.type == "cuda" and world.size > 1:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and generators are those of the current one
     if settings.deterministic:
         require(
             device.type == "cuda",

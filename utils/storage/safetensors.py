@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 # What describes the network; the rest of the metadata says where it comes from.
 _NETWORK = frozenset(
     "arch num_classes mean std width depth_factor width_factor image_size channels classes".split()
-) | {"kept"}  # of versions before 0.2, which are refused
+) | {"kept"}  # of an older version, which is refused
 
 
 def safetensors_bytes(

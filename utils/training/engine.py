@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,37 +108,49 @@ def train_step(
         awp: length of the adversarial weight perturbation; 0 for none.
         masks: of the weights that it leaves at zero.
     """
-    x = attacked = batch.x
     forward = Forward(model) if forward is None else forward
     world = forward.world
+    draws = None
     if attack is not None:
-        draws = attack_draws(attack, batch.indices, x.shape[1:], *key)
-        attacked = forward.attack(x, batch.y, attack, training=attack_training, draws=draws)
+        draws = attack_draws(attack, batch.indices, batch.x.shape[1:], *key)
 
-    def batch_loss(network: Network = forward.averaged) -> tuple[Tensor, Tensor]:
-        value, logits = loss.compute(network, x, attacked, batch.y, options)
+    def batch_loss(
+        network: Network, x: Tensor, attacked: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        value, logits = loss.compute(network, x, attacked, y, options)
         # The average over processes of these is the mean over the whole batch, however it was
         # divided.
         return value * (batch.weight * world.size) if world.size > 1 else value, logits
 
-    uphill = perturbed_weights(model, awp, lambda: batch_loss()[0], masks)
-    with uphill if awp else contextlib.nullcontext():
-        optimizer.zero_grad(set_to_none=True)
-        value, logits = batch_loss()
-        value.backward()
-    optimizer.step()
-    right = (logits.detach().argmax(dim=1) == batch.y).sum()
+    def update(x: Tensor, y: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        attacked = x
+        if attack is not None:
+            attacked = forward.attack(x, y, attack, training=attack_training, draws=draws)
+        of_batch = (forward.averaged, x, attacked, y)
+        uphill = perturbed_weights(model, awp, lambda: batch_loss(*of_batch)[0], masks)
+        with uphill if awp else contextlib.nullcontext():
+            optimizer.zero_grad(set_to_none=True)
+            value, logits = batch_loss(*of_batch)
+            value.backward()
+        optimizer.step()
+        return value.detach(), (logits.detach().argmax(dim=1) == y).sum(), attacked
+
+    kind = (attack, attack_training, loss, options, awp)
+    value, right, attacked = forward.update(
+        update, batch.x, batch.y, draws, optimizer=optimizer, key=kind
+    )
 
     def loss_of(other: nn.Module) -> Tensor:
-        return batch_loss(lambda images: forward.plainly(other, images))[0]
+        network = partial(forward.plainly, other)
+        return batch_loss(network, batch.x, attacked, batch.y)[0]
 
     if world.size > 1:
         world.share_buffers(model)
         sums = world.total(
-            torch.stack([value.detach().double() / world.size, right.double() * (batch.weight > 0)])
+            torch.stack([value.double() / world.size, right.double() * (batch.weight > 0)])
         )
         return Step(sums[0].to(value.dtype), sums[1].long(), loss_of)
-    return Step(value.detach(), right, loss_of)
+    return Step(value, right, loss_of)
 
 
 def train_epoch(

@@ -142,7 +142,7 @@ def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device)
         model, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
-    forward = Forward(model, Execution(precision, graphs=False))
+    forward = Forward(model, Execution(precision, graphs="off"))
     batch = next(
         TrainLoader(data.train, settings.batch_size, data.augmentation, settings.seed).epoch(0)
     )

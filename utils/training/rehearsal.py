@@ -76,7 +76,7 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     """
     batch = next(plain_batches(data.train, 2))
     forward = Forward(
-        model, dataclasses.replace(execution, compile=False, graphs=False, world=ALONE)
+        model, dataclasses.replace(execution, compile=False, graphs="off", world=ALONE)
     )
     buffers = [buffer.clone() for buffer in model.buffers()]
     with lent_generators(batch.x.device):

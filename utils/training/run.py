@@ -94,7 +94,9 @@ class Run(ABC):
         self.last_good = self.paths.checkpoint  # the file that holds what was saved
         self.warning: str | None = None
         compiled = {"auto": None, "on": True, "off": False}[settings.compile]
-        self.execution = Execution(self.settings.precision, compiled, world=world)
+        self.execution = Execution(
+            self.settings.precision, compiled, self.settings.cuda_graphs, world
+        )
         self.processes = world.size  # of the checkpoint, if there is one
         self._begin()
 
@@ -347,9 +349,12 @@ class Run(ABC):
                 display.training(progress)
                 self._forecast(tally)
 
-            return self.stage.train_epoch(
+            result = self.stage.train_epoch(
                 epoch, tally, print_freq=print_freq, on_progress=on_progress, after_step=after_step
             )
+        for note in self.stage.forward.notes():
+            self.folder.say(note)
+        return result
 
     def _forecast(self, tally: Tally) -> None:
         """Say once, after a few steps, how long the run is likely to take."""
