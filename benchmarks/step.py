@@ -216,6 +216,9 @@ def ours(
         variants["+ compiled"] = Execution(precision, compile=True, graphs="off")
     if _cuda(options):
         variants["+ the attack as one CUDA graph"] = Execution(precision, compile=not options.quick)
+        variants["+ all of it as one CUDA graph"] = Execution(
+            precision, compile=not options.quick, graphs="full"
+        )
     split = Split(
         torch.from_numpy(images).to(device),
         torch.from_numpy(labels).to(device),

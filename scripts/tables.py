@@ -35,7 +35,7 @@ from utils.errors import InputError, require, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 _MODES = ("--plan", "--task", "--report")  # of the processes that a call starts
-_TABLES = "table1 architectures baselines fig1 benchmark dense rb fb fbp".split()
+_TABLES = "table1 architectures baselines fig1 benchmark campaign dense rb fb fbp".split()
 _STOPS = (75, 130, 143)  # exit codes of a run that was asked to stop; then all stop
 _BIRD = "Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd --arch {arch} --seed {seed} --pruning"
 _FLYING = "main_adv.py --arch {arch} --seed {seed} --density {density}"
@@ -45,6 +45,7 @@ METHODS = {
     "rb-channel": f"{_BIRD} channel --density {{density}}",
     "fb": f"{_FLYING} --fb --dynamic_fre",
     "fbp": f"{_FLYING} --fbp --dynamic_fre",
+    "fb-channel": f"{_FLYING} --fb --dynamic_fre --structure channel",
     "static": f"{_FLYING} --fix --sparse_init {{init}}",
 }
 
@@ -98,6 +99,8 @@ def rows(table: str) -> list[Run]:
     if table == "table1":
         channels = [Run("rb-channel", "0.5")] if variable("CHANNELS", "1") != "0" else []
         return [Run("dense"), *birds, *channels]
+    if table == "campaign":  # in order of value, should there not be time for all
+        return [Run("fbp"), Run("dense"), Run("fb"), Run("rb"), Run("fb-channel", "0.5")]
     if table == "architectures":
         networks = variable("ARCHS", "vgg16 wideresnet").split()
         return [replace(run, arch=arch) for arch in networks for run in [Run("dense"), *birds]]
@@ -130,7 +133,7 @@ def command(call: Call, run: Run) -> list[str]:
     """The script and flags of a run. Flags of the call come last, so they win."""
     smoke = variable("SMOKE")
     flags = METHODS[run.method].format(**vars(run)).split()
-    if run.method in ("fb", "fbp"):
+    if run.method.startswith("fb"):
         for name in ("update_frequency", "second_frequency"):
             steps = "2" if smoke else variable(name.upper())
             flags += [f"--{name}", steps] if steps else []
@@ -162,8 +165,9 @@ def commands(call: Call) -> list[list[str]]:
     return runs
 
 
-def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str]]:
-    """State (finished, begun, new) and folder of each run; prints them and how long the rest takes.
+def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
+    """State (finished, begun, new), folder and seconds to go of each run; prints them and how long
+    the rest takes.
 
     All runs share their data. Raises ``InputError`` where a run would.
     """
@@ -185,13 +189,13 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str]]:
     data = load_data_for(asked[0], device)
     placements = [placed(settings, data, device) for settings in asked]
     widest = max(len(paths.root.name) for _, paths in placements)
-    states: list[tuple[str, str]] = []
+    states: list[tuple[str, str, float]] = []
     lines, total, speed = [], 0.0, dict[Any, float]()
     for s, paths in placements:
         epochs: list[dict[str, Any]] = []
         with contextlib.suppress(InputError):  # none yet, or damaged: the run itself reports it
             epochs = read_epochs(paths)
-        state, shown, about = "new", "new", ""
+        state, shown, about, seconds = "new", "new", "", 0.0
         if paths.summary.exists():
             state = shown = "finished"
         else:
@@ -200,11 +204,12 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str]]:
             network = (s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
             if network not in speed:
                 speed[network] = seconds_per_pass(s, data, device)
-            left = image_passes(s, images_of(data), s.epochs_done(epochs)) * speed[network]
-            total, about = total + left, f"about {duration(left)}"
+            passes = image_passes(s, images_of(data), s.epochs_done(epochs))
+            seconds = passes * speed[network]
+            total, about = total + seconds, f"about {duration(seconds)}"
         lines.append(f"{paths.root.name:<{widest}}  {shown:<24}  {about}".rstrip())
-        states.append((state, str(paths.root)))
-    unfinished = sum(state != "finished" for state, _ in states)
+        states.append((state, str(paths.root), seconds))
+    unfinished = sum(state != "finished" for state, *_ in states)
     total /= min(jobs, max(1, torch.cuda.device_count()))  # runs on one CPU share it
     lines.append(f"{unfinished} of {len(states)} runs to train")
     lines[-1] += f", about {duration(total)} on this machine" if unfinished else ""
@@ -361,8 +366,8 @@ def main() -> None:
     if planned.returncode:
         sys.exit(128 - planned.returncode if planned.returncode < 0 else planned.returncode)
     states = json.loads(planned.stdout)
-    folders = [folder for _, folder in states]
-    left = [number for number, (state, _) in enumerate(states) if state != "finished"]
+    folders = [folder for _, folder, _ in states]
+    left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":
         print("then a strong evaluation of each, not in this time", file=sys.stderr, flush=True)
     if variable("PLAN"):

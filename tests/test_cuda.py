@@ -1,6 +1,10 @@
 """What a GPU must share with a CPU; skipped where there is none. ``benchmarks/gpu.sh`` runs these
 first."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,9 +15,11 @@ from tests import toy
 from tests.test_resume import FBP, LONGER, assert_equal, stop_at
 from utils.attacks import PGD, attack_draws, pgd_attack
 from utils.execution.forward import Execution, Forward
+from utils.execution.hardware import full_precision
 from utils.training.engine import sgd, train_step
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+ROOT = Path(__file__).parent.parent
 ATTACK = PGD(8 / 255, 2 / 255, 4)
 
 
@@ -61,10 +67,34 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bf16", 0.05)])
+def test_a_step_is_that_of_a_cpu(deterministic, precision, tolerance):
+    """Without an attack, whose signs turn where a gradient is nearly zero; and without TF32."""
+    found = []
+    with full_precision():
+        for device in ("cpu", "cuda"):
+            model = network().to(device)
+            optimizer = sgd(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
+            split = toy.split(64, side=16)
+            split = on_gpu(split) if device == "cuda" else split
+            (batch,) = TrainLoader(split, 64, Augmentation(1), seed=1).epoch(0)
+            key, forward = (1, "attack", 0), Forward(model, Execution(precision, graphs="off"))
+            done = train_step(
+                model, optimizer, batch, attack=None, attack_training=True, key=key, forward=forward
+            )
+            found.append((done.loss.cpu(), {n: v.cpu() for n, v in model.state_dict().items()}))
+    (loss, state), (other_loss, other) = found
+    assert torch.allclose(loss, other_loss, rtol=tolerance)
+    for name, value in state.items():
+        difference = (value.double() - other[name].double()).norm()
+        assert difference <= tolerance * value.double().norm().clamp_min(1e-3), name
+
+
+@pytest.mark.parametrize("graphs", ["auto", "full"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_graph_gives_the_bits_of_eager_steps(deterministic, precision):
-    plain, model = stepped(Execution(precision, graphs="off"))
-    fast, graphed = stepped(Execution(precision))
+def test_a_graph_gives_the_bits_of_eager_steps(deterministic, precision, graphs):
+    plain, model = stepped(Execution(precision, graphs="off"), steps=6)
+    fast, graphed = stepped(Execution(precision, graphs=graphs), steps=6)
     assert torch.equal(plain, fast)
     for (name, one), two in zip(
         model.state_dict().items(), graphed.state_dict().values(), strict=True
@@ -157,6 +187,31 @@ def test_attacks_agree_with_a_cpu():
     draws = attack_draws(ATTACK, split.indices, x.shape[1:], 1)
     there = pgd_attack(model.cuda(), x.cuda(), y.cuda(), ATTACK, draws=draws.cuda()).cpu()
     assert torch.allclose(pgd_attack(model.cpu(), x, y, ATTACK, draws=draws), there, atol=1e-9)
+
+
+def test_images_that_do_not_fit_arrive_as_those_that_do():
+    split = toy.split(200, side=16)
+    device = torch.device("cuda")
+    travelling = Split(split.images, split.labels.to(device), split.indices.to(device), device)
+    loaders = [
+        TrainLoader(one, 32, Augmentation(1, flip=True), seed=1)
+        for one in (on_gpu(split), travelling)
+    ]
+    for epoch in range(2):
+        for one, other in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
+            assert torch.equal(one.x, other.x)
+            assert torch.equal(one.y, other.y)
+            assert torch.equal(one.indices, other.indices)
+
+
+def test_one_process_by_nccl_is_the_run_without(tmp_path):
+    flags = [*toy.TOY_RUN, "--fb", *toy.TOY_MASKS, "--device", "cuda", "--deterministic"]
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 1".split()
+    for name, program in (("alone", []), ("nccl", launcher)):
+        command = [sys.executable, *program, "main_adv.py", *flags, "--save_dir", tmp_path / name]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+    assert_equal(tmp_path / "alone", tmp_path / "nccl")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

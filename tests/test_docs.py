@@ -40,7 +40,8 @@ RUN_ELSEWHERE = {
     "benchmarks/inference.py": "test_benchmarks.py",
     "benchmarks/step.py": "test_benchmarks.py",
     "benchmarks/parts.py": "test_benchmarks.py",
-    "benchmarks/gpu.sh": None,  # needs a GPU
+    "benchmarks/gpu.sh": "test_campaign.py",
+    "scripts/campaign.sh": "test_campaign.py",
     "scripts/setup.sh": "test_scripts.py",  # every script of a table begins with it
     "scripts/test.sh": None,  # runs this test
     "scripts/precision.sh": None,  # hours; test_scripts_are_whole looks at it

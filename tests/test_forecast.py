@@ -131,7 +131,7 @@ def test_the_plan_knows_what_is_finished_begun_and_new(run_adv, capsys, tmp_path
     runs = [["main_adv.py", *common, "--seed", seed, "--resume"] for seed in "123"]
     bird = [*toy.TOY_BIRD, "--density", "0.3", "--save_dir", str(tmp_path)]
     states = plan([*runs, ["Robust-Bird/train_eb.py", *bird]], jobs=2)
-    assert [state for state, _ in states] == ["finished", "begun", "new", "new"]
+    assert [state for state, *_ in states] == ["finished", "begun", "new", "new"]
     assert Path(states[0][1]).is_dir()
     assert not Path(states[2][1]).exists()
     table = capsys.readouterr().err.splitlines()

@@ -1,0 +1,130 @@
+"""What ``scripts/campaign.sh`` does: runs in order of value while there is time, then their results
+in few small files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tables
+import torch
+
+from utils.errors import InputError, run_command
+from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
+from utils.training.forecast import duration
+
+_FILES, _BYTES = 8, 16 * 10**6
+_SPARE = 60.0  # seconds for packing
+# of a checkpoint what says which network its weights are, and how good
+_KEPT = ("network", "script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged")
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        raise InputError("scripts/campaign.sh takes a folder of data and the minutes there are")
+    data, minutes, *extra = sys.argv[1:]
+    end = time.monotonic() + 60 * tables.decimal("MINUTES", minutes)
+    call = tables.read_call("campaign", data, *extra)
+    commands = tables.commands(call)
+    asked = [sys.executable, tables.__file__, "--plan", "campaign", call.data, *extra]
+    # a process of its own, which gives the GPU back
+    planned = subprocess.run(asked, stdout=subprocess.PIPE)
+    if planned.returncode:
+        sys.exit(planned.returncode)
+    plan = json.loads(planned.stdout)
+    code = train(plan, commands, end)
+    pack([Path(folder) for _, folder, _ in plan], Path(call.out, "packed"))
+    sys.exit(code)
+
+
+def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: float) -> int:
+    """Runs that end in time, one after the other; the highest exit code."""
+    codes, pace = [0], 1.0  # measured seconds over forecast ones
+    for (state, folder, forecast), command in zip(plan, commands, strict=True):
+        name, left = Path(folder).name, end - time.monotonic() - _SPARE
+        if state == "finished":
+            continue
+        if forecast * pace > left:
+            needed = f"{name} takes about {duration(forecast * pace)}"
+            say(f"{needed} and {duration(max(0.0, left))} are left: not started")
+            continue
+        start = time.monotonic()
+        limited = [sys.executable, *command, "--time_limit", f"{left / 60:.2f}"]
+        codes.append(subprocess.run(limited).returncode)
+        took = time.monotonic() - start
+        if codes[-1] in (130, 143):
+            break
+        if codes[-1]:
+            say(f"{name} ended with exit code {codes[-1]} after {duration(took)}")
+        else:
+            pace = took / forecast if forecast else pace
+            say(f"{name} took {duration(took)}, {pace:.2f} of what was forecast")
+    return max(codes)
+
+
+def pack(folders: list[Path], out: Path) -> None:
+    """An archive for each finished run, in parts where it is large; the weights are left out where
+    there would be too many files."""
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    for folder in folders:
+        paths = RunPaths(folder)
+        if not paths.summary.exists():
+            continue
+        content = archive(paths, with_weights=True)
+        if len(written) + -(-len(content) // _BYTES) > _FILES:
+            say(f"{folder.name}: packed without its weights, which would be too many files")
+            content = archive(paths, with_weights=False)
+        name = f"{folder.name}.tar.xz"
+        parts = [content[start : start + _BYTES] for start in range(0, len(content), _BYTES)]
+        for number, part in enumerate(parts):
+            written.append(name if len(parts) == 1 else f"{name}.{number}")
+            (out / written[-1]).write_bytes(part)
+    say(f"packed in {out}: {', '.join(written) or 'nothing, since no run is finished'}")
+    if any(name[-1].isdigit() for name in written):
+        say("parts of an archive: cat NAME.tar.xz.* | tar xJ")
+
+
+def archive(paths: RunPaths, with_weights: bool) -> bytes:
+    """Config, metrics and summary, and the best model as bf16, which ``load_model`` reads."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz", preset=1) as file:
+        for path in (paths.config, paths.metrics, paths.summary):
+            file.add(path, f"{paths.root.name}/{path.name}")
+        if with_weights:
+            content = in_bf16(load_checkpoint(paths.best_ra))
+            information = tarfile.TarInfo(f"{paths.root.name}/{paths.best_ra.name}")
+            information.size = len(content)
+            file.addfile(information, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def in_bf16(checkpoint: Mapping[str, Any]) -> bytes:
+    kept = {name: checkpoint[name] for name in _KEPT if name in checkpoint}
+    kept["state_dict"] = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in checkpoint["state_dict"].items()
+    }
+    buffer = io.BytesIO()
+    torch.save(kept, buffer)
+    return buffer.getvalue()
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(run_command(main))
