@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+_SCRIPTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(_SCRIPTS), str(_SCRIPTS.parent)]
 
 import tables
 import torch
@@ -31,6 +32,9 @@ _KEPT = ("network", "script", "settings", "digests", "epoch", "val_ra", "val_sa"
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) < 3:
         raise InputError("scripts/campaign.sh takes a folder of data and the minutes there are")
     data, minutes, *extra = sys.argv[1:]
