@@ -3,9 +3,9 @@ scripts/remedies_table.py``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,5 +63,5 @@ def page(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     (FOLDER / "README.md").write_text(page(FOLDER))
-    sys.exit()
