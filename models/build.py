@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -63,30 +64,27 @@ def build_model(
     check_image_size(arch, image_size)
     if width <= 0:
         raise ValueError(f"width must be positive, not {width}")
+    if width != 1.0 and arch not in (*RESNETS, *STAGES):
+        raise ValueError(f"width scales ResNets and VGGs, not {arch}; wideresnet has width_factor")
     normalize = Normalize(mean, std)
     with seeded(stream(seed, "init")):
-        if arch in RESNETS:
-            block, depths = RESNETS[arch]
-            return PreActResNet(
-                block,
-                depths,
-                [_scaled(c, width) for c in (64, 128, 256, 512)],
-                num_classes,
-                normalize,
-            )
-        if arch in STAGES:
-            return VGG(
-                [[_scaled(c, width) for c in stage] for stage in STAGES[arch]],
-                num_classes,
-                normalize,
-            )
-        if width != 1.0:
-            raise ValueError(
-                f"width scales ResNets and VGGs, not {arch}; wideresnet has width_factor"
-            )
         if arch in CUSTOM_ARCHITECTURES:
             return _complete(arch, CUSTOM_ARCHITECTURES[arch](num_classes, normalize))
-        return WideResNet(depth_factor, width_factor, num_classes, normalize)
+        network, sizes = network_class(arch, width, depth_factor, width_factor)
+        return network(*sizes, num_classes, normalize)
+
+
+def network_class(
+    arch: str, width: float, depth_factor: int, width_factor: int
+) -> tuple[type[nn.Module], tuple[Any, ...]]:
+    """The class of one of ``ARCHITECTURES`` and what it takes before the number of classes and the
+    normalization; arguments as for ``build_model``."""
+    if arch in RESNETS:
+        block, depths = RESNETS[arch]
+        return PreActResNet, (block, depths, [_scaled(c, width) for c in (64, 128, 256, 512)])
+    if arch in STAGES:
+        return VGG, ([[_scaled(c, width) for c in stage] for stage in STAGES[arch]],)
+    return WideResNet, (depth_factor, width_factor)
 
 
 def _complete(arch: str, model: nn.Module) -> nn.Module:
