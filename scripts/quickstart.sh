@@ -26,7 +26,8 @@ run main_adv.py --epochs 16
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.2
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.5 --pruning channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fb
-run main_adv.py --epochs 16 --density 0.5 --update_frequency 20 --fb --structure channel
+# a channel is more than a weight, and takes longer to find its place: fewer updates
+run main_adv.py --epochs 16 --density 0.5 --update_frequency 60 --fb --structure channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fbp --dynamic_epoch 0.5
 echo "training took $SECONDS s"
 echo
