@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine to a table: dense, Robust Bird and Flying Bird by weights and by channels,
-# Flying Bird+, on scikit-learn's digits, about 3 minutes on 2 cores. The ball is 32/255: at 8/255 every method
+# Flying Bird+, on scikit-learn's digits, about 5 minutes on 2 cores. The ball is 32/255: at 8/255 every method
 # solves the digits.
 #   bash scripts/quickstart.sh       OMP_NUM_THREADS=2 made the table in the README
 # A second call reads finished runs; delete runs/quickstart to train again.
