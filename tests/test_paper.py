@@ -52,11 +52,21 @@ def test_other_methods_networks_densities_and_data_have_none(tmp_path):
 
 def test_the_benchmark_has_ten_methods_at_each_sparsity():
     for sparsity in (90, 95, 99):
-        rows = paper.benchmark("cifar10", "resnet18", sparsity)
+        rows = paper.benchmark("cifar10", "resnet18", "weights", sparsity)
         assert len(rows) == len({row.method for row in rows}) == 10
-    assert paper.Published("FlyingBird", 77.42, 46.10) in paper.benchmark("cifar10", "resnet18", 95)
-    assert paper.benchmark("cifar100", "resnet18", 90) == []
-    assert paper.benchmark(None, "resnet18", 90) == []
+    weights = paper.benchmark("cifar10", "resnet18", "weights", 95)
+    assert paper.Published("FlyingBird", 77.42, 46.10) in weights
+    assert paper.benchmark("cifar100", "resnet18", "weights", 90) == []
+    assert paper.benchmark(None, "resnet18", "weights", 90) == []
+
+
+def test_the_benchmarks_structured_rows_are_apart():
+    for sparsity in (50, 75, 90):
+        rows = paper.benchmark("cifar10", "resnet18", "channels", sparsity)
+        assert {row.method for row in rows} == {"TwinRep", "HARP", "PwoA"}
+    assert paper.Published("HARP", None, 42.09) in paper.benchmark(
+        "cifar10", "resnet18", "channels", 75
+    )
 
 
 def test_the_papers_own_set_up_differs_in_nothing(tmp_path):
@@ -93,6 +103,6 @@ def test_the_stored_tables_are_whole():
         name: len(list(csv.DictReader((STORED / name).open())))
         for name in ("table1.csv", "adversarial_pruning_benchmark.csv")
     }
-    assert counts == {"table1.csv": 12, "adversarial_pruning_benchmark.csv": 60}
+    assert counts == {"table1.csv": 12, "adversarial_pruning_benchmark.csv": 69}
     text = (STORED / "README.md").read_text()
     assert all(name in text for name in (*counts, "arXiv 2202.09844", "arXiv 2409.01249"))

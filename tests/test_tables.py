@@ -283,7 +283,7 @@ def test_autoattack_stands_among_the_benchmark(tmp_path):
     # a sparsity that the benchmark has not
     write_evaluation(write_run(tmp_path, "fb", 1, density=0.2))
     (table,) = benchmark_tables(strong_evaluations(groups_in(tmp_path)), None)
-    assert "CIFAR-10, resnet18, 90 % sparsity" in table.title
+    assert "CIFAR-10, resnet18, 90 % of the weights pruned" in table.title
     assert [row[0] for row in table.rows[:3]] == [
         "FlyingBird",
         "Flying Bird (density 0.1), best",
@@ -294,11 +294,22 @@ def test_autoattack_stands_among_the_benchmark(tmp_path):
     assert "**Flying Bird (density 0.1), best**" in markdown(table)
 
 
-def test_the_benchmark_needs_its_ball_its_weights_and_its_data(tmp_path):
+def test_channels_stand_among_channels_and_at_the_benchmarks_radius(tmp_path):
+    run = write_run(tmp_path, "rb-channel", 1, density=0.5)
+    write_evaluation(run, test_ra=43.0, eps=7.905)
+    (table,) = benchmark_tables(strong_evaluations(groups_in(tmp_path)), None)
+    assert "50 % of the channels pruned" in table.title
+    methods = [row[0].split(" (")[0] for row in table.rows]
+    assert methods == ["TwinRep", "PwoA", "Robust Bird, channels, best", "HARP"]
+    by_name = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert {row["eps"] for row in by_name.values()} == {"0.031"}
+    assert by_name["HARP"]["clean accuracy"] == NOTHING
+
+
+def test_the_benchmark_needs_its_ball_and_its_data(tmp_path):
     other = write_run(tmp_path, "fb", 1, density=0.1, dataset="digits")
     write_evaluation(other)
     write_evaluation(write_run(tmp_path, "fbp", 1, density=0.1), eps=4.0)
-    write_evaluation(write_run(tmp_path, "rb-channel", 1, density=0.1))
     found = strong_evaluations(groups_in(tmp_path))
     assert benchmark_tables(found, None) == []
     (table,) = benchmark_tables(found, "cifar10")

@@ -16,7 +16,9 @@ from utils.report.runs import Group, setting_text, value_text
 _FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny-ImageNet"}
 _DENSITY = 0.2  # of the paper's sparse rows
-_SPARSITIES = {0.1: 90, 0.05: 95, 0.01: 99}  # density: percent, of the benchmark
+# density: percent, of the benchmark
+_SPARSITIES = {"weights": {0.1: 90, 0.05: 95, 0.01: 99}, "channels": {0.5: 50, 0.25: 75, 0.1: 90}}
+BENCHMARK_EPS = 0.031  # of its AutoAttack, in linf
 _EPOCHS = 200  # of the paper, in either stage
 # What a report says elsewhere, or by what the run really had.
 _NO_DIFFERENCE = set("seed dataset data density fb fbp fix pruning precision image_size".split())
@@ -40,10 +42,10 @@ _IMAGES = {
 
 @dataclass(frozen=True)
 class Published:
-    """A method of the benchmark: accuracies on the test set in percent."""
+    """A method of the benchmark: accuracies on the test set in percent, None where not known."""
 
     method: str
-    clean: float
+    clean: float | None
     autoattack: float
 
 
@@ -71,25 +73,31 @@ def table1(group: Group, paper_dataset: str | None = None) -> dict[str, float]:
     return {}
 
 
-def benchmark(dataset: str | None, arch: str, sparsity: int) -> list[Published]:
-    """The benchmark's methods on a data set, at a sparsity in percent; none where it has no such
-    cells."""
+def benchmark(dataset: str | None, arch: str, structure: str, sparsity: int) -> list[Published]:
+    """The benchmark's methods on a data set, at a sparsity in percent of the weights or of the
+    channels; none where it has no such cells."""
     cells = [
         row
         for row in _read("adversarial_pruning_benchmark.csv")
-        if (row["dataset"], row["arch"]) == (dataset, arch)
+        if (row["dataset"], row["arch"], row["structure"]) == (dataset, arch, structure)
     ]
-    rows = [row for row in cells if float(row["sparsity_percent"]) == sparsity]
     return [
-        Published(row["method"], float(row["clean_accuracy"]), float(row["autoattack_accuracy"]))
-        for row in rows
+        Published(
+            row["method"],
+            float(row["clean_accuracy"]) if row["clean_accuracy"] else None,
+            float(row["autoattack_accuracy"]),
+        )
+        for row in cells
+        if float(row["sparsity_percent"]) == sparsity
     ]
 
 
-def benchmark_sparsity(group: Group) -> int | None:
-    """The benchmark's sparsity, in percent of the weights, that was asked of a group; none for
-    channels and other densities."""
-    return None if group.method.endswith("-channel") else _SPARSITIES.get(group.density)
+def benchmark_sparsity(group: Group) -> tuple[str, int] | None:
+    """What the benchmark would say was asked of a group: the structure and the sparsity in percent;
+    None for other densities."""
+    structure = "channels" if group.method.endswith("-channel") else "weights"
+    sparsity = _SPARSITIES[structure].get(group.density)
+    return None if sparsity is None else (structure, sparsity)
 
 
 def differences(group: Group, dataset: str | None) -> list[str]:
