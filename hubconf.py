@@ -2,6 +2,7 @@
 (``source="local"``) or a repository.
 
     model = torch.hub.load("path/to/this/folder", "load", "model_RA_best.pth.tar", source="local")
+    model = torch.hub.load("path/to/this/folder", "load", "flying-bird", source="local")
     model = torch.hub.load("path/to/this/folder", "resnet18", num_classes=10, source="local")
 
 Every network takes images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N, num_classes]``.
@@ -19,9 +20,10 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"]
 
 
 def load(path_or_url: str | _Path, device: str = "cpu", **description: _Any) -> _nn.Module:
-    """A trained network in eval mode, from a checkpoint, safetensors or a state dict; see
-    ``models.load_model``."""
-    return _load_model(path_or_url, device, **description)
+    """A trained network in eval mode, from a checkpoint, safetensors or a state dict (see
+    ``models.load_model``), or by its name in ``results/models``."""
+    named = _Path(__file__).parent / "results" / "models" / str(path_or_url)
+    return _load_model(named if named.is_dir() else path_or_url, device, **description)
 
 
 def build(arch: str, num_classes: int = 10, **options: _Any) -> _nn.Module:

@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__version__ = "0.2.0"
 DENSITY_METHODS = ("igq", "erk", "er", "uniform")
 SCORED_STARTS = ("magnitude", "random_global", "snip", "grasp", "synflow")
 SPARSE_INITS = DENSITY_METHODS + SCORED_STARTS

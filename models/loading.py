@@ -33,6 +33,7 @@ _RANGES = {
 }
 _USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor": 16}
 _LEAST_KEPT = 1e-3  # share of a network's numbers, without channels, from which nobody goes below
+_MODELS = ("model.pt", "model.safetensors")  # in the folder of one: packed, of the Hub
 # of a description: what a full-size, nameless network does not have
 _NOT_BUILT = frozenset({"channels", "classes"})
 
@@ -270,8 +271,9 @@ def load_model(
     Args:
         path_or_url: a checkpoint of ours (masked, packed or narrow), a safetensors file that
             ``scripts/export.py`` wrote, or a state dict, such as the paper's code and ``--format
-            state_dict`` write. What a URL names is downloaded once, into ``torch.hub``'s folder, or
-            our cache of a user who has no home. Nothing in a file is run.
+            state_dict`` write; or a folder of one model, as in ``results/models``. What a URL names
+            is downloaded once, into ``torch.hub``'s folder, or our cache of a user who has no home.
+            Nothing in a file is run.
         device: where the network goes.
         arch, num_classes: of a state dict, which does not say them (``build_model``).
         width, depth_factor, width_factor: of a state dict whose network has not the usual ones.
@@ -281,6 +283,8 @@ def load_model(
             than described, or a description for a file that has its own.
     """
     path = _downloaded(path_or_url) if "://" in str(path_or_url) else Path(path_or_url)
+    if path.is_dir():  # where there is no model, the folder is refused as what it is
+        path = next((path / name for name in _MODELS if (path / name).is_file()), path)
     given = {
         "arch": arch,
         "num_classes": num_classes,

@@ -10,25 +10,20 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tables
-import torch
 
 from utils.errors import InputError, run_command
-from utils.storage.checkpoint import load_checkpoint
+from utils.export import Trained, packed_bytes
 from utils.storage.paths import RunPaths
 from utils.training.forecast import duration
 
 _FILES, _BYTES = 8, 16 * 10**6
 _SPARE = 60.0  # seconds for packing
-# of a checkpoint what says which network its weights are, and how good
-_KEPT = ("network", "script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged")
 
 
 def main() -> None:
@@ -101,28 +96,17 @@ def pack(folders: list[Path], out: Path) -> None:
 
 
 def archive(paths: RunPaths, with_weights: bool) -> bytes:
-    """Config, metrics and summary, and the best model as bf16, which ``load_model`` reads."""
+    """Config, metrics and summary, and the best model packed, which ``load_model`` reads."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=1) as file:
         for path in (paths.config, paths.metrics, paths.summary):
             file.add(path, f"{paths.root.name}/{path.name}")
         if with_weights:
-            content = in_bf16(load_checkpoint(paths.best_ra))
+            content = packed_bytes(Trained.read(paths.best_ra))
             information = tarfile.TarInfo(f"{paths.root.name}/{paths.best_ra.name}")
             information.size = len(content)
             file.addfile(information, io.BytesIO(content))
     return packed.getvalue()
-
-
-def in_bf16(checkpoint: Mapping[str, Any]) -> bytes:
-    kept = {name: checkpoint[name] for name in _KEPT if name in checkpoint}
-    kept["state_dict"] = {
-        name: value.bfloat16() if value.is_floating_point() else value
-        for name, value in checkpoint["state_dict"].items()
-    }
-    buffer = io.BytesIO()
-    torch.save(kept, buffer)
-    return buffer.getvalue()
 
 
 def say(words: str) -> None:

@@ -18,11 +18,13 @@ from data import load_data, plain_batches
 from models import BasicBlock, Normalize, PreActResNet, build_model, load_model
 from models.channels import narrow, plan_largest
 from models.loading import build_network
+from sparse_core import prunable
 from tests import toy
 from utils import export as exporting
-from utils.errors import run_command
+from utils.errors import InputError, run_command
 from utils.export import FORMATS, Trained, default_path, export
 from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
 from utils.storage.safetensors import load_safetensors
 
 SUFFIXES = {
@@ -30,6 +32,7 @@ SUFFIXES = {
     "safetensors": ".safetensors",
     "torch_export": ".pt2",
     "state_dict": ".pth",
+    "packed": ".pt",
 }
 
 
@@ -142,6 +145,39 @@ def test_onnx_answers_as_the_network_on_the_whole_test_set(checkpoint, run_expor
         assert_same(network, model, batch.x.contiguous())
 
 
+def test_a_packed_network_is_small_and_keeps_its_zeros(flying_run, tmp_path):
+    path, difference = export(RunPaths(flying_run).best_ra, "packed", tmp_path / "small.pt")
+    assert 0 < difference < 1e-2
+    trained, packed = Trained.read(RunPaths(flying_run).best_ra), Trained.read(path)
+    weights = prunable(trained.model)
+    live = sum(int(weight.count_nonzero()) for weight in weights.values())
+    total = sum(weight.numel() for weight in weights.values())
+    stored = torch.load(path, weights_only=True)
+    kept = [stored["state_dict"][name] for name in weights]
+    assert {value.dtype for value in kept} == {torch.float16}
+    assert sum(value.numel() for value in kept) == live
+    assert sum(bits.numel() for bits in stored["packed"]["live"].values()) < total / 8 + len(kept)
+    for name, value in trained.state.items():
+        again = packed.state[name]
+        assert again.dtype == value.dtype
+        if name in weights:
+            assert torch.equal(again, value.half().float())
+        else:
+            assert torch.equal(again, value)
+    # what an evaluation takes from the run is in it
+    assert packed.content["settings"] == trained.content["settings"]
+
+
+def test_a_packed_network_whose_bits_do_not_fit_is_refused(flying_run, tmp_path):
+    path, _ = export(RunPaths(flying_run).best_ra, "packed", tmp_path / "small.pt")
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["packed"]["live"]))
+    content["packed"]["live"][name] = content["packed"]["live"][name][:-2]
+    torch.save(content, path)
+    with pytest.raises(InputError, match="do not fit its masks"):
+        load_model(path)
+
+
 def test_onnx_of_a_narrow_network_is_narrow(narrow_bird):
     path, difference = export(narrow_bird, "onnx")
     assert difference <= 1e-5
@@ -169,7 +205,8 @@ def test_every_format_of_a_vgg_from_a_plain_state_dict(kind, plain, run_export, 
     assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "vgg.pth"])
     trained = Trained.read(plain, **PLAIN)
-    assert exporting.largest_difference(FORMATS[kind].network(out, trained), trained) <= 1e-5
+    difference = exporting.largest_difference(FORMATS[kind].network(out, trained), trained)
+    assert difference <= FORMATS[kind].tolerance
 
 
 @pytest.mark.parametrize(
@@ -196,7 +233,7 @@ def test_other_families_without_some_channels(arch, kind, tmp_path):
     torch.save(content, tmp_path / "narrow.pth.tar")
     path, difference = export(tmp_path / "narrow.pth.tar", kind)
     assert path == tmp_path / f"narrow{SUFFIXES[kind]}"
-    assert difference <= 1e-5
+    assert difference <= FORMATS[kind].tolerance
 
 
 def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):

@@ -1,5 +1,5 @@
-"""Trained networks as files that other programs read: ONNX, safetensors, ``torch.export``, a plain
-state dict.
+"""Trained networks as files that other programs read (ONNX, safetensors, ``torch.export``, a plain
+state dict), and as small ones to give away.
 
 Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
 classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict,
@@ -29,12 +29,17 @@ from utils.settings.common import CommonSettings, settings_from
 from utils.settings.stored import SETTINGS_OF
 from utils.storage.checkpoint import network_weights
 from utils.storage.files import write_atomically
+from utils.storage.packing import compact_network
 from utils.storage.safetensors import SUFFIX, safetensors_bytes
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a fraction of the largest logit
 _BATCHES = (1, 5)  # that every file is tried on
 _OPSET = 18  # of ONNX: what every torch from 2.11 on writes without converting
 _CHECKPOINT_SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt", SUFFIX)
+# the same of weights in float16
+_ROUNDED = 1e-2
+# of a checkpoint: how good the network is, and what an evaluation takes from its run
+_KEPT = ("script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged")
 # by a checkpoint or by safetensors of one
 _TOLD = ("method", "dataset", "seed", "script", "epoch", "val_ra", "val_sa")
 _CPU = torch.device("cpu")
@@ -116,6 +121,7 @@ class Format:
     suffix: str
     content: Callable[[Trained], bytes]
     network: Callable[[Path, Trained], Network]
+    tolerance: float = TOLERANCE
 
 
 def export(
@@ -144,10 +150,10 @@ def export(
     try:
         write_atomically(temporary, form.content(trained))
         difference = largest_difference(form.network(temporary, trained), trained)
-        if not difference <= TOLERANCE:
+        if not difference <= form.tolerance:
             raise RunError(
                 f"{path} was not kept: its logits differ by {difference:.1e} of their scale, more"
-                f" than {TOLERANCE:g}"
+                f" than {form.tolerance:g}"
             )
         os.replace(temporary, path)
     except OSError as error:
@@ -274,6 +280,15 @@ def _run_state(path: Path, trained: Trained) -> Network:
     return model.eval()
 
 
+def packed_bytes(trained: Trained) -> bytes:
+    """A checkpoint that holds the network alone: live weights in float16, masks as bits."""
+    kept = {name: trained.content[name] for name in _KEPT if name in trained.content}
+    content = {**kept, "network": dict(trained.spec), "state_dict": trained.state}
+    buffer = io.BytesIO()
+    torch.save(compact_network(content, list(prunable(trained.model))), buffer)
+    return buffer.getvalue()
+
+
 FORMATS = {
     "onnx": Format(
         ".onnx", lambda trained: onnx_bytes(trained.model, trained.images(2)), _run_onnx
@@ -285,4 +300,5 @@ FORMATS = {
     ),
     "torch_export": Format(".pt2", _program_bytes, _run_program),
     "state_dict": Format(".pth", _state_bytes, _run_state),
+    "packed": Format(".pt", packed_bytes, lambda path, trained: load_model(path), _ROUNDED),
 }

@@ -1,0 +1,87 @@
+"""Networks on the Hugging Face Hub; the one module that needs ``huggingface_hub``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from torch import Tensor, nn
+
+from models.loading import build_network, stored_network
+from utils.storage.checkpoint import load_weights, network_weights
+from utils.storage.safetensors import safetensors_bytes
+
+WEIGHTS = "model.safetensors"
+
+
+class HubNetwork(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="pytorch",
+    license="mit",
+    tags=["adversarial-robustness", "sparsity", "image-classification"],
+):
+    """A network of ours with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
+
+    ``HubNetwork.from_pretrained(folder_or_repository)`` takes images ``[N, C, H, W]``, pixels in
+    [0, 1], to logits ``[N, classes]``, in eval mode. Its folder holds ``config.json`` and
+    ``model.safetensors``, which ``models.load_model`` reads too.
+
+    Args:
+        network: what ``models.loading.build_network`` needs, ``config.json``'s content.
+    """
+
+    about: Mapping[str, Any] = {}
+
+    def __init__(self, **network: Any) -> None:
+        super().__init__()
+        self.spec = network
+        self.network = build_network(network, torch.device("cpu"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    @classmethod
+    def read(cls, path: str | Path, about: Mapping[str, Any] | None = None) -> HubNetwork:
+        """From a checkpoint or safetensors of ours; ``about`` goes into the metadata of what is
+        saved. Raises ``InputError``."""
+        content, spec = stored_network(path)
+        model = cls(**spec)
+        load_weights(model.network, network_weights(content, str(path)), str(path), spec["arch"])
+        model.about = about or {}
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        content = safetensors_bytes(self.network.state_dict(), self.spec, self.about)
+        (Path(save_directory) / WEIGHTS).write_bytes(content)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **network: Any,  # config.json's content, which the weights' file has too
+    ) -> HubNetwork:
+        path = Path(model_id) / WEIGHTS
+        if not Path(model_id).is_dir():
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        return cls.read(path).to(map_location)
