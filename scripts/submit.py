@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.errors import require, run_command
 from utils.settings.command_line import OneLineParser
 from utils.storage.files import writable_folder
-from utils.submission import hugging_face, pruning_benchmark, robustbench
+from utils.submission import hugging_face, pruning_benchmark, release, robustbench
 from utils.submission.entries import Entry, refuse_non_empty
 
-DESTINATIONS = ("ap-benchmark", "robustbench", "huggingface")
+DESTINATIONS = ("ap-benchmark", "robustbench", "huggingface", "release")
 
 
 def main() -> None:
@@ -77,7 +77,8 @@ def _refuse_before_work(
     if arguments.destination == "robustbench":
         robustbench.ball(entries[0])
     else:
-        require(not flags, f"--for huggingface evaluates nothing: {' '.join(flags)}")
+        told = f"--for {arguments.destination} evaluates nothing: {' '.join(flags)}"
+        require(not flags, told)
 
 
 def _write(
@@ -89,7 +90,8 @@ def _write(
         )
     if arguments.destination == "robustbench":
         return robustbench.write(entries[0], out, arguments.name, flags)
-    return hugging_face.write(entries[0], out, arguments.name)
+    write = release.write if arguments.destination == "release" else hugging_face.write
+    return write(entries[0], out, arguments.name)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "scripts/flags.py": "test_docs.py",
     "scripts/export.py": "test_readme.py",
     "scripts/explain.py": "test_readme.py",
+    "scripts/submit.py": "test_submit.py",
     "benchmarks/inference.py": "test_benchmarks.py",
     "benchmarks/step.py": "test_benchmarks.py",
     "benchmarks/parts.py": "test_benchmarks.py",
@@ -68,8 +69,8 @@ def anchor(heading):
 
 def test_every_page_is_there_and_linked_from_the_readme():
     names = (
-        "algorithms architecture channels clusters deploying differences evaluation extending faq"
-        " flags precision recipes remedies reproducing runs"
+        "algorithms architecture artifact channels clusters deploying differences evaluation"
+        " extending faq flags precision recipes remedies reproducing runs submitting"
     ).split()
     readme = (ROOT / "README.md").read_text()
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} == set(names)
@@ -245,9 +246,11 @@ def test_nothing_of_ones_own_is_known_without_it(run_adv):
 
 
 def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
-    """A wheel built from the tree, in an environment that otherwise holds only torch and what torch
-    needs, serves a project whose packages are called data, models and utils too."""
-    pytest.importorskip("setuptools")
+    """A wheel and an sdist built from the tree are whole, and the wheel, in an environment that
+    otherwise holds only torch and what torch needs, serves a project whose packages are called
+    data, models and utils too."""
+    for needed in ("setuptools", "build", "twine"):
+        pytest.importorskip(needed)
     extending = ROOT / "docs" / "extending.md"
     assert "`pip install FOLDER`" in extending.read_text()
     tree, wheels, project = tmp_path / "tree", tmp_path / "wheels", tmp_path / "project"
@@ -255,15 +258,23 @@ def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text("MINE = True")
-    for name in ("sparse_core.py", "main_adv.py", "pyproject.toml"):
+    for name in ("sparse_core.py", "main_adv.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tree)
 
     def pip(*words):
         command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
         subprocess.run([*command, "--no-deps", "--no-index"], cwd=tmp_path, check=True)
 
-    pip("wheel", tree, "--no-build-isolation", "--wheel-dir", wheels)
-    (wheel,) = wheels.iterdir()
+    def module(name, *words):
+        subprocess.run([sys.executable, "-m", name, *words], cwd=tmp_path, check=True)
+
+    module("build", "--no-isolation", "--outdir", wheels, tree)
+    module("twine", "check", "--strict", *wheels.iterdir())
+    (wheel,), (source,) = wheels.glob("*.whl"), wheels.glob("*.tar.gz")
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)[1]
+    assert f"-{version}-" in wheel.name
+    assert source.name.endswith(f"-{version}.tar.gz")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
     modules = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in modules if not name.endswith(".dist-info")} == {"sparse_core.py"}
 

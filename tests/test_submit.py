@@ -190,6 +190,21 @@ def test_a_folder_for_the_hub_round_trips_offline(
         assert said in card
 
 
+@pytest.mark.parametrize("structure", ["weights", "channels"])
+def test_a_folder_to_give_away(run_folders, submit, tmp_path, structure):
+    folder, out = run_folders[structure][0], tmp_path / "given"
+    done = submit(folder, "--for", "release", "--out", out, "--name", "mine")
+    assert done.code == 0, done.err
+    assert {path.name for path in out.iterdir()} == {"README.md", "model.pt"}
+    assert (out / "README.md").read_text().startswith("# mine\n")
+    # a tenth of 11.2 million weights as float16 and their mask; a quarter of them
+    assert (out / "model.pt").stat().st_size < (4e6 if structure == "weights" else 6e6)
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = load_model(RunPaths(folder).best_ra)(images)
+        assert torch.allclose(load_model(out)(images), expected, atol=0.01 * expected.abs().max())
+
+
 def test_what_cannot_be_submitted_is_refused_before_any_work(
     run_folders, submit, run_adv, tmp_path
 ):

@@ -1,0 +1,59 @@
+"""A model's card: what it is, how good, how it was made, how it is loaded."""
+
+from __future__ import annotations
+
+from utils.report.page import command_of
+from utils.report.runs import METHOD_NAMES
+from utils.storage.checkpoint import checksum
+from utils.submission.entries import Entry
+
+
+def card(entry: Entry, title: str) -> str:
+    """What the network is, how good it is, how it was made and how it is loaded, in Markdown."""
+    summary, settings = entry.run.summary, entry.run.settings
+    best, what = summary["best"], "channels" if entry.narrow else "weights"
+    attack = f"PGD-{settings.test_step}, {settings.test_ball}"
+    rows = [
+        ("robust accuracy", attack, f"{best['test_ra']:.2f} %"),
+        ("clean accuracy", "none", f"{best['test_sa']:.2f} %"),
+    ]
+    for found in entry.run.evaluations:
+        if found.get("network", {}).get("weights") == checksum(entry.trained.model.state_dict()):
+            ball = f"{found['norm']} {found['eps']:g}/255, {found['images']['test']} images"
+            rows.append(
+                ("robust accuracy", f"{found['title']}, {ball}", f"{found['test_ra']:.2f} %")
+            )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    classes = ", ".join(entry.spec.get("classes") or [])
+    size = entry.spec["image_size"]
+    return f"""# {title}
+{METHOD_NAMES[entry.run.method]}, {settings.arch}{_width(entry)}: {entry.removed:.1f} % of the
+{what} are pruned. Trained to resist adversarial images; chosen by the robust accuracy on
+validation images.
+
+| figure, on test images | attack | |
+|---|---|---:|
+{table}
+
+- images: {size}x{size}, pixels in [0, 1], normalized inside; classes: {classes or "not named"}
+- FLOPs of an inference: {summary["flops"]["real"]["inference"]:.4g} where zeros are skipped
+- made by
+
+```bash
+{command_of(entry.run)}
+```
+
+```python
+from models import load_model
+
+model = load_model("FOLDER")  # where this card lies; or models.hub.HubNetwork.from_pretrained
+```
+
+The method is of Chen et al., "Sparsity Winning Twice" (ICLR 2022). A robust accuracy is an upper
+bound: a stronger attack may find more.
+"""
+
+
+def _width(entry: Entry) -> str:
+    width = entry.spec["width"]
+    return "" if width == 1 else f" of {width:g} of the width"
