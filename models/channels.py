@@ -469,7 +469,12 @@ def _groups(
     model: nn.Module, image_shape: Sequence[int]
 ) -> tuple[dict[str, _Group], dict[str, str]]:
     """Groups by the first layer that writes them, and those that cannot be divided."""
-    import torch_pruning  # a second to import, and loading a narrow network does not need it
+    try:  # a second to import, and loading a narrow network does not need it
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            "groups of channels are found by torch-pruning: pip install torch-pruning"
+        ) from error
 
     traced = copy.deepcopy(model).cpu().float().eval()
     names = {id(module): name for name, module in traced.named_modules()}

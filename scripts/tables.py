@@ -35,7 +35,7 @@ from utils.errors import InputError, require, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 _MODES = ("--plan", "--task", "--report")  # of the processes that a call starts
-_TABLES = "table1 architectures baselines fig1 benchmark campaign dense rb fb fbp".split()
+_TABLES = "table1 architectures baselines fig1 benchmark campaign study dense rb fb fbp".split()
 _STOPS = (75, 130, 143)  # exit codes of a run that was asked to stop; then all stop
 _BIRD = "Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd --arch {arch} --seed {seed} --pruning"
 _FLYING = "main_adv.py --arch {arch} --seed {seed} --density {density}"
@@ -47,6 +47,9 @@ METHODS = {
     "fbp": f"{_FLYING} --fbp --dynamic_fre",
     "fb-channel": f"{_FLYING} --fb --dynamic_fre --structure channel",
     "static": f"{_FLYING} --fix --sparse_init {{init}}",
+    "fb-gradient": f"{_FLYING} --fb --growth gradient",
+    "fbp-gradient": f"{_FLYING} --fbp --growth gradient",
+    "fb-channel-gradient": f"{_FLYING} --fb --growth gradient --structure channel",
 }
 
 
@@ -59,6 +62,7 @@ class Run:
     arch: str = "resnet18"
     init: str = ""
     width: float = 1
+    flags: str = ""
     seed: str = ""
 
 
@@ -113,6 +117,8 @@ def rows(table: str) -> list[Run]:
             width = round(decimal("DENSITIES", density) ** 0.5, 3)
             result.append(Run("dense", width=width))
         return result
+    if table == "study":
+        return _study()
     if table not in ("fig1", "benchmark"):
         return [Run(table)]
     methods = variable("METHODS", "rb fb" if table == "fig1" else "rb fb fbp").split()
@@ -129,12 +135,39 @@ def rows(table: str) -> list[Run]:
     return [Run(method, density, arch) for arch, density, method in cells]
 
 
+def _study() -> list[Run]:
+    """Flying Bird's weights or FLOPs against small dense networks that have them, other sparse
+    networks, and the remedies; PARTS leaves some out."""
+    flying = [Run("fb-gradient"), Run("fbp-gradient")]
+    known = {
+        "main": [Run("dense"), *flying],
+        # of Flying Bird's weights, of its channels' widths, of its FLOPs
+        "small": [Run("dense", width=width) for width in (0.4472, 0.5, 0.7144)],
+        "channels": [
+            Run(method, "0.5", flags="--channel_multiple 1")
+            for method in ("fb-channel-gradient", "rb-channel")
+        ],
+        "others": [Run("rb"), Run("static", init="igq"), Run("static", init="random_global")],
+        "awp": [replace(run, flags="--awp .01") for run in (Run("dense"), *flying)],
+        "densities": [
+            run
+            for density, width in (("0.05", 0.224), ("0.1", 0.316), ("0.5", 0.7072))
+            for run in (Run("fb-gradient", density), Run("dense", width=width))
+        ],
+    }
+    parts = variable("PARTS", " ".join(known)).split()
+    for part in parts:
+        require(part in known, f"PARTS are {', '.join(known)}, not '{part}'")
+    return [run for part in parts for run in known[part]]
+
+
 def command(call: Call, run: Run) -> list[str]:
     """The script and flags of a run. Flags of the call come last, so they win."""
     smoke = variable("SMOKE")
-    flags = METHODS[run.method].format(**vars(run)).split()
+    flags = f"{METHODS[run.method]} {{flags}}".format(**vars(run)).split()
     if run.method.startswith("fb"):
-        for name in ("update_frequency", "second_frequency"):
+        twice = "--dynamic_fre" in flags
+        for name in ("update_frequency", "second_frequency") if twice else ("update_frequency",):
             steps = "2" if smoke else variable(name.upper())
             flags += [f"--{name}", steps] if steps else []
     epochs = "3" if smoke else variable("EPOCHS")  # the schedule keeps the paper's proportions
@@ -142,7 +175,7 @@ def command(call: Call, run: Run) -> list[str]:
         flags += ["--epochs1", epochs, "--epochs2", epochs, "--decreasing_lr", "0.25,0.75"]
     elif epochs:
         flags += ["--epochs", epochs, "--decreasing_lr", "0.5,0.75"]
-        flags += ["--dynamic_epoch", "0.5"] if run.method == "fbp" else []
+        flags += ["--dynamic_epoch", "0.5"] if run.method.startswith("fbp") else []
     flags += ["--dataset", call.dataset]
     width = run.width * (0.0625 if smoke else decimal("WIDTH", variable("WIDTH", "1")))
     if run.arch == "wideresnet":

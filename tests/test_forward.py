@@ -183,6 +183,21 @@ def test_all_that_an_epoch_needs_is_compiled_before_it(compiled_graphs, channels
     assert len(compiled_graphs) == 4
 
 
+def test_updates_of_channels_compile_nothing_anew(compiled_graphs, run_adv, tmp_path):
+    """Counts a group stay, and so do shapes."""
+    common = [*toy.TOY_RUN, "--structure", "channel", "--channel_multiple", 1, "--compile", "on"]
+    counts = []
+    for method in (["--fix"], ["--fb", "--update_frequency", 2]):
+        compiled_graphs.clear()
+        torch.compiler.reset()
+        done = run_adv(*common, *method, "--save_dir", tmp_path / method[0])
+        assert done.code == 0, done.err
+        counts.append(len(compiled_graphs))
+    assert counts[0] == counts[1] > 0
+    (root,) = (tmp_path / "--fb").iterdir()
+    assert load_checkpoint(root / "checkpoint.pth.tar")["masking"]["steps"] >= 4
+
+
 class Counting:
     """In the place of torch.compile: counts what it is asked for, and computes it plainly."""
 

@@ -400,6 +400,9 @@ def assert_refused(outcome, code, *parts):
         assert part in outcome.err
 
 
+CHANNELS = "--width 0.25 --fb --structure channel --update_frequency 1".split()
+
+
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
@@ -414,6 +417,13 @@ def assert_refused(outcome, code, *parts):
         (["--unknown"], "unknown argument"),
         (["--width", "1000"], "cannot be built"),
         (["--save_dir", ""], "must not be empty"),
+        ([*CHANNELS, "--channel_multiple", "999"], "--channel_multiple of 999 divides none"),
+        ([*CHANNELS, "--density", "0.01"], "less than half of a --channel_multiple"),
+        ([*CHANNELS, "--sparse_init", "snip"], "draws its first channels by the seed"),
+        ([*CHANNELS, "--growth", "momentum"], "is of weights; channels grow by"),
+        ([*CHANNELS, "--flops", "0.25", "--density", "0.5"], "--flops, which gives the density"),
+        (["--structure", "channel"], "a dense run, which has no masks"),
+        (["--fb", "--update_frequency", "1", "--channel_multiple", "8"], "masks of weights"),
         (
             ["--fix", "--sparse_init", "magnitude", "--width", "0.0625", "--density", "1e-6"],
             "fewer weights",
@@ -426,6 +436,15 @@ def test_bad_input_is_one_line_and_writes_nothing(run_adv, tmp_path, monkeypatch
         run_adv("--save_dir", "runs", *flags) if "--eval" not in flags else run_adv(*flags), 2, part
     )
     assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize("script", ["run_adv", "run_eb"])
+def test_channels_without_torch_pruning_say_what_to_install(request, tmp_path, monkeypatch, script):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    channels = CHANNELS if script == "run_adv" else ["--pruning", "channel", "--density", "0.5"]
+    flags = [*channels, "--dataset", "digits", "--save_dir", tmp_path / "runs"]
+    assert_refused(request.getfixturevalue(script)(*flags), 2, "pip install torch-pruning")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_corrupt_image_is_named_and_nothing_is_written(run_adv, tmp_path, image_tree):

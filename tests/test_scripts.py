@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import remedies_table
+import study_table
 import tables
 import torch
 
@@ -93,6 +93,23 @@ def test_what_each_script_would_run(name, images, environment):
         assert [run.split("_")[1] for run in names_in(result)].count("vgg16") == len(expected) / 2
     assert f"{len(expected)} of {len(expected)} runs to train, about" in result.stderr
     assert not Path(environment["OUT"]).exists()
+
+
+def test_the_study_sets_sparsity_against_capacity(images, environment):
+    result = script("study", images, environment, "--train_subset", "50", PLAN=1, SMOKE=1, SEEDS=1)
+    assert (
+        planned(result)
+        == (
+            "dense fb fbp dense dense dense fb-channel rb-channel rb static static"
+            " dense fb fbp fb dense fb dense fb dense"
+        ).split()
+    )
+    assert len(set(names_in(result))) == 20
+    some = script("study", images, environment, "--train_subset", "50", PLAN=1, PARTS="small awp")
+    assert planned(some) == ["dense", "dense", "dense", "dense", "fb", "fbp"] * 3
+    wrong = script("study", images, environment, PLAN=1, PARTS="little")
+    assert wrong.returncode == 2
+    assert "PARTS are main, small" in wrong.stderr
 
 
 def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
@@ -422,7 +439,26 @@ def test_every_script_at_toy_size(name, images, environment):
     assert time.monotonic() - start < 60
 
 
-def test_the_page_of_the_remedies_is_what_its_summaries_say():
-    folder = ROOT / "results" / "remedies"
-    assert remedies_table.page(folder) == (folder / "README.md").read_text()
-    assert remedies_table.table(folder).count("\n") >= 5
+def test_the_page_of_results_is_what_the_summaries_say():
+    runs = study_table.read(ROOT / "results" / "study")
+    assert study_table.page(ROOT / "results") == (ROOT / "results" / "README.md").read_text()
+    assert study_table.main_table(runs).count("\n") == 1 + len(runs)
+    folders = {path.parent.name for path in (ROOT / "results" / "study").glob("*/summary.json")}
+    assert {f"{name}-s{seed}" for name, seeds in runs.items() for seed in seeds} == folders
+
+
+def test_paired_differences_have_the_interval_of_their_mean():
+    """By hand: 1, 2, 3 have mean 2, standard deviation 1 and so 2 +- 4.303 / sqrt(3)."""
+
+    def summary(ra):
+        network = {"test_ra": ra, "train_ra": 40.0, "test_sa": 50.0}
+        return {"best": network, "final": network, "diff": 0.0, "robust_gap": 40.0 - ra}
+
+    runs = {
+        "fb": {seed: summary(20.0 + seed) for seed in (1, 2, 3, 4)},
+        "dense": {seed: summary(20.0) for seed in (1, 2, 3)},
+    }
+    row = study_table.paired_table(runs).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["Flying Bird - Dense", "1, 2, 3", "+1.0, +2.0, +3.0 [-0.5, +4.5]"]
+    assert cells[-1] == "-1.0, -2.0, -3.0 [-4.5, +0.5]"

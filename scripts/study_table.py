@@ -1,0 +1,188 @@
+"""The tables and the figure of results/README.md, from the summaries in results/study: ``python
+scripts/study_table.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import build_model
+from sparse_core import prunable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+Row = Mapping[str, Any]
+Runs = Mapping[str, Mapping[int, Row]]  # summaries by the folder's name without -s<seed>, and seed
+NAMES = {
+    "dense": "Dense",
+    "small-flops": "Small dense, FLOPs of Flying Bird",
+    "small-channels": "Small dense, widths of the channels",
+    "small-weights": "Small dense, weights of Flying Bird",
+    "fb": "Flying Bird",
+    "fbp": "Flying Bird+",
+    "rb": "Robust Bird",
+    "static": "Static masks, IGQ",
+    "random": "Static masks, random",
+    "fb-channel": "Flying Bird, channels",
+    "rb-channel": "Robust Bird, channels",
+    "older-rb-channel": "Robust Bird, channels by norm (removed)",
+    "dense-awp": "Dense + AWP",
+    "fb-awp": "Flying Bird + AWP",
+    "fbp-awp": "Flying Bird+ + AWP",
+}
+for _density in ("0.5", "0.1", "0.05"):
+    NAMES[f"fb-{_density}"] = f"Flying Bird, density {_density}"
+    NAMES[f"small-{_density}"] = f"Small dense, {_density} of the weights"
+# who is compared with whom, by seed
+PAIRS = (
+    *((name, "dense") for name in ("fb", "fbp", "rb", "static", "fb-channel", "rb-channel")),
+    *((f"small-{kind}", "dense") for kind in ("flops", "channels", "weights")),
+    ("fb", "small-flops"),
+    ("fb", "small-weights"),
+    ("fb", "static"),
+    ("fb-channel", "small-channels"),
+    ("rb-channel", "small-channels"),
+    ("rb-channel", "older-rb-channel"),
+    ("dense-awp", "dense"),
+    ("fb-awp", "fb"),
+    ("fb-awp", "dense-awp"),
+    *((f"fb-{density}", f"small-{density}") for density in ("0.5", "0.1", "0.05")),
+)
+FIGURES: dict[str, Callable[[Row], float]] = {
+    "RA best": lambda run: run["best"]["test_ra"],
+    "RA final": lambda run: run["final"]["test_ra"],
+    "Diff.": lambda run: run["diff"],
+    "training RA": lambda run: run["final"]["train_ra"],
+    "robust gap": lambda run: run["robust_gap"],
+    "SA final": lambda run: run["final"]["test_sa"],
+}
+# quantiles of Student's t for a 95 % interval of a mean, by the number of seeds
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def read(folder: Path) -> Runs:
+    found: dict[str, dict[int, Row]] = {}
+    for path in sorted(folder.glob("*/summary.json")):
+        name, seed = path.parent.name.rsplit("-s", 1)
+        found.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def weights(run: Row) -> float:
+    """Live weights of convolutions and the linear layer."""
+    return run["density"] * _full_weights(run["settings"]["width"])
+
+
+@cache
+def _full_weights(width: float) -> int:
+    return sum(w.numel() for w in prunable(build_model("resnet18", 10, width=width)).values())
+
+
+def main_table(runs: Runs) -> str:
+    """One line a method: size, then each figure's mean and standard deviation over the seeds."""
+    dense = next(iter(runs["dense"].values()))["flops"]["real"]["inference"]
+    lines = [["method", "seeds", "weights", "inference FLOPs", *FIGURES]]
+    for name, seeds in runs.items():
+        summaries = list(seeds.values())
+        size = statistics.fmean(map(weights, summaries)) / 1000
+        flops = statistics.fmean(run["flops"]["real"]["inference"] / dense for run in summaries)
+        cells = [_spread([figure(run) for run in summaries]) for figure in FIGURES.values()]
+        lines.append([NAMES[name], str(len(seeds)), f"{size:.0f}k", f"{flops:.2f}", *cells])
+    return _markdown(lines)
+
+
+def paired_table(runs: Runs) -> str:
+    """Differences by seed, in the order of the seeds, and the 95 % interval of their mean."""
+    wanted = ("RA best", "RA final", "Diff.", "robust gap")
+    lines = [["compared", "seeds", *wanted]]
+    for one, other in PAIRS:
+        if one not in runs or other not in runs:
+            continue
+        common = sorted(runs[one].keys() & runs[other].keys())
+        cells = []
+        for name in wanted:
+            figure = FIGURES[name]
+            cells.append(_paired([figure(runs[one][s]) - figure(runs[other][s]) for s in common]))
+        lines.append([f"{NAMES[one]} - {NAMES[other]}", ", ".join(map(str, common)), *cells])
+    return _markdown(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _paired(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:+.1f}" for value in values)
+    if len(values) < 2:
+        return each
+    half = _STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return f"{each} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rest))
+
+
+def figure(runs: Runs) -> Figure:
+    """Final RA and robust gap against live weights: is it sparsity, or only being small?"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    kinds = {
+        "dense networks of other widths": ("o", ["dense", *(n for n in runs if "small" in n)]),
+        "Flying Bird": ("s", [n for n in runs if re.fullmatch(r"fb(-[\d.]+)?", n)]),
+        "Flying Bird+": ("D", ["fbp"]),
+        "Robust Bird": ("^", ["rb"]),
+        "static masks": ("v", [n for n in runs if n in ("static", "random")]),
+        "Flying Bird, channels": ("P", ["fb-channel"]),
+        "Robust Bird, channels": ("X", ["rb-channel"]),
+    }
+    for axes, name in zip(panels, ("RA final", "robust gap"), strict=True):
+        for kind, (marker, names) in kinds.items():
+            points = sorted(
+                (statistics.fmean(map(weights, seeds)), [FIGURES[name](run) for run in seeds])
+                for seeds in (list(runs[n].values()) for n in names if n in runs)
+            )
+            if not points:
+                continue
+            x, y = zip(*((size, statistics.fmean(values)) for size, values in points), strict=True)
+            line = axes.plot(x, y, marker=marker, ls="-" if len(x) > 1 else "", label=kind)[0]
+            for size, values in points:
+                axes.plot([size] * len(values), values, ".", color=line.get_color(), alpha=0.4)
+        axes.set(xscale="log", xlabel="live weights", ylabel=f"{name}, %")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def page(results: Path) -> str:
+    """The page with its tables as the summaries are now."""
+    runs, text = read(results / "study"), (results / "README.md").read_text()
+    for name, table in (("study", main_table(runs)), ("pairs", paired_table(runs))):
+        made = f"<!-- {name} -->\n{table}\n<!-- end -->"
+        pattern = rf"<!-- {name} -->.*?<!-- end -->"
+        text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    (RESULTS / "README.md").write_text(page(RESULTS))
+    figure(read(RESULTS / "study")).savefig(RESULTS / "study" / "capacity.png", dpi=110)
