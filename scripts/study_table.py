@@ -3,7 +3,6 @@ scripts/study_table.py``."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -18,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from sparse_core import prunable
+from utils.errors import run_command
+from utils.settings.command_line import OneLineParser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,13 +177,16 @@ def page(results: Path) -> str:
     """The page with its tables as the summaries are now."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
     for name, table in (("study", main_table(runs)), ("pairs", paired_table(runs))):
-        made = f"<!-- {name} -->\n{table}\n<!-- end -->"
-        pattern = rf"<!-- {name} -->.*?<!-- end -->"
-        text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)
+        before, rest = text.split(f"<!-- {name} -->\n")
+        text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+def main() -> None:
+    OneLineParser(description=(__doc__ or "").split(":")[0]).parse_args()
     (RESULTS / "README.md").write_text(page(RESULTS))
     figure(read(RESULTS / "study")).savefig(RESULTS / "study" / "capacity.png", dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -38,6 +38,8 @@ RUN_ELSEWHERE = {
     "scripts/export.py": "test_readme.py",
     "scripts/explain.py": "test_readme.py",
     "scripts/submit.py": "test_submit.py",
+    "scripts/speedrun.sh": "test_scripts.py",
+    "scripts/study.sh": "test_scripts.py",
     "benchmarks/inference.py": "test_benchmarks.py",
     "benchmarks/step.py": "test_benchmarks.py",
     "benchmarks/parts.py": "test_benchmarks.py",

@@ -16,11 +16,13 @@ from PIL import Image
 import utils.training.engine
 import utils.training.run
 import utils.training.stage
-from models import build_model
+from data import load_data
+from models import build_model, load_model
 from models.flops import layer_costs, paper_inference, real_inference
 from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
 from utils.attacks import PGD
+from utils.evaluation.scores import evaluate
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_epochs, read_summary
@@ -137,6 +139,23 @@ def test_flying_bird_plus_follows_the_verdict_of_its_own_metrics(run_adv, tmp_pa
         controller.observe(train_ra=row["train_ra"], val_ra=row["val_ra"], val_loss=row["val_loss"])
     assert any(seen)
     assert rows[-1]["density"] != rows[0]["density"]
+
+
+def test_the_gap_may_be_of_fewer_training_images(run_adv, tmp_path):
+    """The RA of every fourth training image; nothing else changes."""
+    summaries = []
+    for extra in ([], ["--gap_subset", 25]):
+        save = tmp_path / str(len(extra))
+        assert run_adv(*toy.TOY_RUN, *extra, "--save_dir", save).code == 0
+        paths = only_run(save)
+        summaries.append(read_summary(paths))
+    whole, some = (summary["final"] for summary in summaries)
+    assert (some["test_ra"], some["test_sa"]) == (whole["test_ra"], whole["test_sa"])
+    data = load_data("digits", train_subset=100, test_subset=60)
+    split = data.train.subset(data.train.indices[::4])
+    score = evaluate(load_model(paths.checkpoint), split, PGD(8 / 255, 2 / 255, 1), seed=1)
+    assert some["train_ra"] == score.accuracy
+    assert some["robust_gap"] == some["train_ra"] - some["test_ra"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -81,7 +81,7 @@ def test_the_page_shows_tables_and_how_each_run_was_made(page_path):
     page = Page(page_path.read_text())
     for words in (
         "Strong evaluations",
-        "90 % sparsity",
+        "90 % of the weights pruned",
         "51.50 ± 0.71",
         "ours - paper",
         "all settings",

@@ -439,6 +439,31 @@ def test_every_script_at_toy_size(name, images, environment):
     assert time.monotonic() - start < 60
 
 
+def test_a_speedrun_trains_and_evaluates(environment):
+    small = "--width 0.125 --train_subset 200 --update_frequency 2 --channel_multiple 1".split()
+    result = script(
+        "speedrun", "digits", environment, *small, NETWORK="channels", EPOCHS=2, AA_IMAGES=10
+    )
+    assert result.returncode == 0, result.stderr
+    assert "AutoAttack" in result.stdout
+    (run,) = (path for path in Path(environment["OUT"]).iterdir() if path.is_dir())
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"] == "fb-channel"
+    settings = summary["settings"]
+    assert (settings["train_attack"], settings["lr_schedule"]) == ("n-fgsm", "onecycle")
+    assert list((run / "evaluations").glob("*autoattack*.json"))
+    for words, variables in (([], {}), (["digits"], {"NETWORK": "large"})):
+        wrong = subprocess.run(
+            ["bash", "scripts/speedrun.sh", *words],
+            cwd=ROOT,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert wrong.returncode == 2
+        assert len(wrong.stderr.splitlines()) == 1
+
+
 def test_the_page_of_results_is_what_the_summaries_say():
     runs = study_table.read(ROOT / "results" / "study")
     assert study_table.page(ROOT / "results") == (ROOT / "results" / "README.md").read_text()

@@ -224,13 +224,16 @@ def final_scores(
     attack: PGD,
     *,
     seed: int,
+    train: Split | None = None,
     world: World = ALONE,
     on_batch: OnBatch = lambda images: None,
 ) -> FinalScores:
-    """The reported figures, in full float32; several processes share the work."""
+    """The reported figures, in full float32, with the RA of the training images in ``train`` (all
+    by default); several processes share the work."""
     forward = Forward(model, Execution(world=world))
     with full_precision():
         test_sa = score(forward, data.test).accuracy
         test_ra = score(forward, data.test, attack, seed=seed, on_batch=on_batch).accuracy
-        train_ra = score(forward, data.train, attack, seed=seed, on_batch=on_batch).accuracy
+        split = data.train if train is None else train
+        train_ra = score(forward, split, attack, seed=seed, on_batch=on_batch).accuracy
     return FinalScores(test_sa, test_ra, train_ra, train_ra - test_ra)

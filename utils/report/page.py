@@ -4,16 +4,14 @@ no other file."""
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import InputError
 from utils.report.figures import Picture, report_pictures
-from utils.report.runs import FinishedRun, Group
+from utils.report.runs import FinishedRun, Group, command_of
 from utils.report.tables import (
     Comparison,
     Table,
@@ -150,23 +148,3 @@ def _run(group: Group, run: FinishedRun) -> dict[str, Any]:
         "facts": facts,
         "settings": config.get("settings", {}),
     }
-
-
-def command_of(run: FinishedRun) -> str:
-    """The command that trains such a run: its settings that are not at their defaults, and where
-    its data lay."""
-    settings = run.settings
-    script = (
-        settings.script if settings.script == "main_adv.py" else f"Robust-Bird/{settings.script}"
-    )
-    words = ["python", script]
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if value == f.default or not (f.metadata["result"] or f.name == "data"):
-            continue
-        words += (
-            [f"--{'' if value else 'no-'}{f.name}"]
-            if isinstance(value, bool)
-            else [f"--{f.name}", str(value)]
-        )
-    return shlex.join(words)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ _WORDS = {
     "width": "width factor {}",
     "image_size": "images of {} pixels a side",
     "train_subset": "{} training images",
+    "gap_subset": "training RA of {} images",
     "test_subset": "{} test images",
     "batch_size": "{} images a step",
     "lr": "learning rate {}",
@@ -79,6 +81,7 @@ _WORDS = {
 _CONFIG = {"settings?": dict, "network?": dict, "images?": dict, "versions?": dict}
 _UNSET = {
     "train_subset": "all",
+    "gap_subset": "all",
     "test_subset": "all",
     "image_size": "as many",
     "stage1_pretrained": "stage 1",
@@ -278,6 +281,26 @@ class Group:
     def measured(self, figure: Callable[[Row], float]) -> Measured:
         """A figure of the summaries over the seeds."""
         return Measured.of([figure(run.summary) for run in self.runs])
+
+
+def command_of(run: FinishedRun) -> str:
+    """The command that trains such a run: its settings that are not at their defaults, and where
+    its data lay."""
+    settings = run.settings
+    script = (
+        settings.script if settings.script == "main_adv.py" else f"Robust-Bird/{settings.script}"
+    )
+    words = ["python", script]
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if value == f.default or not (f.metadata["result"] or f.name == "data"):
+            continue
+        words += (
+            [f"--{'' if value else 'no-'}{f.name}"]
+            if isinstance(value, bool)
+            else [f"--{f.name}", str(value)]
+        )
+    return shlex.join(words)
 
 
 def density(summary: Row) -> float:

@@ -167,6 +167,9 @@ class CommonSettings:
     test_subset: int | None = flag.data(
         None, "test on so many images, stratified by class", metavar="IMAGES"
     )
+    gap_subset: int | None = flag.data(
+        None, "training images in the final figures, evenly spread (default: all)", metavar="IMAGES"
+    )
     cache_dir: str | None = flag.data(
         None, "where decoded image folders are kept", result=False, metavar="DIR"
     )
@@ -495,7 +498,7 @@ class CommonSettings:
             self.batch_size >= 2,
             f"--batch_size must be at least 2 (batch norm needs two images), not {self.batch_size}",
         )
-        for name in ("image_size", "train_subset", "test_subset", "save_every"):
+        for name in ("image_size", "train_subset", "test_subset", "gap_subset", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
         self.check_numbers(

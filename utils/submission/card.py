@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from utils.report.page import command_of
-from utils.report.runs import METHOD_NAMES
+from utils.report.runs import METHOD_NAMES, command_of
 from utils.storage.checkpoint import checksum
 from utils.submission.entries import Entry
 

@@ -17,7 +17,7 @@ import torch
 from models import normalize, resnet, vgg, wideresnet
 from models.build import ARCHITECTURES, RESNETS, STAGES, network_class
 from utils.errors import RunError, require
-from utils.report.page import command_of
+from utils.report.runs import command_of
 from utils.submission.entries import Entry, agrees, autoattack, flat_state, json_text
 
 _BALLS = {("linf", 8.0): ("Linf", "8/255"), ("l2", 127.5): ("L2", "0.5")}  # radius in 1/255

@@ -65,7 +65,8 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
         total += looks * (validated + tested) * test if attacked else epochs * images.val
     # The best and the final model on test and training images, in float32, which takes about twice
     # as long as bf16.
-    return total + 2 * 2 * test * (images.train + images.test)
+    train = min(images.train, settings.gap_subset or images.train)
+    return total + 2 * 2 * test * (train + images.test)
 
 
 class Forecast:

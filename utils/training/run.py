@@ -666,13 +666,17 @@ class Run(ABC):
         }
 
     def _final_scores(self, name: str, model: torch.nn.Module) -> FinalScores:
-        images = len(self.data.test) + len(self.data.train)
+        train, asked = self.data.train, self.settings.gap_subset
+        if asked is not None:
+            train = train.subset(train.spread(asked))
+        images = len(self.data.test) + len(train)
         with EpochDisplay(self.folder, f"{name} model", images) as display:
             return final_scores(
                 model,
                 self.data,
                 self.settings.test_attack,
                 seed=self.settings.seed,
+                train=train,
                 world=self.world,
                 on_batch=self._batch_callback(display),
             )

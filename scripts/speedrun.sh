@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A robust CIFAR-10 network in hours on 2 CPU cores: N-FGSM, an average of the weights and one cycle of the learning rate (the
+# recipe "fast"), then AutoAttack on fixed test images. results/speedrun has the records.
+#   bash scripts/speedrun.sh DATA [flags]       DATA as for scripts/table1.sh
+# NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird on half of the full one's channels, which costs the same
+# EPOCHS=30         OUT=runs/speedrun         AA_IMAGES=1000 for AutoAttack; 0 leaves it out
+# Run it again and what is finished is read, not repeated; what was cut goes on.
+set -euo pipefail
+source "$(dirname "$0")/help.sh"
+network=${NETWORK:-dense} epochs=${EPOCHS:-30} images=${AA_IMAGES:-1000}
+case $network in
+    dense) flags=(--width 0.5) ;;
+    channels) flags=(--fb --structure channel --density 0.5 --growth gradient) ;;
+    *) echo "error: NETWORK is dense or channels, not '$network'" >&2; exit 2 ;;
+esac
+[ $# -gt 0 ] || { echo "error: the folder of the data is missing" >&2; exit 2; }
+data=$([ -e "$1" ] && realpath -s -- "$1" || echo "$1")
+shift
+cd "$(dirname "$0")/.."
+QUIET=1 bash scripts/setup.sh
+[ "$data" = digits ] && source=(--dataset digits) || source=(--data "$data")
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# Tests of a network cost as much as epochs of such a training: few of them, and the gap by 1,000 training images.
+.venv/bin/python main_adv.py "${source[@]}" --recipe fast --epochs "$epochs" --test_step 10 --eval_every 5 --test_every "$epochs" \
+    --gap_subset 1000 --save_dir "${OUT:-runs/speedrun}" --resume "${flags[@]}" "$@" | tee "$log"
+folder=$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")
+[ "$images" = 0 ] || .venv/bin/python main_adv.py --eval --pretrained "$folder/model_RA_best.pth.tar" "${source[@]}" \
+    --eval_attack autoattack --test_subset "$images"
