@@ -1,4 +1,6 @@
-# For NVIDIA GPUs: docker build -f docker/cuda.Dockerfile -t sparse-cuda . && docker run --rm --gpus all sparse-cuda
+# For NVIDIA GPUs:
+#   docker build -f docker/cuda.Dockerfile -t sparse-cuda .
+#   docker run --rm --gpus all -v "$PWD/runs:/work/runs" sparse-cuda
 # PyPI's torch for Linux brings its CUDA libraries; the host needs a driver and the NVIDIA container toolkit.
 FROM python:3.11-slim
 WORKDIR /work

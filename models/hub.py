@@ -10,20 +10,16 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from models.loading import build_network, stored_network
-from utils.storage.checkpoint import load_weights, network_weights
+from models.loading import build_network, network_of, stored_network
+from utils.errors import InputError
 from utils.storage.safetensors import safetensors_bytes
 
 WEIGHTS = "model.safetensors"
+LICENSE, LIBRARY = "mit", "pytorch"
+TAGS = ["adversarial-robustness", "sparsity", "image-classification"]
 
 
-class HubNetwork(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="pytorch",
-    license="mit",
-    tags=["adversarial-robustness", "sparsity", "image-classification"],
-):
+class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=LICENSE, tags=TAGS):
     """A network of ours with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
     ``HubNetwork.from_pretrained(folder_or_repository)`` takes images ``[N, C, H, W]``, pixels in
@@ -47,11 +43,13 @@ class HubNetwork(
     @classmethod
     def read(cls, path: str | Path, about: Mapping[str, Any] | None = None) -> HubNetwork:
         """From a checkpoint or safetensors of ours; ``about`` goes into the metadata of what is
-        saved. Raises ``InputError``."""
+        saved, by default what the file's say. Raises ``InputError``."""
         content, spec = stored_network(path)
+        network = network_of(content, path, spec, torch.device("cpu"))
         model = cls(**spec)
-        load_weights(model.network, network_weights(content, str(path)), str(path), spec["arch"])
-        model.about = about or {}
+        model.network = network
+        told = {name: content[name] for name in content if name not in ("state_dict", "network")}
+        model.about = (told if str(path).endswith(WEIGHTS) else {}) if about is None else about
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -84,4 +82,9 @@ class HubNetwork(
                     token=token,
                 )
             )
-        return cls.read(path).to(map_location)
+        model = cls.read(path)
+        if changed := [name for name in network if network[name] != model.spec.get(name)]:
+            raise InputError(
+                f"{path} holds another network: {', '.join(changed)} cannot be changed"
+            )
+        return model.to(map_location)

@@ -4,7 +4,8 @@
 #   bash scripts/speedrun.sh DATA [flags]       DATA as for scripts/table1.sh
 # NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird on half of the full one's channels, which costs the same
 # EPOCHS=30         OUT=runs/speedrun         AA_IMAGES=1000 for AutoAttack; 0 leaves it out
-# Run it again and what is finished is read, not repeated; what was cut goes on.
+# DATASET says what DATA is, where its contents or its name do not. Run again, it skips what is finished and resumes what was
+# interrupted.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 network=${NETWORK:-dense} epochs=${EPOCHS:-30} images=${AA_IMAGES:-1000}
@@ -13,12 +14,23 @@ case $network in
     channels) flags=(--fb --structure channel --density 0.5 --growth gradient) ;;
     *) echo "error: NETWORK is dense or channels, not '$network'" >&2; exit 2 ;;
 esac
+for number in "$epochs" "$images"; do
+    [[ $number =~ ^[0-9]+$ ]] || { echo "error: EPOCHS and AA_IMAGES are numbers, not '$number'" >&2; exit 2; }
+done
 [ $# -gt 0 ] || { echo "error: the folder of the data is missing" >&2; exit 2; }
 data=$([ -e "$1" ] && realpath -s -- "$1" || echo "$1")
 shift
 cd "$(dirname "$0")/.."
 QUIET=1 bash scripts/setup.sh
 [ "$data" = digits ] && source=(--dataset digits) || source=(--data "$data")
+[ -z "${DATASET:-}" ] || source+=(--dataset "$DATASET")
+also=() # flags that say how and where, for the evaluation too
+for ((i = 1; i < $#; i++)); do
+    if [[ ${!i} =~ ^--(device|gpu|cache[_-]dir|time[_-]limit|image[_-]size)$ ]]; then
+        next=$((i + 1))
+        also+=("${!i}" "${!next}")
+    fi
+done
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # Tests of a network cost as much as epochs of such a training: few of them, and the gap by 1,000 training images.
@@ -26,4 +38,4 @@ trap 'rm -f "$log"' EXIT
     --gap_subset 1000 --save_dir "${OUT:-runs/speedrun}" --resume "${flags[@]}" "$@" | tee "$log"
 folder=$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")
 [ "$images" = 0 ] || .venv/bin/python main_adv.py --eval --pretrained "$folder/model_RA_best.pth.tar" "${source[@]}" \
-    --eval_attack autoattack --test_subset "$images"
+    --eval_attack autoattack --test_subset "$images" "${also[@]}"

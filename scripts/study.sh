@@ -3,8 +3,8 @@
 # networks of their weights and of their FLOPs, channels, Robust Bird, static masks, other densities, and weight perturbation;
 # each with an average of its weights. 700 CIFAR-10 images at 16x16, 150 epochs, three seeds: about 6 hours on 2 cores.
 #   bash scripts/study.sh FOLDER [flags]       images as train/<class>/* and test/<class>/*
-# PARTS="main small channels others awp densities" leaves out what it does not name. Run it again and finished runs are read,
-# not repeated; cut ones go on.
+# PARTS="main small channels others awp densities" leaves out what it does not name. Run again, it skips finished runs and
+# resumes interrupted ones. The tables of results/README.md: .venv/bin/python scripts/study_table.py runs/study
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 data=${1:+$(realpath -m -- "$1")}

@@ -1,9 +1,9 @@
 """The tables and the figure of results/README.md, from the summaries in results/study: ``python
-scripts/study_table.py``."""
+scripts/study_table.py``; with a folder of runs, as scripts/study.sh leaves it, the tables are
+printed."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from sparse_core import prunable
-from utils.errors import run_command
+from utils.errors import require, run_command
 from utils.settings.command_line import OneLineParser
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import read_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,16 +71,39 @@ FIGURES: dict[str, Callable[[Row], float]] = {
     "robust gap": lambda run: run["robust_gap"],
     "SA final": lambda run: run["final"]["test_sa"],
 }
-# quantiles of Student's t for a 95 % interval of a mean, by the number of seeds
-_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+_WIDTH = 0.125
+# small dense networks by their width
+_SMALL = {0.0559: "weights", 0.0625: "channels", 0.0893: "flops"}
+_SMALL |= {0.028: "0.05", 0.0395: "0.1", 0.0884: "0.5"}
 
 
 def read(folder: Path) -> Runs:
+    """The runs in a folder, those of one kind together; raises ``InputError`` for none, and for one
+    that is not of the study."""
     found: dict[str, dict[int, Row]] = {}
     for path in sorted(folder.glob("*/summary.json")):
-        name, seed = path.parent.name.rsplit("-s", 1)
-        found.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
+        summary = read_summary(RunPaths(path.parent))
+        name = name_of(summary)
+        if path.parent.name.startswith("older-"):
+            name = f"older-{name}"
+        seeds = found.setdefault(name, {})
+        seed = summary["settings"]["seed"]
+        require(name in NAMES and seed not in seeds, f"{path} is not of the study, or there twice")
+        seeds[seed] = summary
+    require("dense" in found, f"{folder} holds no dense run of the study")
     return {name: found[name] for name in NAMES if name in found}
+
+
+def name_of(summary: Row) -> str:
+    """Of ``NAMES``."""
+    settings, method = summary["settings"], str(summary["method"])
+    if method == "dense" and settings["width"] != _WIDTH:
+        method = f"small-{_SMALL.get(settings['width'])}"
+    elif method == "static" and settings["sparse_init"] == "random_global":
+        method = "random"
+    elif method == "fb" and settings["density"] != 0.2:
+        method = f"fb-{settings['density']:g}"
+    return method + ("-awp" if settings["awp"] else "")
 
 
 def weights(run: Row) -> float:
@@ -129,7 +154,9 @@ def _paired(values: Sequence[float]) -> str:
     each = ", ".join(f"{value:+.1f}" for value in values)
     if len(values) < 2:
         return each
-    half = _STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return f"{each} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
@@ -183,7 +210,13 @@ def page(results: Path) -> str:
 
 
 def main() -> None:
-    OneLineParser(description=(__doc__ or "").split(":")[0]).parse_args()
+    parser = OneLineParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="of other runs: print their tables")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        runs = read(folder)
+        print(f"{main_table(runs)}\n\n{paired_table(runs)}")
+        return
     (RESULTS / "README.md").write_text(page(RESULTS))
     figure(read(RESULTS / "study")).savefig(RESULTS / "study" / "capacity.png", dpi=110)
 

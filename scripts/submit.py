@@ -1,8 +1,8 @@
 """Finished runs in the form that a benchmark or a model hub asks for: ``python scripts/submit.py
 RUNS... --for ap-benchmark --out DIR [flags of main_adv.py --eval]``.
 
-The networks are evaluated as the benchmark does (AutoAttack; an evaluation that was cut goes on),
-written in its form, and loaded again as it loads them.
+The networks are evaluated as the benchmark does (an interrupted evaluation resumes), written in its
+form, and loaded again as it loads them.
 """
 
 from __future__ import annotations
@@ -17,34 +17,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import require, run_command
+from utils.errors import RunError, require, run_command
 from utils.settings.command_line import OneLineParser
 from utils.storage.files import writable_folder
 from utils.submission import hugging_face, pruning_benchmark, release, robustbench
-from utils.submission.entries import Entry, refuse_non_empty
+from utils.submission.entries import Entry, attack_settings
 
 DESTINATIONS = ("ap-benchmark", "robustbench", "huggingface", "release")
 
 
 def main() -> None:
     arguments, flags = _read(sys.argv[1:])
-    out = arguments.out
-    refuse_non_empty(out)
+    out = arguments.out = arguments.out.resolve()
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    require(not taken, f"{out} is there already; --out names a new folder")
     entries = [Entry.read(run) for run in arguments.runs]
     _refuse_before_work(arguments, entries, flags)
-    writable_folder(out.resolve().parent, "--out DIR")
+    writable_folder(out.parent, "--out DIR")
     # whole or not at all: an evaluation may be cut
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.resolve().parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        left = _write(arguments, entries, flags, temporary)
+        said = _write(arguments, entries, flags, temporary)
         temporary.chmod(0o755)
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
+    except RunError as error:  # it names what is gone now
+        raise RunError(str(error).replace(str(temporary), str(out))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    print(f"what is left: {left}")
+    print(said.replace(str(temporary), str(out)))
 
 
 def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -59,26 +62,34 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--for", dest="destination", required=True, choices=DESTINATIONS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--name", help="of the method there (default: by the runs)")
-    fmn = parser.add_argument_group("HO-FMN, for ap-benchmark (its own values by default)")
-    fmn.add_argument("--fmn_steps", type=int, default=200, metavar="N")
-    fmn.add_argument("--fmn_trials", type=int, default=32, metavar="N", help="settings tried")
+    fmn = parser.add_argument_group("HO-FMN, for ap-benchmark")
+    fmn.add_argument("--fmn_steps", type=int, metavar="N", help="of the attack (default 200)")
+    fmn.add_argument("--fmn_trials", type=int, metavar="N", help="settings tried (default 32)")
     return parser.parse_known_args(list(words))
 
 
 def _refuse_before_work(
     arguments: argparse.Namespace, entries: Sequence[Entry], flags: Sequence[str]
 ) -> None:
-    fmn = min(arguments.fmn_steps, arguments.fmn_trials)
-    require(fmn > 0, "--fmn_steps and --fmn_trials must be 1 or more")
-    if arguments.destination == "ap-benchmark":
-        pruning_benchmark.chosen(entries)
+    destination, name = arguments.destination, arguments.name
+    require(name is None or not set(name) & set("/\\\0\n"), f"--name {name!r} is no name of a file")
+    steps, trials = arguments.fmn_steps, arguments.fmn_trials
+    if destination == "ap-benchmark":
+        good = all(value is None or value > 0 for value in (steps, trials))
+        require(good, "--fmn_steps and --fmn_trials must be 1 or more")
+        for entry in pruning_benchmark.chosen(entries).values():
+            attack_settings(entry, *pruning_benchmark.BALL, flags)
         return
-    require(len(entries) == 1, f"--for {arguments.destination} takes one run")
-    if arguments.destination == "robustbench":
-        robustbench.ball(entries[0])
+    require(len(entries) == 1, f"--for {destination} takes one run")
+    require(
+        steps is None and trials is None,
+        f"--fmn_steps and --fmn_trials have no effect with --for {destination}",
+    )
+    if destination == "robustbench":
+        robustbench.checked(entries[0], name)
+        attack_settings(entries[0], *robustbench.ball(entries[0]), flags)
     else:
-        told = f"--for {arguments.destination} evaluates nothing: {' '.join(flags)}"
-        require(not flags, told)
+        require(not flags, f"--for {destination} evaluates nothing: {' '.join(flags)}")
 
 
 def _write(
@@ -86,7 +97,12 @@ def _write(
 ) -> str:
     if arguments.destination == "ap-benchmark":
         return pruning_benchmark.write(
-            entries, out, arguments.name, flags, arguments.fmn_trials, arguments.fmn_steps
+            entries,
+            out,
+            arguments.name,
+            flags,
+            arguments.fmn_trials or 32,
+            arguments.fmn_steps or 200,
         )
     if arguments.destination == "robustbench":
         return robustbench.write(entries[0], out, arguments.name, flags)

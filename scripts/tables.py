@@ -194,7 +194,7 @@ def commands(call: Call) -> list[list[str]]:
     number("EPOCHS", variable("EPOCHS", "200"))
     table = rows(call.table)
     runs = [command(call, replace(run, seed=seed)) for seed in seeds.split() for run in table]
-    require(bool(runs), "no runs: ARCHS, DENSITIES or METHODS is blank")
+    require(bool(runs), "no runs: ARCHS, DENSITIES, METHODS or PARTS is blank")
     return runs
 
 

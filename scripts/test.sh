@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style, types and behaviour: about 10 minutes on 2 cores.
+# Sets up what is missing, then checks style, types and behaviour: about 15 minutes on 2 cores.
 #   bash scripts/test.sh [--all] [arguments of pytest]      --all adds the long tests
 set -euo pipefail
 source "$(dirname "$0")/help.sh"

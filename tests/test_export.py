@@ -168,6 +168,12 @@ def test_a_packed_network_is_small_and_keeps_its_zeros(flying_run, tmp_path):
     assert packed.content["settings"] == trained.content["settings"]
 
 
+def test_what_torch_load_reads_may_have_any_of_its_suffixes(flying_run, tmp_path):
+    for kind, name in (("state_dict", "a.pt"), ("packed", "b.pth"), ("packed", "c.pth.tar")):
+        path, _ = export(RunPaths(flying_run).best_ra, kind, tmp_path / name)
+        assert torch.load(path, weights_only=True)
+
+
 def test_a_packed_network_whose_bits_do_not_fit_is_refused(flying_run, tmp_path):
     path, _ = export(RunPaths(flying_run).best_ra, "packed", tmp_path / "small.pt")
     content = torch.load(path, weights_only=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from models import build_model
 from utils.attacks import PGD, pgd_attack
-from utils.minimum_norm import FMN, minimum_norm, tuned
+from utils.minimum_norm import FMN, _candidates, minimum_norm, tuned
 
 
 class Linear(nn.Module):
@@ -104,6 +104,20 @@ def toy_network():
         optimizer.step()
     model.eval()
     return model, images[:64], labels[:64]
+
+
+def test_the_search_looks_at_images_that_are_classified_correctly():
+    """Most are not, and at distance 0 whatever the attack."""
+    model, x, y = linear(classes=3)
+    labels = torch.where(torch.arange(len(y)) < 24, (y + 1) % 3, y)
+    options = {"seed": 1, "trials": 8, "steps": 20}
+    assert tuned(model, x, labels, **options) == tuned(model, x[24:], y[24:], **options)
+    found = [
+        minimum_norm(model, x[24:], y[24:], attack)[1].median().item()
+        for attack in _candidates(1, 8, 20)
+    ]
+    _, distance = minimum_norm(model, x[24:], y[24:], tuned(model, x, labels, **options))
+    assert distance.median().item() == min(found) < max(found)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"step_size": 0.0}, {"momentum": 1.0}])

@@ -4,6 +4,7 @@ and gone on with, on a cluster."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import tables
 import torch
 
 from tests import toy
+from utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
@@ -470,6 +472,20 @@ def test_the_page_of_results_is_what_the_summaries_say():
     assert study_table.main_table(runs).count("\n") == 1 + len(runs)
     folders = {path.parent.name for path in (ROOT / "results" / "study").glob("*/summary.json")}
     assert {f"{name}-s{seed}" for name, seeds in runs.items() for seed in seeds} == folders
+
+
+def test_what_is_no_run_of_the_study_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no dense run"):
+        study_table.read(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "results" / "study" / "dense-s1", tmp_path / name)
+    with pytest.raises(InputError, match="there twice"):
+        study_table.read(tmp_path)
+    summary = tmp_path / "two" / "summary.json"
+    summary.write_text(summary.read_text().replace('"width": 0.125', '"width": 0.3'))
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(InputError, match="not of the study"):
+        study_table.read(tmp_path)
 
 
 def test_paired_differences_have_the_interval_of_their_mean():

@@ -1,8 +1,11 @@
 """What benchmarks and model hubs are given, loaded by loaders written from their documentation."""
 
-import importlib.util
+import importlib
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from models import load_model
 from models.hub import HubNetwork
 from tests.toy import TOY_RUN, Command
 from utils.attacks import PGD
+from utils.errors import InputError
 from utils.evaluation import command as evaluation_command
 from utils.evaluation.trials import pgd_trials
 from utils.storage.paths import RunPaths
@@ -28,15 +32,15 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def run_folders(tmp_path_factory):
-    """Full-width ResNet-18s trained for a few steps (on small images, for time) at the benchmark's
-    sparsities: three by weights, three by channels."""
+    """Full-width ResNet-18s trained for a few steps at the benchmark's sparsities: of the weights
+    and of the channels."""
     root = tmp_path_factory.mktemp("submit")
     rng = np.random.RandomState(0)
     for part, count in (("train", 6), ("test", 1)):
         for name in CIFAR10:
             (root / "images" / part / name).mkdir(parents=True)
             for number in range(count):
-                pixels = rng.randint(0, 255, (16, 16, 3)).astype(np.uint8)
+                pixels = rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(root / "images" / part / name / f"{number}.png")
     runs = {"weights": [], "channels": []}
     with pytest.MonkeyPatch.context() as patch:
@@ -57,13 +61,20 @@ def run_folders(tmp_path_factory):
 
 
 @pytest.fixture
-def submit(monkeypatch, capsys):
-    """The script; AutoAttack's place is taken by two steps of PGD, for time."""
+def balls(monkeypatch):
+    """The norm and radius of each AutoAttack, whose place two steps of PGD take, for time."""
+    seen = []
 
     def weak(model, attack, classes, device, seed):
+        seen.append((attack.norm, pytest.approx(attack.eps)))
         return pgd_trials(model, PGD(attack.eps, attack.eps / 2, 2), seed, name="AutoAttack")
 
     monkeypatch.setattr(evaluation_command, "autoattack_trials", weak)
+    return seen
+
+
+@pytest.fixture
+def submit(balls, monkeypatch, capsys):
     return Command("submit", monkeypatch, capsys)
 
 
@@ -106,10 +117,11 @@ FMN = ["--fmn_steps", 4, "--fmn_trials", 2]
 
 
 @pytest.mark.parametrize("structure", ["weights", "channels"])
-def test_a_pack_for_the_pruning_benchmark(run_folders, submit, tmp_path, structure):
+def test_a_pack_for_the_pruning_benchmark(run_folders, submit, balls, tmp_path, structure):
     folders, out = run_folders[structure], tmp_path / "pack"
     done = submit(*folders, "--for", "ap-benchmark", "--out", out, *FMN)
     assert done.code == 0, done.err
+    assert balls == [("linf", 0.031)] * 3
     assert "the benchmark wants all 10,000 test images" in done.out
     rates, short = ((90, 95, 99), "US") if structure == "weights" else ((50, 75, 90), "S")
     name = "FlyingBird" if structure == "weights" else "FlyingBirdChannels"
@@ -123,7 +135,7 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, tmp_path, structu
         base = Base()
         base.load_state_dict(torch.load(out / f"{key}.pt")["state_dict"], strict=True)
         ours = load_model(RunPaths(folder).best_ra)
-        images = torch.rand(4, 3, 16, 16)
+        images = torch.rand(4, 3, 32, 32)
         with torch.no_grad():
             logits = base.eval()(ours.normalize(images))
             assert torch.allclose(logits, ours(images), atol=1e-4 * logits.abs().max())
@@ -131,10 +143,20 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, tmp_path, structu
         assert len(distances) == 10
         robust = 100 * np.mean([float(d) > 8 / 255 for d in distances])
         assert f"_Robust Accuracy (HO-FMN):_ {robust:.2f}" in issue
-        assert results[key]["AutoAttack"]["eps"] == 0.031
+        assert results[key]["AutoAttack"] == {
+            "norm": "linf",
+            "eps": 0.031,
+            "robust accuracy": pytest.approx(results[key]["AutoAttack"]["robust accuracy"]),
+        }
         assert f'_Model GDrive:_ "{key}" : ["", ".pt"]' in issue
     taxonomy = json.loads((out / "taxonomy.json").read_text())
     assert taxonomy["Type of Pipeline:"] == "D-Methods Pruning During Training"
+    assert taxonomy["D: Training step "] == "Adversarial Training (AT) PGD"
+    criterion = {
+        "weights": "Lowest Weight Magnitude LWM",
+        "channels": "Least Importance Score (LIS)",
+    }
+    assert taxonomy["Pruning criterion"] == criterion[structure]
     removed = [results[key]["removed %"] for key in keys]
     assert removed == pytest.approx(rates, abs=0.5 if structure == "weights" else 4)
     again = submit(*folders, "--for", "ap-benchmark", "--out", out, *FMN)
@@ -142,25 +164,35 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, tmp_path, structu
     assert "is there already" in again.err
 
 
-def test_an_entry_for_robustbench(run_folders, submit, tmp_path):
+ELSEWHERE = """
+import torch
+from Mine2026 import Mine2026
+network = Mine2026().eval()
+network.load_state_dict(torch.load("Mine2026.pt"), strict=True)
+with torch.no_grad():
+    torch.save(network(torch.load("images.pt")), "logits.pt")
+"""
+
+
+def test_an_entry_for_robustbench(run_folders, submit, balls, tmp_path):
     """Its module is loaded where nothing of ours can be imported."""
     folder, out = run_folders["channels"][0], tmp_path / "entry"
-    assert submit(folder, "--for", "robustbench", "--out", out, "--name", "Mine2026").code == 0
+    done = submit(folder, "--for", "robustbench", "--out", out, "--name", "Mine2026")
+    assert done.code == 0, done.err
+    assert balls == [("linf", 8 / 255)]
     info = json.loads((out / "model_info" / "cifar10" / "Linf" / "Mine2026.json").read_text())
     assert info["eps"] == "8/255"
     assert info["architecture"] == "PreActResNet-18"
+    assert info["authors"] is None  # no paper has this method
     assert 0 <= float(info["autoattack_acc"]) <= float(info["clean_acc"]) <= 100
-    source = (out / "Mine2026.py").read_text()
-    assert "models" not in source
-    spec = importlib.util.spec_from_file_location("elsewhere", out / "Mine2026.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    network = module.Mine2026().eval()
-    network.load_state_dict(torch.load(out / "Mine2026.pt"), strict=True)
-    images = torch.rand(4, 3, 16, 16)
+    images = torch.rand(4, 3, 32, 32)
+    torch.save(images, out / "images.pt")
+    (out / "load.py").write_text(ELSEWHERE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "load.py"], cwd=out, env=environment, check=True)
     with torch.no_grad():
         expected = load_model(RunPaths(folder).best_ra)(images)
-        assert torch.allclose(network(images), expected, atol=1e-4 * expected.abs().max())
+    assert torch.allclose(torch.load(out / "logits.pt"), expected, atol=1e-4 * expected.abs().max())
     assert "- **Evaluation method**: AutoAttack" in (out / "issue.md").read_text()
 
 
@@ -169,19 +201,25 @@ def test_a_folder_for_the_hub_round_trips_offline(
     run_folders, submit, tmp_path, monkeypatch, structure
 ):
     folder, out = run_folders[structure][0], tmp_path / "model"
-    assert submit(folder, "--for", "huggingface", "--out", out).code == 0
+    done = submit(folder, "--for", "huggingface", "--out", out, "--name", "my model")
+    assert done.code == 0, done.err
+    assert f"hf upload 'USER/my model' {out}\n" in done.out
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "config.json",
         "model.safetensors",
     }
-    images = torch.rand(4, 3, 16, 16)
+    images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         expected = load_model(RunPaths(folder).best_ra)(images)
         model = HubNetwork.from_pretrained(str(out))
         assert torch.equal(model(images), expected)
+        assert model.about["method"] == ("fb" if structure == "weights" else "fb-channel")
         model.save_pretrained(tmp_path / "again")
+        assert HubNetwork.from_pretrained(str(tmp_path / "again")).about == model.about
+        with pytest.raises(InputError, match="num_classes cannot be changed"):
+            HubNetwork.from_pretrained(str(out), num_classes=7)
         assert torch.equal(load_model(tmp_path / "again" / "model.safetensors")(images), expected)
         assert torch.equal(load_model(out)(images), expected)
     card = (out / "README.md").read_text()
@@ -191,15 +229,15 @@ def test_a_folder_for_the_hub_round_trips_offline(
 
 
 @pytest.mark.parametrize("structure", ["weights", "channels"])
-def test_a_folder_to_give_away(run_folders, submit, tmp_path, structure):
-    folder, out = run_folders[structure][0], tmp_path / "given"
+def test_a_released_model(run_folders, submit, tmp_path, structure):
+    folder, out = run_folders[structure][0], tmp_path / "released"
     done = submit(folder, "--for", "release", "--out", out, "--name", "mine")
     assert done.code == 0, done.err
     assert {path.name for path in out.iterdir()} == {"README.md", "model.pt"}
     assert (out / "README.md").read_text().startswith("# mine\n")
     # a tenth of 11.2 million weights as float16 and their mask; a quarter of them
     assert (out / "model.pt").stat().st_size < (4e6 if structure == "weights" else 6.2e6)
-    images = torch.rand(4, 3, 16, 16)
+    images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         expected = load_model(RunPaths(folder).best_ra)(images)
         assert torch.allclose(load_model(out)(images), expected, atol=0.01 * expected.abs().max())
@@ -211,7 +249,7 @@ def test_what_cannot_be_submitted_is_refused_before_any_work(
     weights, channels = run_folders["weights"], run_folders["channels"]
     assert run_adv(*TOY_RUN, "--save_dir", tmp_path / "toy").code == 0
     (toy,) = (tmp_path / "toy").iterdir()
-    out = ["--out", tmp_path / "out"]
+    out = ["--out", tmp_path / "new" / "out"]
     for words, reason in (
         ([*weights[:2], "--for", "ap-benchmark"], "asks for a network at 99 % too"),
         ([*weights[:2], channels[0], "--for", "ap-benchmark"], "differ in"),
@@ -224,9 +262,17 @@ def test_what_cannot_be_submitted_is_refused_before_any_work(
         ([weights[0], "--for", "robustbench", "--no-such", 1], "unknown argument"),
         ([weights[0], "--for", "elsewhere"], "invalid choice"),
         ([*weights, "--for", "ap-benchmark", "--fmn_steps", 0], "must be 1 or more"),
+        (
+            [*weights, "--for", "ap-benchmark", "--norm", "l2"],
+            "--norm is the benchmark's to choose",
+        ),
+        ([weights[0], "--for", "robustbench", "--eval_attack", "pgd"], "benchmark's to choose"),
+        ([weights[0], "--for", "robustbench", "--test-eps=2"], "--test-eps is the benchmark's"),
+        ([weights[0], "--for", "robustbench", "--name", "class"], "the name of a class"),
+        ([weights[0], "--for", "release", "--name", "a/b"], "is no name of a file"),
+        ([weights[0], "--for", "release", "--fmn_steps", 7], "have no effect"),
     ):
         done = submit(*words, *out)
         assert (done.code, len(done.err.splitlines())) == (2, 1), (words, done.err)
         assert reason in done.err, (words, done.err)
-        assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out-*"))
+        assert not (tmp_path / "new").exists(), words

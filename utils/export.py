@@ -1,5 +1,5 @@
 """Trained networks as files that other programs read (ONNX, safetensors, ``torch.export``, a plain
-state dict), and as small ones to give away.
+state dict), and as small checkpoints for a release.
 
 Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
 classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict,
@@ -185,7 +185,9 @@ def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
         raise InputError(f"no such folder: {path.parent}")
     own = FORMATS[kind].suffix
     # What torch.load reads, a checkpoint or a state dict, goes by several suffixes.
-    formats = [(".tar", ".pth", ".pt"), *((form.suffix,) for form in FORMATS.values())]
+    loaded = (".tar", ".pth", ".pt")
+    others = [(form.suffix,) for form in FORMATS.values() if form.suffix not in loaded]
+    formats = [loaded, *others]
     if any(path.suffix in suffixes and own not in suffixes for suffixes in formats):
         raise InputError(
             f"{path}: {path.suffix} is the suffix of another format; that of --format {kind} is"

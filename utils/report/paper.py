@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny-ImageNet"}
 _DENSITY = 0.2  # of the paper's sparse rows
 # density: percent, of the benchmark
-_SPARSITIES = {"weights": {0.1: 90, 0.05: 95, 0.01: 99}, "channels": {0.5: 50, 0.25: 75, 0.1: 90}}
+SPARSITIES = {"weights": {0.1: 90, 0.05: 95, 0.01: 99}, "channels": {0.5: 50, 0.25: 75, 0.1: 90}}
 BENCHMARK_EPS = 0.031  # of its AutoAttack, in linf
 _EPOCHS = 200  # of the paper, in either stage
 # What a report says elsewhere, or by what the run really had.
@@ -96,7 +96,7 @@ def benchmark_sparsity(group: Group) -> tuple[str, int] | None:
     """What the benchmark would say was asked of a group: the structure and the sparsity in percent;
     None for other densities."""
     structure = "channels" if group.method.endswith("-channel") else "weights"
-    sparsity = _SPARSITIES[structure].get(group.density)
+    sparsity = SPARSITIES[structure].get(group.density)
     return None if sparsity is None else (structure, sparsity)
 
 

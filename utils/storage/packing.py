@@ -1,7 +1,7 @@
 """Networks without their zeros: live weights (and momentum) in a row, masks as bits.
 
 A checkpoint to resume from keeps every bit, and at density .2 less than a quarter of the plain
-size; a network to give away keeps its weights in float16.
+size; a released network keeps its weights in float16.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
 
 
 def compact_network(content: Mapping[str, Any], weights: Collection[str]) -> dict[str, Any]:
-    """A network to give away.
+    """A network to release.
 
     Args:
         content: with ``state_dict``, float32; not changed.
@@ -69,14 +69,15 @@ def compact_network(content: Mapping[str, Any], weights: Collection[str]) -> dic
     state = dict(content["state_dict"])
     shapes, live = {}, {}
     for name in weights:
-        mask = state[name] != 0
+        rounded = state[name].half()
+        mask = rounded != 0
         shapes[name], live[name] = list(mask.shape), _to_bits(mask)
-        state[name] = state[name][mask].half()
+        state[name] = rounded[mask]
     return {**content, "state_dict": state, "packed": {"shapes": shapes, "live": live}}
 
 
 def expand(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``compact`` was given, and nearly what ``compact_network`` was."""
+    """What ``compact`` was given; what ``compact_network`` was, with weights rounded to float16."""
     content = dict(content)
     packed = content.pop("packed", None)
     if packed is None:

@@ -6,9 +6,12 @@ from utils.report.runs import METHOD_NAMES, command_of
 from utils.storage.checkpoint import checksum
 from utils.submission.entries import Entry
 
+_BIRDS = ("rb", "fb", "fbp")
 
-def card(entry: Entry, title: str) -> str:
-    """What the network is, how good it is, how it was made and how it is loaded, in Markdown."""
+
+def card(entry: Entry, title: str, note: str = "") -> str:
+    """What the network is, how good it is, how it was made and how it is loaded, in Markdown; with
+    a ``note`` on the weights."""
     summary, settings = entry.run.summary, entry.run.settings
     best, what = summary["best"], "channels" if entry.narrow else "weights"
     attack = f"PGD-{settings.test_step}, {settings.test_ball}"
@@ -35,7 +38,7 @@ validation images.
 {table}
 
 - images: {size}x{size}, pixels in [0, 1], normalized inside; classes: {classes or "not named"}
-- FLOPs of an inference: {summary["flops"]["real"]["inference"]:.4g} where zeros are skipped
+- FLOPs of an inference: {entry.inference_flops:.4g} where zeros are skipped{note}
 - made by
 
 ```bash
@@ -48,9 +51,17 @@ from models import load_model
 model = load_model("FOLDER")  # where this card lies; or models.hub.HubNetwork.from_pretrained
 ```
 
-The method is of Chen et al., "Sparsity Winning Twice" (ICLR 2022). A robust accuracy is an upper
-bound: a stronger attack may find more.
+{_source(entry)}A robust accuracy is an upper bound: a stronger attack may find more.
 """
+
+
+def _source(entry: Entry) -> str:
+    paper = 'of Chen et al., "Sparsity Winning Twice" (ICLR 2022)'
+    method = entry.run.method
+    if method in _BIRDS:
+        return f"The method is that {paper}. "
+    by_channels = method.removesuffix("-channel") in _BIRDS
+    return f"The method takes to channels that {paper}. " if by_channels else ""
 
 
 def _width(entry: Entry) -> str:

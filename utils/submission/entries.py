@@ -4,7 +4,6 @@ under the attacks that others ask for."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.augment import to_float
-from models.loading import full_size_state
-from utils.errors import InputError, require
+from models.flops import layer_costs, real_inference
+from sparse_core import prunable
+from utils.errors import Stopped, require
 from utils.evaluation.command import Evaluation, stored_settings
 from utils.execution.distributed import World
 from utils.execution.hardware import full_precision
+from utils.execution.interruption import Interruption
 from utils.export import Trained
 from utils.minimum_norm import FMN, minimum_norm, tuned
 from utils.report.runs import FinishedRun
@@ -29,8 +30,12 @@ from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
 from utils.storage.checkpoint import load_checkpoint, save_checkpoint
 
+# in the order of their labels, and how many test images there are
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-_BENCHMARKS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
+TEST_IMAGES = {"CIFAR10": 10_000, "CIFAR100": 10_000, "SVHN": 26_032}
+_SIDE = 32  # of their images, in pixels
+# flags of an evaluation that are not the user's to choose here
+_OWN = "eval pretrained eval_attack test_eps norm eval_dir source restarts".split()
 _TUNED_ON, _BATCH = 64, 128  # images of FMN's search, and of a batch under it
 
 
@@ -68,12 +73,25 @@ class Entry:
         live, full = _channels(self.trained.model), _channels(self.trained.full_size())
         return 100 * (1 - live / full)
 
+    @property
+    def inference_flops(self) -> int:
+        """Of one image, zeros skipped."""
+        weights = prunable(self.trained.model)
+        live = {name: int(weight.count_nonzero()) for name, weight in weights.items()}
+        return real_inference(
+            layer_costs(self.trained.model, self.trained.images(1)[0].shape), live
+        )
+
     @cached_property
     def dataset(self) -> str | None:
-        """The benchmarks' name of the data set; a folder of images counts by its classes."""
-        if sorted(self.spec.get("classes") or ()) == _CIFAR10:
+        """The benchmarks' name of the data set, None for others; a folder of images is CIFAR-10 by
+        its classes and the size of its images."""
+        if self.spec["image_size"] != _SIDE:
+            return None
+        if list(self.spec.get("classes") or ()) == _CIFAR10:
             return "CIFAR10"
-        return _BENCHMARKS.get(self.run.settings.dataset)
+        name = self.run.settings.dataset.upper()
+        return name if name in TEST_IMAGES else None
 
 
 def _channels(model: nn.Module) -> int:
@@ -89,21 +107,42 @@ class Scores:
     images: int
     evaluation: Evaluation
 
+    def shortfall(self, entry: Entry, whose: str) -> str | None:
+        """What to say where it is not of all test images of the entry's data set."""
+        wanted = TEST_IMAGES[str(entry.dataset)]
+        if self.images >= wanted:
+            return None
+        return f"measured on {self.images} images; {whose} wants all {wanted:,} test images"
 
-def autoattack(entry: Entry, eps: float, flags: Sequence[str]) -> Scores:
-    """AutoAttack on the test images; what a call before this one did is not done again.
+
+def attack_settings(
+    entry: Entry, norm: str, eps: float, flags: Sequence[str]
+) -> AdversarialSettings:
+    """The settings of an evaluation under AutoAttack.
 
     Args:
         entry: whose network.
-        eps: radius in 1/255.
+        norm, eps: ball of the attack, radius in 1/255.
         flags: of ``main_adv.py --eval`` beside the network and the attack.
 
     Raises:
-        InputError: flags or data that do not fit.
+        InputError: flags that do not fit, or that would make it another attack or network.
     """
+    for flag in flags:
+        name = flag.lstrip("-").split("=")[0].replace("-", "_")
+        require(
+            not flag.startswith("--") or name not in _OWN,
+            f"{flag.split('=')[0]} is the benchmark's to choose",
+        )
     own = ["--eval", "--pretrained", str(entry.path), "--eval_attack", "autoattack"]
-    own += ["--test_eps", f"{eps:g}"]
-    settings = parse_settings(AdversarialSettings, [*own, *flags], "", stored_settings)
+    own += ["--norm", norm, "--test_eps", f"{eps:g}"]
+    return parse_settings(AdversarialSettings, [*flags, *own], "", stored_settings)
+
+
+def autoattack(entry: Entry, norm: str, eps: float, flags: Sequence[str]) -> Scores:
+    """AutoAttack on the test images, with the arguments of ``attack_settings``; what a call before
+    this one did is not done again. Raises ``InputError`` for data that do not fit."""
+    settings = attack_settings(entry, norm, eps, flags)
     evaluation = Evaluation(settings, pick_device(settings), World())
     evaluation.run()
     evaluation.finish()
@@ -113,53 +152,57 @@ def autoattack(entry: Entry, eps: float, flags: Sequence[str]) -> Scores:
 
 def distances(scores: Scores, trials: int, steps: int) -> tuple[FMN, list[float]]:
     """The linf distance to the closest adversarial image that HO-FMN finds, for each test image in
-    the evaluation's order; kept beside the evaluation.
+    the evaluation's order; kept beside the evaluation, from where a cut call resumes.
 
     Args:
         scores: whose network and images.
         trials: settings that the search tries, each with half of the steps.
         steps: of the attack.
+
+    Raises:
+        Stopped: by a signal or ``--time_limit``; what was found is kept.
     """
     evaluation = scores.evaluation
-    model, split, seed = evaluation.model, evaluation.data.test, evaluation.settings.seed
+    model, split, settings = evaluation.model, evaluation.data.test, evaluation.settings
     name = f"{evaluation.answers.name.split('.')[0]}_fmn-{steps}-{trials}.pth.tar"
     kept = evaluation.answers.with_name(name)
+    attack, found = None, list[float]()
     if kept.exists():
         content = load_checkpoint(kept)
-        return FMN(**content["attack"]), content["distances"]
+        attack, found = FMN(**content["attack"]), content["distances"]
 
     def images(indices: Tensor) -> tuple[Tensor, Tensor]:
         return to_float(split.rows(indices)), split.labels[indices]
 
-    found: list[float] = []
-    with full_precision():
-        total = trials + math.ceil(len(split) / _BATCH)
-        with tqdm(total=total, desc="FMN", leave=False, disable=None) as bar:
+    with (
+        full_precision(),
+        Interruption(settings.time_limit) as interruption,
+        tqdm(total=len(split), desc="FMN", unit="img", leave=False, disable=None) as bar,
+    ):
+
+        def leave_if_asked() -> None:
+            if stopped := interruption.asked():
+                raise Stopped(f"{stopped}; the same command resumes", stopped.code)
+
+        if attack is None:
             x, y = images(split.spread(_TUNED_ON))
             half = max(1, steps // 2)
-            attack = tuned(model, x, y, seed=seed, trials=trials, steps=half, on_trial=bar.update)
-            attack = FMN(steps, attack.step_size, attack.momentum)
-            for indices in split.indices.split(_BATCH):
-                found += minimum_norm(model, *images(indices), attack)[1].tolist()
-                bar.update()
-    save_checkpoint(kept, {"attack": asdict(attack), "distances": found})
+            best = tuned(
+                model, x, y, seed=settings.seed, trials=trials, steps=half, on_trial=leave_if_asked
+            )
+            attack = FMN(steps, best.step_size, best.momentum)
+        bar.update(len(found))
+        for indices in split.indices[len(found) :].split(_BATCH):
+            found += minimum_norm(model, *images(indices), attack)[1].tolist()
+            save_checkpoint(kept, {"attack": asdict(attack), "distances": found})
+            bar.update(len(indices))
+            leave_if_asked()
     return attack, found
 
 
 def beyond(found: Sequence[float], eps: float) -> float:
     """The percentage of images that no perturbation up to ``eps`` (of [0, 1]) fooled."""
     return 100 * sum(distance > eps for distance in found) / len(found)
-
-
-def flat_state(entry: Entry, *, normalization: bool) -> dict[str, Tensor]:
-    """The full-size state dict, zeros where nothing lives, with or without the pixels' mean and
-    standard deviation."""
-    state = full_size_state(entry.spec, entry.trained.state)
-    return {
-        name: value.contiguous()
-        for name, value in state.items()
-        if normalization or not name.startswith("normalize.")
-    }
 
 
 def agrees(network: nn.Module, entry: Entry, *, normalization: bool) -> bool:
@@ -172,12 +215,6 @@ def agrees(network: nn.Module, entry: Entry, *, normalization: bool) -> bool:
             images = (images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
         difference = (network.eval()(images) - expected).abs().max()
     return bool(difference <= 1e-5 * expected.abs().max())
-
-
-def refuse_non_empty(out: Path) -> None:
-    """Raise ``InputError`` for a folder that holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; --out names a new folder")
 
 
 def json_text(content: object) -> str:

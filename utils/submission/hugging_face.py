@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def write(entry: Entry, out: Path, name: str | None) -> str:
         again = HubNetwork.from_pretrained(str(out))(images)
         if not torch.equal(again, entry.trained.model(images)):
             raise RunError(f"{out} does not answer as {entry.path}")
-    return f"hf upload USER/{title} {out}"
+    return f"upload it by: hf upload {shlex.quote(f'USER/{title}')} {shlex.quote(str(out))}"
 
 
 def _metadata(entry: Entry, title: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
+
+    from models.hub import LIBRARY, LICENSE, TAGS
 
     best, settings = entry.run.summary["best"], entry.run.settings
     common: dict[str, Any] = {
@@ -45,9 +48,9 @@ def _metadata(entry: Entry, title: str) -> str:
     }
     attack = f"robust accuracy, PGD-{settings.test_step}, {settings.test_ball}"
     return ModelCardData(
-        license="mit",
-        library_name="pytorch",
-        tags=["adversarial-robustness", "sparsity", "image-classification"],
+        license=LICENSE,
+        library_name=LIBRARY,
+        tags=TAGS,
         model_name=title,
         eval_results=[
             EvalResult(**common, metric_name=attack, metric_value=best["test_ra"]),

@@ -8,6 +8,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,25 +16,21 @@ from torch import nn
 from models.loading import build_network, full_size
 from sparse_core import prunable
 from utils.errors import RunError, require
-from utils.submission.entries import (
-    Entry,
-    agrees,
-    autoattack,
-    beyond,
-    distances,
-    flat_state,
-    json_text,
-)
+from utils.export import FORMATS
+from utils.report.paper import BENCHMARK_EPS, SPARSITIES
+from utils.submission.entries import Entry, agrees, autoattack, beyond, distances, json_text
 
-EPS = 0.031  # of AutoAttack there; HO-FMN's robust accuracy is at 8/255
-_IMAGES = 10_000
+BALL = ("linf", 255 * BENCHMARK_EPS)  # of AutoAttack; HO-FMN's robust accuracy is at 8/255
 _PAPER = "https://arxiv.org/pdf/2202.09844.pdf"
-# percent pruned of weights and of channels, and how near a network must be to one of them
-_RATES = {False: ((90, 95, 99), 0.5), True: ((50, 75, 90), 4.0)}
+# how near to the benchmark's percentages a network must be
+_TOLERANCES = {"weights": 0.5, "channels": 4.0}
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # in their networks of Flying Bird
 _KEYS = {"fb": "FlyingBird_Chen2021Sparsity", "rb": "RobustBird_Chen2021Sparsity"}
 _METHODS = {"fb": "FlyingBird", "fbp": "FlyingBirdPlus", "rb": "RobustBird", "oneshot": "OneShot"}
-_AT = "Adversarial Training (AT) PGD"
+_STATIC = {  # criteria of first masks that stay
+    "magnitude": "Lowest Weight Magnitude LWM",
+    **dict.fromkeys(("snip", "grasp", "synflow"), "Least Importance Score (LIS)"),
+}
 
 
 def chosen(entries: Sequence[Entry]) -> dict[int, Entry]:
@@ -47,7 +44,8 @@ def chosen(entries: Sequence[Entry]) -> dict[int, Entry]:
         require(fits, f"{name}: the benchmark takes resnet18 and vgg16 of full width")
         require(
             entry.dataset in ("CIFAR10", "SVHN"),
-            f"{name}: the benchmark takes networks of CIFAR-10 and SVHN, not of {settings.dataset}",
+            f"{name}: the benchmark takes networks of CIFAR-10 and SVHN (32x32), not of"
+            f" {settings.dataset}",
         )
         require(
             entry.run.method != "dense", f"{name} is dense; the benchmark is of pruned networks"
@@ -58,8 +56,8 @@ def chosen(entries: Sequence[Entry]) -> dict[int, Entry]:
             f"{name} and {first.run.name} differ in architecture, data set, structure or method",
         )
     found: dict[int, Entry] = {}
-    rates, tolerance = _RATES[first.narrow]
     what = "channels" if first.narrow else "weights"
+    rates, tolerance = tuple(SPARSITIES[what].values()), _TOLERANCES[what]
     for entry in entries:
         rate = min(rates, key=lambda rate: abs(rate - entry.removed))
         require(
@@ -88,19 +86,24 @@ def write(
     first = next(iter(networks.values()))
     method = first.run.method.removesuffix("-channel")
     key = name or _key(method, first.narrow)
-    (out / "taxonomy.json").write_text(json_text(_taxonomy(method, first, key)))
-    results, sections = {}, []
+    taxonomy = json_text(_taxonomy(method, first, key))
+    (out / "taxonomy.json").write_text(taxonomy)
+    results, sections, left = {}, [], None
     for number, (rate, entry) in enumerate(networks.items(), 1):
         arch = "R18" if entry.spec["arch"] == "resnet18" else "V16"
         model_key = f"{key}_{arch}_{entry.dataset}_{'S' if entry.narrow else 'US'}_{rate}"
         (out / f"{model_key}.pt").write_bytes(_checkpoint(entry))
         _refuse_other_answers(out / f"{model_key}.pt", entry)
-        scores = autoattack(entry, 255 * EPS, flags)
+        scores = autoattack(entry, *BALL, flags)
         attack, found = distances(scores, trials, steps)
         (out / f"{model_key}.pickle").write_bytes(pickle.dumps([torch.tensor(d) for d in found]))
         results[model_key] = {
             "clean accuracy": scores.clean,
-            "AutoAttack": {"eps": EPS, "robust accuracy": scores.robust},
+            "AutoAttack": {
+                "norm": scores.evaluation.attack.norm,
+                "eps": round(scores.evaluation.attack.eps, 6),
+                "robust accuracy": scores.robust,
+            },
             "HO-FMN": {
                 "eps": 8 / 255,
                 "robust accuracy": beyond(found, 8 / 255),
@@ -121,14 +124,11 @@ def write(
             f"_Robust Accuracy (AA):_ {scores.robust:.2f}\n"
             f"_Robust Accuracy (HO-FMN):_ {beyond(found, 8 / 255):.2f}\n"
         )
-        images = scores.images
+        left = left or scores.shortfall(entry, "the benchmark")
     (out / "results.json").write_text(json_text(results))
-    entry_text = f"## JSON Entry\n```json\n{json_text(_taxonomy(method, first, key))}```\n"
+    entry_text = f"## JSON Entry\n```json\n{taxonomy}```\n"
     (out / "issue.md").write_text("\n".join([entry_text, *sections, _details(first)]))
-    left = "upload each .pt and .pickle, put their ids into issue.md, and open the issue"
-    if images < _IMAGES:
-        left = f"measured on {images} images; the benchmark wants all {_IMAGES:,} test images"
-    return left
+    return left or "upload each .pt and .pickle, put their ids into issue.md, and open the issue"
 
 
 def _key(method: str, narrow: bool) -> str:
@@ -138,36 +138,54 @@ def _key(method: str, narrow: bool) -> str:
 
 
 def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
-    """In the words of the benchmark's form."""
-    during = method in ("fb", "fbp")
-    score = getattr(entry.run.settings, "channel_score", "taylor")
-    least = entry.narrow and during and score == "taylor"
+    """In the words of the benchmark's form; where it has none for a run, in ours."""
+    settings: Any = entry.run.settings
+    during, ticket = method in ("fb", "fbp"), method in ("rb", "oneshot")
+    pipeline = {"Type of Pipeline:": "D-Methods Pruning During Training"}
     if during:
-        pipeline = {"Type of Pipeline:": "D-Methods Pruning During Training"}
-        pipeline["D: Training step "] = _AT
+        pipeline["D: Training step "] = _training(settings)
     else:
-        first = "Natural Training (NT)" if method in ("rb", "oneshot") else "None"
-        pipeline = {"Type of Pipeline:": "B-Methods Pruning Before Training"}
-        pipeline |= {"B: Pruning step ": first, "B: Training step ": _AT}
-        pipeline["B: OneShot (1S) vs Iterative (IT)"] = "1S"
+        first = {"sgd": "Natural Training (NT)", "pgd": "Adversarial Training (AT) PGD"}
+        pipeline = {
+            "Type of Pipeline:": "B-Methods Pruning Before Training",
+            "B: Pruning step ": first.get(settings.stage1, settings.stage1) if ticket else "None",
+            "B: Training step ": _training(settings),
+            "B: OneShot (1S) vs Iterative (IT)": "1S",
+        }
     # per layer or group: as many grow as were dropped there
-    local = during or entry.narrow or method not in ("rb", "oneshot")
+    local = during or entry.narrow or not ticket
+    criterion = "Lowest Weight Magnitude LWM"
+    if entry.narrow and during and settings.channel_score == "taylor":
+        criterion = "Least Importance Score (LIS)"
+    elif not during and not ticket:
+        criterion = _STATIC.get("channels" if entry.narrow else settings.sparse_init, "Random")
     return {
         "link_to_paper": _PAPER,
         "ap_key": key,
         **pipeline,
         "Pruning structure": "Structured (S) channels" if entry.narrow else "Unstructured (US)",
         "Pruning locality": "Local Pruning (L)" if local else "Global Pruning (G)",
-        "Pruning criterion": (
-            "Least Importance Score (LIS)" if least else "Lowest Weight Magnitude LWM"
-        ),
+        "Pruning criterion": criterion,
     }
+
+
+def _training(settings: Any) -> str:
+    attack = settings.train_attack.upper()
+    kind = "TRADES" if settings.train_loss == "trades" else attack
+    return f"Adversarial Training (AT) {kind}" + (", AWP" if settings.awp else "")
 
 
 def _checkpoint(entry: Entry) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"state_dict": flat_state(entry, normalization=False)}, buffer)
+    torch.save({"state_dict": _flat_state(entry)}, buffer)
     return buffer.getvalue()
+
+
+def _flat_state(entry: Entry) -> dict[str, torch.Tensor]:
+    """In full size, without the pixels' statistics, which its networks have as constants."""
+    content = FORMATS["state_dict"].content(entry.trained)
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    return {name: value for name, value in state.items() if not name.startswith("normalize.")}
 
 
 def _refuse_other_answers(path: Path, entry: Entry) -> None:
@@ -181,7 +199,7 @@ def _refuse_other_answers(path: Path, entry: Entry) -> None:
 
 
 def _zeros(entry: Entry) -> dict[str, float]:
-    state = flat_state(entry, normalization=False)
+    state = _flat_state(entry)
     return {
         name: round(100 * (state[name] == 0).float().mean().item(), 2)
         for name in prunable(entry.trained.full_size())

@@ -1,4 +1,4 @@
-"""A folder to give away: the packed network, at most a few megabytes, and its card."""
+"""A released model: the packed network and its card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.submission.entries import Entry
 def write(entry: Entry, out: Path, name: str | None) -> str:
     """Write the network's files into the folder ``out``; returns what to do with them."""
     path, difference = export(entry.path, "packed", out / "model.pt")
-    (out / "README.md").write_text(card(entry, name or entry.run.name))
-    size = path.stat().st_size / 1e6
-    return (
-        f"models.load_model reads the folder ({size:.2f} MB; float16 moves the logits by"
-        f" {difference:.0e} of the largest)"
+    note = (
+        "\n- the figures are those of the float32 weights; float16, as here, moves the logits by at"
+        f" most {difference:.0e} of the largest"
     )
+    (out / "README.md").write_text(card(entry, name or entry.run.name, note))
+    return f"models.load_model reads the folder; it has {path.stat().st_size / 1e6:.2f} MB"

@@ -4,7 +4,7 @@ module of the architecture that needs nothing of ours, and the issue that claims
 from __future__ import annotations
 
 import inspect
-import io
+import keyword
 import re
 import runpy
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ import torch
 from models import normalize, resnet, vgg, wideresnet
 from models.build import ARCHITECTURES, RESNETS, STAGES, network_class
 from utils.errors import RunError, require
+from utils.export import FORMATS
 from utils.report.runs import command_of
-from utils.submission.entries import Entry, agrees, autoattack, flat_state, json_text
+from utils.submission.entries import Entry, agrees, autoattack, json_text
 
 _BALLS = {("linf", 8.0): ("Linf", "8/255"), ("l2", 127.5): ("L2", "0.5")}  # radius in 1/255
 _DATASETS = {"CIFAR10": "cifar10", "CIFAR100": "cifar100"}
-_IMAGES = 10_000
-_PAPER = {
+_PAPER = {  # whose methods the paper's are; of others the entry's maker fills in the fields
     "link": "https://arxiv.org/abs/2202.09844",
     "name": "Sparsity Winning Twice: Better Robust Generalization from More Efficient Training",
     "authors": "Tianlong Chen, Zhenyu Zhang, Pengjun Wang, Santosh Balachandra, Haoyu Ma, Zehao"
@@ -32,13 +32,14 @@ _PAPER = {
 }
 
 
-def ball(entry: Entry) -> tuple[str, str]:
-    """Threat model and radius; raises ``InputError`` if RobustBench has no such leaderboard."""
+def checked(entry: Entry, name: str | None) -> tuple[str, str, str]:
+    """The network's name there, threat model and radius; raises ``InputError`` for a name that is
+    none, or if RobustBench has no such leaderboard."""
     settings = entry.run.settings
     require(
         entry.dataset in _DATASETS,
-        f"{entry.run.name}: RobustBench takes networks of CIFAR-10 and CIFAR-100, not of"
-        f" {settings.dataset}",
+        f"{entry.run.name}: RobustBench takes networks of CIFAR-10 and CIFAR-100 (32x32),"
+        f" not of {settings.dataset}",
     )
     require(
         entry.spec["arch"] in ARCHITECTURES,
@@ -51,41 +52,45 @@ def ball(entry: Entry) -> tuple[str, str]:
         f" {settings.test_ball}",
     )
     assert found is not None
-    return found
+    model_id = name or f"Sparse_{entry.run.method}".replace("-", "_")
+    good = model_id.isidentifier() and not keyword.iskeyword(model_id)
+    require(good, f"--name {model_id}: it becomes the name of a class")
+    return model_id, *found
 
 
 def write(entry: Entry, out: Path, name: str | None, flags: Sequence[str]) -> str:
     """Evaluate the network and write its files into the folder ``out``; returns what to do with
     them."""
-    threat, radius = ball(entry)
-    model_id = name or f"Chen2022Sparsity_{entry.run.method}".replace("-", "_")
-    require(model_id.isidentifier(), f"--name {model_id}: it becomes the name of a class")
-    buffer = io.BytesIO()
-    torch.save(flat_state(entry, normalization=True), buffer)
-    (out / f"{model_id}.pt").write_bytes(buffer.getvalue())
+    model_id, threat, radius = checked(entry, name)
+    (out / f"{model_id}.pt").write_bytes(FORMATS["state_dict"].content(entry.trained))
     (out / f"{model_id}.py").write_text(architecture(entry.spec, model_id))
     _refuse_other_answers(out, model_id, entry)
-    scores = autoattack(entry, entry.run.settings.test_eps, flags)
+    scores = autoattack(entry, *ball(entry), flags)
     figures = {"clean_acc": f"{scores.clean:.2f}", "autoattack_acc": f"{scores.robust:.2f}"}
     info = _info(entry, radius, figures)
     folder = out / "model_info" / _DATASETS[str(entry.dataset)] / threat
     folder.mkdir(parents=True)
     (folder / f"{model_id}.json").write_text(json_text(info))
     (out / "issue.md").write_text(_issue(model_id, threat, info))
-    if scores.images < _IMAGES:
-        return f"measured on {scores.images} images; RobustBench wants all {_IMAGES:,} test images"
-    return "upload the weights, put their address into issue.md, and open the issue"
+    done = "upload the weights, put their address into issue.md, and open the issue"
+    return scores.shortfall(entry, "RobustBench") or done
+
+
+def ball(entry: Entry) -> tuple[str, float]:
+    """Norm and radius, in 1/255, of the attack."""
+    return entry.run.settings.norm, entry.run.settings.test_eps
 
 
 def _info(entry: Entry, radius: str, figures: dict[str, str]) -> dict[str, Any]:
     """The fields of its ``ModelInfo``, in their order."""
     what = "channels" if entry.narrow else "weights"
+    paper = _PAPER if entry.run.method in ("rb", "fb", "fbp") else dict.fromkeys(_PAPER)
     return {
-        **{field: _PAPER[field] for field in ("link", "name", "authors")},
+        **{field: paper[field] for field in ("link", "name", "authors")},
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": _DATASETS[str(entry.dataset)],
-        "venue": _PAPER["venue"],
+        "venue": paper["venue"],
         "architecture": _architecture_name(entry),
         "eps": radius,
         "clean_acc": figures["clean_acc"],
@@ -144,8 +149,8 @@ def _refuse_other_answers(out: Path, name: str, entry: Entry) -> None:
 
 def _issue(name: str, threat: str, info: dict[str, Any]) -> str:
     return f"""# Paper Information
-- **Paper Title**: {info["name"]}
-- **Paper URL**: {info["link"]}
+- **Paper Title**: {info["name"] or ""}
+- **Paper URL**: {info["link"] or ""}
 
 # Leaderboard Claim(s)
 ## Model 1

@@ -1,0 +1,64 @@
+"""The trained models in results/models repeat their figures on 200 fixed test images.
+
+``python -m tests.test_released`` measures them again and writes ``results/models/figures.json``.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hubconf
+from models import load_model
+from utils.attacks import PGD, pgd_attack
+from utils.execution.hardware import full_precision
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "results" / "models"
+# 20 of each class of CIFAR-10's test images (JPEG), averaged down to 16x16
+IMAGES = ROOT / "tests" / "golden" / "cifar10_16x16.npz"
+NAMES = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
+
+
+def measured(model):
+    """Clean and PGD-10 accuracy (linf 8/255, from the images themselves) in percent."""
+    with np.load(IMAGES) as stored:
+        x = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 255
+        y = torch.from_numpy(stored["labels"])
+    attack = PGD(8 / 255, 2 / 255, 10, random_start=False)
+    with full_precision():
+        adversarial = pgd_attack(model, x, y, attack)
+        with torch.no_grad():
+            answers = {"clean": model(x).argmax(1), "pgd10": model(adversarial).argmax(1)}
+    return {name: 100 * (answer == y).float().mean().item() for name, answer in answers.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_released_model_repeats_its_figures(name):
+    stored = json.loads((MODELS / "figures.json").read_text())[name]
+    model = load_model(MODELS / name)
+    # one image may be at the boundary on another machine
+    assert measured(model) == pytest.approx(stored, abs=0.51)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(hubconf.load(name)(images), model(images))
+
+
+def test_the_models_are_small_and_described():
+    sizes = [path.stat().st_size for path in MODELS.glob("*/model.pt")]
+    assert len(sizes) == len(NAMES) >= 5
+    assert max(sizes) <= 4e6
+    assert sum(sizes) <= 20e6
+    page = (MODELS / "README.md").read_text()
+    figures = json.loads((MODELS / "figures.json").read_text())
+    for name in NAMES:
+        card = (MODELS / name / "README.md").read_text()
+        assert "robust accuracy" in card
+        row = next(line for line in page.splitlines() if line.startswith(f"| [{name}]"))
+        assert row.endswith(f"| {figures[name]['clean']:.1f} | {figures[name]['pgd10']:.1f} |")
+
+
+if __name__ == "__main__":
+    content = {name: measured(load_model(MODELS / name)) for name in NAMES}
+    (MODELS / "figures.json").write_text(json.dumps(content, indent=2) + "\n")
