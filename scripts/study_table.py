@@ -168,35 +168,55 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def figure(runs: Runs) -> Figure:
-    """Final RA and robust gap against live weights: is it sparsity, or only being small?"""
+    """Final RA and robust gap against live weights and FLOPs: is it sparsity, or being small?"""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
     kinds = {
-        "dense networks of other widths": ("o", ["dense", *(n for n in runs if "small" in n)]),
-        "Flying Bird": ("s", [n for n in runs if re.fullmatch(r"fb(-[\d.]+)?", n)]),
+        "dense networks by width": ("o", ["dense", *(n for n in runs if "small" in n)]),
+        "Flying Bird by density": ("s", [n for n in runs if re.fullmatch(r"fb(-[\d.]+)?", n)]),
         "Flying Bird+": ("D", ["fbp"]),
         "Robust Bird": ("^", ["rb"]),
-        "static masks": ("v", [n for n in runs if n in ("static", "random")]),
+        "static masks": ("v", ["static", "random"]),
         "Flying Bird, channels": ("P", ["fb-channel"]),
         "Robust Bird, channels": ("X", ["rb-channel"]),
     }
-    for axes, name in zip(panels, ("RA final", "robust gap"), strict=True):
-        for kind, (marker, names) in kinds.items():
-            points = sorted(
-                (statistics.fmean(map(weights, seeds)), [FIGURES[name](run) for run in seeds])
-                for seeds in (list(runs[n].values()) for n in names if n in runs)
-            )
-            if not points:
-                continue
-            x, y = zip(*((size, statistics.fmean(values)) for size, values in points), strict=True)
-            line = axes.plot(x, y, marker=marker, ls="-" if len(x) > 1 else "", label=kind)[0]
-            for size, values in points:
-                axes.plot([size] * len(values), values, ".", color=line.get_color(), alpha=0.4)
-        axes.set(xscale="log", xlabel="live weights", ylabel=f"{name}, %")
-        axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+    def thousands(run: Row) -> float:
+        return weights(run) / 1000
+
+    def millions(run: Row) -> float:
+        return run["flops"]["real"]["inference"] / 1e6
+
+    sizes = {
+        "live weights, thousands": (thousands, (10, 20, 50, 100, 200)),
+        "FLOPs of an inference, millions": (millions, (0.5, 1, 2, 4)),
+    }
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    for row, name in zip(grid, ("RA final", "robust gap"), strict=True):
+        row[0].set_ylabel(f"{name}, %")
+        for axes, (size, ticks) in zip(row, sizes.values(), strict=True):
+            for kind, (marker, names) in kinds.items():
+                groups = [list(runs[n].values()) for n in names if n in runs]
+                points = sorted(
+                    (statistics.fmean(map(size, seeds)), [FIGURES[name](run) for run in seeds])
+                    for seeds in groups
+                )
+                line = "-" if len(points) > 1 and marker in "os" else ""
+                x = [place for place, _ in points]
+                means = [statistics.fmean(values) for _, values in points]
+                (drawn,) = axes.plot(x, means, marker + line, label=kind)
+                for place, values in points:
+                    seeds = [place] * len(values)
+                    axes.plot(seeds, values, ".", color=drawn.get_color(), alpha=0.4)
+            axes.set(xscale="log")
+            axes.minorticks_off()
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.grid(alpha=0.3)
+    for axes, label in zip(grid[-1], sizes, strict=True):
+        axes.set_xlabel(label)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
