@@ -559,7 +559,7 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
 
 def killing_flags(kills):
     """A run long enough that it is still at work when the last kill comes."""
-    epochs = 25 if kills <= 10 else 100
+    epochs = 12 if kills <= 10 else 100
     return [*toy.TOY_RUN, *FBP, "--epochs", epochs, "--decreasing_lr", "0.5"]
 
 
@@ -592,7 +592,7 @@ def killed_and_resumed(tmp_path, kills):
     return done, tried
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(run_adv, tmp_path, kills):
     assert run_adv(*killing_flags(kills), "--save_dir", tmp_path / "whole").code == 0
     done, tried = killed_and_resumed(tmp_path, kills)
