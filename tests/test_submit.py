@@ -124,8 +124,9 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, balls, tmp_path, 
     assert balls == [("linf", 0.031)] * 3
     assert "the benchmark wants all 10,000 test images" in done.out
     rates, short = ((90, 95, 99), "US") if structure == "weights" else ((50, 75, 90), "S")
-    name = "FlyingBird" if structure == "weights" else "FlyingBirdChannels"
-    keys = [f"{name}_Chen2021Sparsity_R18_CIFAR10_{short}_{rate}" for rate in rates]
+    by_weights = structure == "weights"
+    name = "FlyingBird_Chen2021Sparsity" if by_weights else "FlyingBirdChannels_Unpublished"
+    keys = [f"{name}_R18_CIFAR10_{short}_{rate}" for rate in rates]
     assert {path.name for path in out.iterdir()} == {
         *(f"{key}{suffix}" for key in keys for suffix in (".pt", ".pickle")),
         *("taxonomy.json", "results.json", "issue.md"),
@@ -151,6 +152,7 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, balls, tmp_path, 
         assert f'_Model GDrive:_ "{key}" : ["", ".pt"]' in issue
     taxonomy = json.loads((out / "taxonomy.json").read_text())
     assert taxonomy["Type of Pipeline:"] == "D-Methods Pruning During Training"
+    assert bool(taxonomy["link_to_paper"]) == by_weights  # no paper has the other
     assert taxonomy["D: Training step "] == "Adversarial Training (AT) PGD"
     criterion = {
         "weights": "Lowest Weight Magnitude LWM",

@@ -25,6 +25,7 @@ _PAPER = "https://arxiv.org/pdf/2202.09844.pdf"
 # how near to the benchmark's percentages a network must be
 _TOLERANCES = {"weights": 0.5, "channels": 4.0}
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # in their networks of Flying Bird
+_PAPERS = ("fb", "fbp", "rb")  # methods, by weights
 _KEYS = {"fb": "FlyingBird_Chen2021Sparsity", "rb": "RobustBird_Chen2021Sparsity"}
 _METHODS = {"fb": "FlyingBird", "fbp": "FlyingBirdPlus", "rb": "RobustBird", "oneshot": "OneShot"}
 _STATIC = {  # criteria of first masks that stay
@@ -132,9 +133,10 @@ def write(
 
 
 def _key(method: str, narrow: bool) -> str:
+    """The benchmark's where it has the method, else one to be replaced by ``--name``."""
     if not narrow and method in _KEYS:
         return _KEYS[method]
-    return f"{_METHODS.get(method, 'Static')}{'Channels' if narrow else ''}_Chen2021Sparsity"
+    return f"{_METHODS.get(method, 'Static')}{'Channels' if narrow else ''}_Unpublished"
 
 
 def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
@@ -160,7 +162,7 @@ def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
     elif not during and not ticket:
         criterion = _STATIC.get("channels" if entry.narrow else settings.sparse_init, "Random")
     return {
-        "link_to_paper": _PAPER,
+        "link_to_paper": "" if entry.narrow or method not in _PAPERS else _PAPER,
         "ap_key": key,
         **pipeline,
         "Pruning structure": "Structured (S) channels" if entry.narrow else "Unstructured (US)",
