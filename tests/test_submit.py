@@ -15,7 +15,6 @@ from PIL import Image
 from torch import nn
 
 from models import load_model
-from models.hub import HubNetwork
 from tests.toy import TOY_RUN, Command
 from utils.attacks import PGD
 from utils.errors import InputError
@@ -202,6 +201,9 @@ def test_an_entry_for_robustbench(run_folders, submit, balls, tmp_path):
 def test_a_folder_for_the_hub_round_trips_offline(
     run_folders, submit, tmp_path, monkeypatch, structure
 ):
+    pytest.importorskip("huggingface_hub")
+    from models.hub import HubNetwork
+
     folder, out = run_folders[structure][0], tmp_path / "model"
     done = submit(folder, "--for", "huggingface", "--out", out, "--name", "my model")
     assert done.code == 0, done.err
