@@ -55,6 +55,8 @@ PAIRS = (
     ("fb", "small-flops"),
     ("fb", "small-weights"),
     ("fb", "static"),
+    ("fb-channel", "fb"),
+    ("fb-channel", "rb-channel"),
     ("fb-channel", "small-channels"),
     ("rb-channel", "small-channels"),
     ("rb-channel", "older-rb-channel"),
