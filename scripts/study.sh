@@ -7,6 +7,12 @@
 # resumes interrupted ones. The tables of results/README.md: .venv/bin/python scripts/study_table.py runs/study
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
+for part in ${PARTS:-}; do # before images are linked; tables.py has what they mean
+    case $part in main | small | channels | others | awp | densities) ;; *)
+        echo "error: PARTS are main, small, channels, others, awp, densities, not '$part'" >&2
+        exit 2 ;;
+    esac
+done
 data=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/study}

@@ -109,9 +109,11 @@ def test_the_study_sets_sparsity_against_capacity(images, environment):
     assert len(set(names_in(result))) == 20
     some = script("study", images, environment, "--train_subset", "50", PLAN=1, PARTS="small awp")
     assert planned(some) == ["dense", "dense", "dense", "dense", "fb", "fbp"] * 3
-    wrong = script("study", images, environment, PLAN=1, PARTS="little")
+    new = {**environment, "OUT": environment["OUT"] + "-new"}
+    wrong = script("study", images, new, PLAN=1, PARTS="little")
     assert wrong.returncode == 2
     assert "PARTS are main, small" in wrong.stderr
+    assert not Path(new["OUT"]).exists()
 
 
 def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
