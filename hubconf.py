@@ -1,11 +1,11 @@
-"""Entry points for ``torch.hub``: fresh networks and trained ones, from a folder
+"""Entry points for ``torch.hub``: untrained and trained networks, from a folder
 (``source="local"``) or a repository.
 
     model = torch.hub.load("path/to/this/folder", "load", "model_RA_best.pth.tar", source="local")
     model = torch.hub.load("path/to/this/folder", "load", "flying-bird", source="local")
     model = torch.hub.load("path/to/this/folder", "resnet18", num_classes=10, source="local")
 
-Every network takes images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N, num_classes]``.
+Every network maps images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N, num_classes]``.
 """
 
 from pathlib import Path as _Path
@@ -27,20 +27,20 @@ def load(path_or_url: str | _Path, device: str = "cpu", **description: _Any) -> 
 
 
 def build(arch: str, num_classes: int = 10, **options: _Any) -> _nn.Module:
-    """A fresh network of any architecture; see ``models.build_model``, also for ``options``."""
+    """An untrained network of any architecture; ``options`` as in ``models.build_model``."""
     return _build_model(arch, num_classes, **options)
 
 
 def resnet18(num_classes: int = 10, **options: _Any) -> _nn.Module:
-    """A fresh pre-activation ResNet-18 with the CIFAR stem."""
+    """An untrained pre-activation ResNet-18 with the CIFAR stem."""
     return _build_model("resnet18", num_classes, **options)
 
 
 def vgg16(num_classes: int = 10, **options: _Any) -> _nn.Module:
-    """A fresh VGG-16 with batch norm and one linear layer."""
+    """An untrained VGG-16 with batch norm and one linear layer."""
     return _build_model("vgg16", num_classes, **options)
 
 
 def wideresnet(num_classes: int = 10, **options: _Any) -> _nn.Module:
-    """A fresh WRN-34-10, or another by ``depth_factor`` and ``width_factor``."""
+    """An untrained WRN-34-10, or another size by ``depth_factor`` and ``width_factor``."""
     return _build_model("wideresnet", num_classes, **options)

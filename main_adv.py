@@ -1,5 +1,4 @@
-"""Adversarial training of dense and sparse networks: dense, Flying Bird, Flying Bird+ and static
-masks.
+"""Adversarial training: dense, with static masks, with Flying Bird or with Flying Bird+.
 
     python main_adv.py --dataset digits --width 0.25 --epochs 20 --fbp --dynamic_epoch 0.5 ...
 
@@ -67,12 +66,12 @@ class AdversarialRun(Run):
         return stage
 
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
-        self.spec = full_size(self.spec)  # channels that come and go are the masks' to tell
+        self.spec = full_size(self.spec)  # the masks know which channels are live
         live = (content["masking"] or {}).get("live")
         return self.first_stage() if live is None else self._narrow_stage(live)
 
     def _narrow_stage(self, live: Tensor | None = None) -> Stage:
-        """On the ``live`` channels; the first ones are drawn by the seed."""
+        """A stage on the ``live`` channels; by default the seed draws the initial ones."""
         settings = self.settings
         store = build_network(self.spec, self.device, settings.seed)
         asked = (settings.density, settings.flops, settings.channel_multiple)

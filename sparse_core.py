@@ -1,11 +1,11 @@
-"""Sparse training: how dense each layer is, which weights live, and when that changes.
+"""Sparse training: how dense each layer is, which weights are live, and when that changes.
 
 The parts compose and each can be used alone:
 
 * ``layer_densities`` / ``layer_counts`` spread a density over the layers (IGQ, ERK, ER, uniform);
 * ``initial_masks`` draws or scores the first masks (also SNIP, GraSP, SynFlow, magnitude);
 * ``drop_lowest`` and ``grow_highest`` are the two halves of every mask update, with exact counts;
-* ``DropFractionSchedule`` gives how much to drop, ``DensityController`` is Flying Bird+'s verdict;
+* ``DropFractionSchedule`` says how much to drop, ``DensityController`` what Flying Bird+ adds;
 * ``Masking`` holds the masks of a network in training and applies all of this.
 
 Sources: "Sparsity Winning Twice" (Chen et al., ICLR 2022) for Flying Bird and Flying Bird+;
@@ -50,7 +50,7 @@ _GRASP_TEMPERATURE = 200.0
 _SYNFLOW_ROUNDS = 100
 
 ImagesAndLabels = tuple[Tensor, Tensor]
-# Weights by name, or a test of a parameter's name, layer and value.
+# Weights by name, or a predicate on a parameter's name, layer and value.
 Choice = Mapping[str, nn.Parameter] | Callable[[str, nn.Module, nn.Parameter], bool]
 
 
@@ -67,8 +67,8 @@ def layer_densities(
         density: kept fraction of all weights together, in (0, 1].
         method: ``igq`` (keep 1 / (F n + 1) of a layer of n weights, F by bisection), ``erk``
             (proportional to the sum over the product of the shape), ``er`` (the same from the two
-            channel counts alone) or ``uniform``. For ``erk`` and ``er`` a layer that would pass 1
-            is dense and the rest is solved again.
+            channel counts alone) or ``uniform``. For ``erk`` and ``er`` a layer whose density
+            would exceed 1 is dense, and the rest is solved again.
 
     Returns:
         The kept fraction of each layer, in (0, 1]; weighted by size they average to ``density``.
@@ -124,7 +124,8 @@ def layer_counts(
     """Live weights of each layer: ``layer_densities`` in whole weights.
 
     They sum to ``round(density * total)`` exactly (largest remainders, ties to the earlier layer),
-    and no layer is left without a weight, so that rounding cannot cut a network in two.
+    and each layer keeps at least one weight, so that rounding cannot cut a network in two. Raises
+    ``ValueError`` as ``layer_densities``, and for a density that leaves fewer weights than layers.
     """
     densities = layer_densities(shapes, density, method)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -147,7 +148,7 @@ def layer_counts(
 
 def _check_density(density: float) -> None:
     if not 0.0 < density <= 1.0:
-        raise ValueError(f"density is the kept fraction and lies in (0, 1], not {density}")
+        raise ValueError(f"density is the kept fraction and must lie in (0, 1], not {density}")
 
 
 def _too_few(density: float, needed: str) -> ValueError:
@@ -176,9 +177,11 @@ def grow_highest(score: Tensor, mask: Tensor, n: int, *, tie_key: int | None = N
     Args:
         score, mask: as in ``drop_lowest``.
         n: how many to add, 0 to the number of dead positions.
-        tie_key: ties are drawn with this key of ``stream``, alike on every device; without one they
-            go to the lower index. Gradients in bfloat16 have few values, and the first of them by
-            index would lie side by side.
+        tie_key: key from ``stream`` that breaks ties at random, the same on every device; without
+            one they go to the lower index. Gradients in bfloat16 often tie, and ties by index would
+            grow side by side.
+
+    Raises ``ValueError`` for a bad ``n``.
     """
     return _switch(score, mask, n, lowest=False, tie_key=tie_key)
 
@@ -204,8 +207,8 @@ def _switch(
 
 
 def _extreme(values: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
-    """Indices of the values surely among the ``n`` lowest (or highest), and of those that tie for
-    the rest; both ascending."""
+    """Indices of the values certain to be among the ``n`` lowest (or highest), and of those that
+    tie for the rest; both ascending."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     chosen = values.topk(n, largest=not lowest, sorted=False).values
     threshold = chosen.amax() if lowest else chosen.amin()
@@ -232,7 +235,7 @@ class DropFractionSchedule:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.initial <= 1.0:
-            raise ValueError(f"the drop fraction lies in (0, 1], not {self.initial}")
+            raise ValueError(f"the drop fraction must lie in (0, 1], not {self.initial}")
         if self.total_steps < 1:
             raise ValueError(f"total_steps must be positive, not {self.total_steps}")
         if self.kind not in SCHEDULES:
@@ -251,7 +254,7 @@ class DropFractionSchedule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Flying Bird+ adds to a mask update in all layers: an extra prune, an extra growth."""
+    """What Flying Bird+ adds to a mask update in all layers: an extra prune or an extra growth."""
 
     prune: bool = False
     grow: bool = False
@@ -334,7 +337,7 @@ def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
         own = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in choice.items():
             if own.get(name) is not parameter:
-                raise ValueError(f"prunable names {name}, which is no parameter of this model")
+                raise ValueError(f"prunable names {name}, which is not a parameter of this model")
             _refuse_unmaskable(model, name, parameter)
         wanted = list(choice.values())
     else:
@@ -358,13 +361,13 @@ def _refuse_unmaskable(model: nn.Module, name: str, parameter: nn.Parameter) -> 
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
-    """The name and the layer that a parameter belongs to, and the attribute it stands behind."""
+    """The name of a parameter's layer, the layer, and the attribute computed from the parameter."""
     path, _, leaf = name.rpartition(".")
     before, parametrized, part = f".{path}".rpartition(".parametrizations.")
     if parametrized:
         return before[1:], model.get_submodule(before[1:]), part.partition(".")[0]
     layer = model.get_submodule(path)
-    ends = ("_orig", "_g", "_v")  # of norms and pruning from before parametrizations
+    ends = ("_orig", "_g", "_v")  # of torch's older norms and pruning
     plain = next((leaf.removesuffix(end) for end in ends if leaf.endswith(end)), leaf)
     return path, layer, plain if hasattr(layer, plain) else leaf
 
@@ -376,7 +379,7 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 
 def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
-    """The parameter behind a layer's weight: itself, or the tensor that a spectral norm divides."""
+    """The parameter behind a layer's weight: the weight itself, or what a spectral norm divides."""
     own = dict(module.named_parameters(recurse=False))
     if isinstance(own.get(leaf), nn.UninitializedParameter):
         advice = "call the model once, and make the optimizer after that"
@@ -386,7 +389,7 @@ def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
     elif hasattr(module, f"{leaf}_mask"):
         advice = f"torch.nn.utils.prune.remove(layer, '{leaf}') makes that permanent"
         problem = f"a mask of torch.nn.utils.prune already; {advice}"
-    elif f"{leaf}_orig" in own:  # the older spectral norm, which an attention never computes
+    elif f"{leaf}_orig" in own:  # older spectral norm; attention never runs its hook
         if not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return own[f"{leaf}_orig"]
         advice = "take torch.nn.utils.parametrizations.spectral_norm"
@@ -403,7 +406,7 @@ def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
         computed = f"computed by {', '.join(kinds).strip('_')}, whose zeros are not its zeros"
         problem = f"a weight {computed}; {advice}"
     else:
-        problem = f"a {leaf} that is no parameter, so it cannot be masked"
+        problem = f"a {leaf} that is not a parameter, so it cannot be masked"
     raise ValueError(f"{name or type(module).__name__} has {problem}")  # a model may be one layer
 
 
@@ -426,17 +429,16 @@ def initial_masks(
         density: kept fraction in (0, 1].
         method: a density method (positions drawn at random within the layer's exact count), or a
             score over all layers together: ``magnitude``, ``random_global``, ``snip`` (Lee et al.,
-            2019), ``grasp`` (Wang et al., 2020), ``synflow`` (Tanaka et al., 2020). Every score
-            leaves each layer a weight and the last layer, the classifier, one for each output.
+            2019), ``grasp`` (Wang et al., 2020), ``synflow`` (Tanaka et al., 2020). Scored masks
+            keep at least one weight per layer, and one per output in the last (the classifier).
         seed: of the random positions, and of the draw among weights whose scores tie.
-        batches: images and labels for ``snip`` and ``grasp`` (their gradients are summed over
-            them); the image shape is also what ``synflow`` needs.
+        batches: images ``[N, C, H, W]`` and labels ``[N]``; ``snip`` and ``grasp`` sum gradients
+            over them, ``synflow`` needs only the image shape.
         prunable: which weights, as in ``Masking``.
 
     Raises:
-        ValueError: unknown method, a density that is bad or too low for one weight a layer and one
-            an output, no batches where the score needs them, scores that are all zero or not
-            finite.
+        ValueError: an unknown method, a density that is bad or too low for that, missing batches,
+            no weights to mask, scores that are all zero or not finite.
     """
     _check_density(density)
     weights = _unfrozen(_chosen(model, prunable))
@@ -460,7 +462,7 @@ def initial_masks(
         scores = {name: w.detach().abs() for name, w in weights.items()}
     else:
         score = _snip_scores if method == "snip" else _grasp_scores
-        with _global_draws(stream(seed, method), batches[0][0].device):  # of dropout
+        with _global_draws(stream(seed, method), batches[0][0].device):  # for dropout
             scores = score(model, list(weights), batches)
     _refuse_useless(scores, method)
     return _connected_masks(scores, density, tie_key)
@@ -473,7 +475,7 @@ def _refuse_nothing(weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def _refuse_useless(scores: Mapping[str, Tensor], method: str) -> None:
-    """Such scores would start from chance without saying so."""
+    """Raise ``ValueError`` for scores that would silently give arbitrary masks."""
     broken = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if broken:
         what = f"scores the weights of {', '.join(broken)} with values that are not finite"
@@ -486,10 +488,10 @@ def _refuse_useless(scores: Mapping[str, Tensor], method: str) -> None:
 def _connected_masks(
     scores: Mapping[str, Tensor], density: float, tie_key: int | None = None
 ) -> dict[str, Tensor]:
-    """``global_masks`` that leave each layer its highest weight, and the last layer, the
-    classifier, the highest of each output.
+    """``global_masks`` that keep each layer's highest weight, and in the last layer (the
+    classifier) the highest of each output.
 
-    A layer that starts empty lets nothing through, so it never has a gradient to grow by.
+    A layer that starts empty lets nothing through, so it never gets a gradient to grow by.
     """
     masks = global_masks(scores, density, tie_key=tie_key)
     *_, classifier = scores
@@ -502,7 +504,7 @@ def _connected_masks(
     least = len(scores) - 1 + len(lacking[classifier])
     if round(density * sum(score.numel() for score in scores.values())) < least:
         raise _too_few(density, f"one a layer and one for each output of {classifier}, {least}")
-    # Rows are views, which a channels-last tensor does not have.
+    # The rows are views, which need a contiguous tensor, not a channels-last one.
     plain = torch.contiguous_format
     raised = {name: score.clone(memory_format=plain) for name, score in scores.items()}
     for name, score in raised.items():
@@ -516,7 +518,8 @@ def global_masks(
 ) -> dict[str, Tensor]:
     """Keep the highest scores over all layers together, ``round(density * total)`` in all.
 
-    Ties go to the earlier layer, or are drawn with ``tie_key`` as in ``grow_highest``.
+    Ties go to the earlier layer, or are drawn with ``tie_key`` as in ``grow_highest``. Raises
+    ``ValueError`` for a bad density, and for one that leaves fewer weights than layers.
     """
     _check_density(density)
     flat = torch.cat([score.reshape(-1) for score in scores.values()])
@@ -535,7 +538,7 @@ def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
 
 
 def _copied(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A copy to score, and its weights of these names."""
+    """A copy of the model to score, and its weights ``names``."""
     # A forward pass may leave tensors with a history, as the older spectral norm does; deepcopy
     # refuses those, so they are detached.
     left = [
@@ -552,7 +555,7 @@ def _copied(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str
 def _gradients(
     output: Tensor, weights: Mapping[str, Tensor], create_graph: bool = False
 ) -> list[Tensor]:
-    """Of a scalar; zeros for weights that it does not reach."""
+    """Gradients of a scalar; zeros for weights that it does not depend on."""
     inputs = list(weights.values())
     grad = functools.partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
     return list(grad(output, inputs, create_graph=create_graph))
@@ -579,7 +582,7 @@ def _snip_scores(
 def _grasp_scores(
     model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]
 ) -> dict[str, Tensor]:
-    """w * (H g): the gradient flow lost with a weight (the highest are kept), logits over 200."""
+    """w * (H g), the gradient flow lost with a weight (highest kept); logits are divided by 200."""
     model, weights = _copied(model, names)
     model.train()
 
@@ -599,8 +602,8 @@ def _grasp_scores(
 def _synflow_masks(
     model: nn.Module, names: Sequence[str], density: float, x: Tensor, tie_key: int
 ) -> dict[str, Tensor]:
-    """100 rounds of keeping the highest |w * dR/dw|, R = the network's output on ones with all
-    weights positive."""
+    """100 rounds of keeping the highest |w * dR/dw|; R is the summed output for an input of ones,
+    with all weights made positive."""
     model, _ = _copied(model, names)
     # float64: in a deep positive network the products span more than float32 holds.
     own = dict(model.double().eval().named_parameters())
@@ -618,7 +621,7 @@ def _synflow_masks(
         scores = {name: (w.detach() * g).abs() for (name, w), g in gradients}
         if done == 1:
             _refuse_useless(scores, "synflow")
-        # A lost weight stays lost: it ranks below those that score zero.
+        # A removed weight stays removed: it ranks below those that score zero.
         scores = {name: score.masked_fill(~masks[name], -1.0) for name, score in scores.items()}
         masks = _connected_masks(scores, density ** (done / _SYNFLOW_ROUNDS), tie_key)
         with torch.no_grad():
@@ -627,7 +630,7 @@ def _synflow_masks(
     return masks
 
 
-# ---------------------------------------------------------------- the optimizer's memory
+# ---------------------------------------------------------------- the optimizer's state
 
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
@@ -645,9 +648,9 @@ _NO_MOMENTUM = (
 )
 
 
-class _Memory:
-    """The state that an optimizer, and those that it wraps, keep of the weights: momentum would
-    bring masked weights back."""
+class _OptimizerState:
+    """The state that an optimizer, and those that it wraps, keep of the weights. It is masked too:
+    momentum would bring masked weights back."""
 
     def __init__(
         self,
@@ -660,7 +663,7 @@ class _Memory:
         self._weights = weights
 
     def refuse_other(self) -> None:
-        """Refuse an optimizer of a copy of the network, say, or of a part of it."""
+        """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy."""
         trained = {id(parameter) for _, group in self._groups() for parameter in group["params"]}
         for name, weight in self._weights.items():
             if id(weight) not in trained:
@@ -668,13 +671,13 @@ class _Memory:
                 raise ValueError(f"the optimizer does not hold {name}: {advice}")
 
     def refuse_without_momentum(self) -> None:
-        """Before the first step, when the state is still empty; an unknown optimizer passes."""
+        """Raise ``ValueError`` if the optimizer will keep no momentum; unknown ones pass."""
         for name, weight in self._weights.items():
             if self._keeps_momentum(weight) is False:
                 raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
 
     def refuse_hidden(self) -> None:
-        """Refuse tensors like a weight outside of ``state[weight]``: they cannot be masked."""
+        """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``."""
         like = {tuple(weight.shape): name for name, weight in self._weights.items()}
         masked = {id(weight) for weight in self._weights.values()}
         trained = (parameter for _, group in self._groups() for parameter in group["params"])
@@ -683,19 +686,19 @@ class _Memory:
         states = {id(getattr(optimizer, "state", None)) for optimizer in self._optimizers}
         for optimizer in self._optimizers:
             for held in getattr(optimizer, "__dict__", {}).values():
-                # Under a masked weight only a state's tensors are masked.
+                # Only ``state`` is masked, so other mappings are searched under masked weights too.
                 passed = known if id(held) in states else known - masked
                 for part in _leaves(held, passed):
                     if isinstance(part, Tensor) and id(part) not in known:
                         _refuse_like(part, like, optimizer)
 
     def of(self, name: str) -> list[Tensor]:
-        """Every tensor of the state that is shaped like the weight."""
+        """The state's tensors shaped like the weight; raises ``ValueError`` for integer ones."""
         weight = self._weights[name]
         held = (part for state in self._states(weight) for part in _leaves(state))
         found = [t for t in held if isinstance(t, Tensor) and t.shape == weight.shape]
         for tensor in found:
-            if not tensor.is_floating_point():  # a zero code need not mean zero
+            if not tensor.is_floating_point():  # quantized: the code 0 need not mean 0
                 kept = f"its state of {name} in {tensor.dtype}, which cannot be masked"
                 raise ValueError(f"the optimizer keeps {kept}; take one that keeps floats")
         return found
@@ -722,7 +725,7 @@ class _Memory:
         return momentum
 
     def _keeps_momentum(self, weight: Tensor) -> bool | None:
-        """Whether one of the optimizers will keep it; None if none of them is known."""
+        """Whether one of the optimizers will keep momentum; None if none of them is known."""
         answers = {
             _keeps_momentum(optimizer, group)
             for optimizer, group in self._groups()
@@ -756,7 +759,7 @@ def _refuse_like(part: Tensor, like: Mapping[tuple[int, ...], str], optimizer: A
 def _with_wrapped(optimizer: Any) -> list[Any]:
     """An optimizer and those that it wraps: in its attributes, or in lists and dicts there."""
     found = [optimizer]
-    for outer in found:  # which grows
+    for outer in found:  # found grows in the loop
         for part in _leaves(getattr(outer, "__dict__", {})):
             if hasattr(part, "param_groups") and all(part is not known for known in found):
                 found.append(part)
@@ -764,7 +767,7 @@ def _with_wrapped(optimizer: Any) -> list[Any]:
 
 
 def _leaves(held: Any, passed: Collection[int] = ()) -> Iterator[Any]:
-    """The parts of nested containers, but not those under the tensors in ``passed`` as keys."""
+    """The leaves of nested containers, except under keys whose ids are in ``passed``."""
     if isinstance(held, Mapping):
         parts: Iterable[Any] = [part for key, part in held.items() if id(key) not in passed]
     elif isinstance(held, (list, tuple, deque)):
@@ -787,16 +790,17 @@ class MaskingConfig:
         density: kept fraction of the prunable weights at the start, in (0, 1].
         total_steps: optimizer steps of the whole run; the drop fraction's schedule spans them.
         sparse_init: one of ``SPARSE_INITS``.
-        fixed: the first masks stay (static sparsity).
+        fixed: keep the first masks (static sparsity).
         growth: one of ``GROWTHS``: ``random``, ``gradient`` (largest |gradient| of the last batch)
             or ``momentum``.
-        drop_fraction, drop_schedule: of a layer's live weights, dropped and regrown at one update.
-        update_frequency: optimizer steps between updates; ``second_frequency`` once past half of
-            ``total_steps``.
-        adaptive: Flying Bird+, whose density follows the verdicts of a ``DensityController`` made
-            of ``start_epoch``, ``epoch_range`` and ``update_threshold``.
+        drop_fraction, drop_schedule: initial fraction of a layer's live weights that an update
+            drops and regrows, and how it falls (one of ``SCHEDULES``).
+        update_frequency: optimizer steps between updates; ``second_frequency`` replaces it
+            after half of ``total_steps``.
+        adaptive: Flying Bird+, whose density follows the verdicts of a ``DensityController`` with
+            ``start_epoch``, ``epoch_range`` and ``update_threshold``.
         prune_ratio, growth_ratio: sizes of Flying Bird+'s extra prune and extra growth.
-        seed: of the random positions.
+        seed: of random positions and of draws among ties.
     """
 
     density: float
@@ -834,7 +838,7 @@ class MaskingConfig:
 
 
 def update_is_due(config: MaskingConfig, step: int) -> bool:
-    """Whether the masks change after ``step`` optimizer steps (from 1)."""
+    """Whether a mask update is due after ``step`` optimizer steps (from 1)."""
     if config.fixed:
         return False
     second = config.second_frequency if 2 * step > config.total_steps else None
@@ -842,7 +846,7 @@ def update_is_due(config: MaskingConfig, step: int) -> bool:
 
 
 class Masking:
-    """Keeps a network sparse: masks, their updates, and what is needed to resume them.
+    """Keeps a network sparse: holds, updates, saves and restores its masks.
 
     The network stays plain: dense tensors whose dead weights are zero, so ``param.grad`` is the
     dense gradient that growth needs. ``masks`` maps names to bool tensors shaped like ``weights``,
@@ -850,24 +854,24 @@ class Masking:
 
     Args:
         model: its prunable weights (``prunable``) are masked in place at once.
-        optimizer: every tensor like a weight in its state (momentum) is masked too, also where it
-            wraps another.
+        optimizer: every weight-shaped tensor in its state (momentum) is masked too, also in that of
+            optimizers it wraps.
         config: see ``MaskingConfig``.
-        masks: the first masks, instead of ``config.sparse_init`` (a Robust Bird ticket, say).
-        batches: images and labels, for starts that score weights by data.
-        prunable: which weights, if not those of the function of this name: a mapping of the model's
-            own names to parameters, or a function ``(name, layer, parameter) -> bool``, asked of
-            every parameter with two dimensions or more, where ``layer`` is the module that computes
-            with it. Frozen ones are left alone.
+        masks: the first masks, instead of ``config.sparse_init``, e.g. a Robust Bird ticket.
+        batches: images and labels, for first masks that score weights on data.
+        prunable: which weights to mask, instead of those of the function ``prunable``: a mapping of
+            the model's own names to parameters, or a function ``(name, layer, parameter) -> bool``
+            called for every parameter of two or more dimensions, where ``layer`` is the module that
+            computes with it. Frozen ones are left alone.
 
     Raises:
         ValueError: masks that do not fit the network, an optimizer that does not train it or has no
             momentum for ``momentum`` growth, weights that are computed from others or have one
-            dimension, or a start without the batches it needs; while training, an optimizer that
-            keeps tensors like a weight where they cannot be masked.
+            dimension, or first masks without the batches they need; while training, an optimizer
+            that keeps weight-shaped tensors where they cannot be masked.
 
-    Warns where masks that are not ``fixed`` would never change in ``total_steps``, of frozen
-    layers, and, once by name, of layers without a live weight.
+    Warns if masks that are not ``fixed`` would never change in ``total_steps``, about frozen
+    layers, and once about each layer without a live weight.
     """
 
     def __init__(
@@ -891,8 +895,8 @@ class Masking:
         )
         chosen = _chosen(model, prunable)
         self.weights = weights = _unfrozen(chosen)
-        self._memory = _Memory(optimizer, model, weights)
-        self._postponed = False  # an update that met gradients or momentum without use
+        self._memory = _OptimizerState(optimizer, model, weights)
+        self._postponed = False  # a due update found no usable gradients or momentum
         self._known_dead: set[str] = set()
         _refuse_nothing(weights)
         frozen = [name for name in chosen if name not in weights]
@@ -920,8 +924,8 @@ class Masking:
     # ---- every step
 
     def step(self) -> None:
-        """Call after each ``optimizer.step()``, gradients still in place: masks again, and updates
-        when due."""
+        """Apply the masks, and update them when due; call after each ``optimizer.step()``, before
+        gradients are cleared."""
         self.steps += 1
         if self.steps == 1:
             self._memory.refuse_hidden()
@@ -933,14 +937,14 @@ class Masking:
             self.apply()
 
     def update_due(self) -> bool:
-        """Whether the masks change after the step that was just counted."""
+        """Whether a mask update is due after the step just counted; a postponed one stays due."""
         return self._postponed or update_is_due(self.config, self.steps)
 
     def _signals_are_useful(self) -> bool:
-        """Whether gradients or momentum are finite and not all zero, as after a step that a scaler
-        skipped.
+        """Whether gradients or momentum are finite and not all zero; after a step that a gradient
+        scaler skipped they are not.
 
-        They are all zero, too, while an empty layer lets nothing through: then the draw among ties
+        Zeros are useful, too, while an empty layer lets nothing through: then the draw among ties
         decides.
         """
         signals = self._signals()
@@ -968,12 +972,12 @@ class Masking:
         """Set dead weights and their momentum to zero, in place."""
         for name, weight in self.weights.items():
             for tensor in (weight, *self.moments(name)):
-                # Not times 0, which makes an infinite value NaN.
+                # Not multiplied by 0, which would turn an infinite value into NaN.
                 tensor.masked_fill_(self._dead[name], 0.0)
 
     def moments(self, name: str) -> Iterable[Tensor]:
-        """The optimizer's tensors of a layer (also of one that it wraps) shaped like its weight:
-        the momentum of SGD."""
+        """The tensors shaped like a layer's weight in the state of the optimizer and of those it
+        wraps, e.g. SGD's momentum."""
         return self._memory.of(name)
 
     # ---- every update
@@ -987,16 +991,16 @@ class Masking:
         and the optimizer's momentum, not yet masked, for ``momentum`` growth. Where scores tie, the
         seed draws.
 
-        A layer without a live weight has none to drop, so none would ever grow: it grows one, and
-        the layer with the most live weights, one that is not fully dense if there is one, grows one
-        less. The total stays exact.
+        A layer without live weights has none to drop, so it would never grow any. It grows one, and
+        the layer with the most live weights (one that is not fully dense, if there is one) gives
+        one up, so the total stays exact.
         """
         self._memory.refuse_hidden()
         if self.config.growth in _SIGNALS:
-            self._required(self._signals())  # without any, nothing would move
+            self._required(self._signals())  # raises if no layer has one: nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
         fraction = self.schedule.at(self.steps)
-        counts = self.live_counts()  # one wait for the device
+        counts = self.live_counts()  # waits for the device once
         self._warn_of_dead(counts)
         changes = {name: self._change(name, counts[name], fraction, verdict) for name in counts}
         self._revive(changes, counts)
@@ -1024,14 +1028,14 @@ class Masking:
         return n_dropped, min(n_grow, size - live + n_dropped)
 
     def _can_grow(self, name: str) -> bool:
-        """False for a layer that was not used: it has no gradient or momentum, and keeps its
+        """False for an unused layer, which has no gradient or momentum to grow by and keeps its
         mask."""
         signal = _SIGNALS.get(self.config.growth)
         return signal is None or signal(self, name) is not None
 
     def _revive(self, changes: dict[str, tuple[int, int]], counts: Mapping[str, int]) -> None:
-        """Let each layer left without a live weight grow one, which the layer with the most gives
-        up."""
+        """Let each layer left without a live weight grow one, which the layer with the most live
+        weights gives up."""
         after = {
             name: counts[name] - dropped + grown
             for name, (dropped, grown) in changes.items()
@@ -1054,7 +1058,7 @@ class Masking:
         mask, growth, seed = self.masks[name], self.config.growth, self.config.seed
         if n_drop == n_grow == 0:
             return mask
-        # Random growth has drawn already: its few ties may go by index.
+        # The scores of random growth are draws themselves: their few ties may go by index.
         tie_key = None if growth == "random" else stream(seed, "ties", self.steps, name)
         kept = drop_lowest(self.weights[name].abs(), mask, n_drop)
         return grow_highest(GROWTHS[growth](self, name), kept, n_grow, tie_key=tie_key)
@@ -1072,14 +1076,14 @@ class Masking:
         shapes = {name: weight.shape for name, weight in self.weights.items()}
         if {name: mask.shape for name, mask in masks.items()} != shapes:
             raise ValueError("the masks do not fit the network: names or shapes differ")
-        # Device and memory layout of the weights, so that applying masks is one pass.
+        # On the weights' device and in their memory layout, so that applying masks is one pass.
         self.masks = {
             name: torch.empty_like(weight, dtype=torch.bool, requires_grad=False).copy_(masks[name])
             for name, weight in self.weights.items()
         }
         self._dead = {name: ~mask for name, mask in self.masks.items()}
 
-    # ---- every epoch, and questions
+    # ---- every epoch, queries, state
 
     @property
     def epoch(self) -> int:
@@ -1104,7 +1108,7 @@ class Masking:
         return {name: live / self.masks[name].numel() for name, live in self.live_counts().items()}
 
     def explored_fraction(self) -> float:
-        """Fraction of the prunable weights that have been live at some time."""
+        """Fraction of the prunable weights that have ever been live."""
         explored = torch.stack([seen.sum() for seen in self._explored.values()]).sum().item()
         return explored / sum(seen.numel() for seen in self._explored.values())
 
@@ -1140,7 +1144,7 @@ def _warn_of_idle_updates(config: MaskingConfig) -> None:
     if not config.fixed and not any(update_is_due(config, step) for step in steps):
         problem = f"update_frequency={config.update_frequency} no mask update falls into"
         advice = "a smaller one moves the masks, fixed=True keeps them on purpose"
-        # The warning names the line that makes the Masking.
+        # stacklevel: the warning names the line that creates the Masking.
         warnings.warn(f"with {problem} {config.total_steps} steps; {advice}", stacklevel=3)
 
 
@@ -1153,14 +1157,14 @@ def _signal_growth(masking: Masking, name: str) -> Tensor:
     return masking._required([] if signal is None else [signal])[0].abs()
 
 
-# The tensor that a growth follows, shaped like a layer's weight; None for an unused layer.
+# The tensor that a growth rule ranks by, shaped like a layer's weight; None for an unused layer.
 _SIGNALS: dict[str, Callable[[Masking, str], Tensor | None]] = {
     "gradient": lambda masking, name: masking.weights[name].grad,
     "momentum": lambda masking, name: masking._memory.momentum(name),
 }
 
-# Scores shaped like a layer's weight, by the masking and the layer's name; the dead positions of
-# highest score grow.
+# Growth rules: (masking, layer name) -> scores shaped like the layer's weight; the dead positions
+# of highest score grow.
 GROWTHS: dict[str, Callable[[Masking, str], Tensor]] = {
     "random": _random_growth,
     "gradient": _signal_growth,
@@ -1169,8 +1173,8 @@ GROWTHS: dict[str, Callable[[Masking, str], Tensor]] = {
 
 
 def mask_hash(masks: Mapping[str, Tensor]) -> int:
-    """One number for all masks together, equal on every device: to compare processes, runs and
-    resumes."""
+    """One number for all masks together, the same on every device, to compare processes, runs and
+    resumed runs."""
     total = 0
     for name, mask in masks.items():
         positions = mask.reshape(-1).nonzero().squeeze(1)
@@ -1205,7 +1209,7 @@ def random_bits(key: int | Tensor, counter: Tensor) -> Tensor:
 
 def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
     """Float32 draws strictly between 0 and 1, shaped like ``counter`` broadcast with ``key``."""
-    # 23 bits and a half: with 24 the largest draw would round to 1.
+    # 23 bits plus a half: with 24 bits the largest draw would round to 1.
     return (_shift_right(random_bits(key, counter), 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -1228,7 +1232,7 @@ def _global_draws(key: int, device: torch.device) -> Iterator[None]:
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:
-    # torch's >> copies the sign bit; a logical shift clears what it brought in.
+    # torch's >> copies the sign bit; a logical shift clears the copies.
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 

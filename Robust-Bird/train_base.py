@@ -1,8 +1,7 @@
-"""Robust Bird's baseline: as train_eb.py, with the ticket drawn after exactly --epochs1 epochs
-instead of when it emerges.
+"""Robust Bird's baseline: like train_eb.py, but the ticket is drawn after exactly --epochs1 epochs.
 
-python train_base.py --stage1 sgd --epochs1 50 --arch resnet18 --data data/cifar10 --pruning
-unstructured --density 0.2
+    python train_base.py --stage1 sgd --epochs1 50 --arch resnet18 --data data/cifar10 \\
+        --pruning unstructured --density 0.2
 """
 
 import sys

@@ -1,10 +1,9 @@
-"""Robust Bird: train a dense network cheaply until its early-bird ticket emerges, then train the
-ticket adversarially.
+"""Robust Bird: train densely and cheaply until a ticket emerges, then train it adversarially.
 
-    python train_eb.py --stage1 sgd --stage2 pgd --arch resnet18 --data data/cifar10 --pruning
-    unstructured --density 0.2
+    python train_eb.py --stage1 sgd --stage2 pgd --arch resnet18 --data data/cifar10 \\
+        --pruning unstructured --density 0.2
 
-Stage by stage in ``utils/training/robust_bird.py``. ``--help`` lists the flags.
+The stages are in ``utils/training/robust_bird.py``. ``--help`` lists the flags.
 """
 
 import sys

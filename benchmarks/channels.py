@@ -1,5 +1,5 @@
-"""What a network of some of its channels costs while it trains: a step at each density over the
-dense one, an update in steps, and the files.
+"""What training with structured channels costs: a step at each density against a dense one, a mask
+update in steps, and file sizes.
 
     python benchmarks/channels.py --batch_size 32 --train_step 2
     python benchmarks/channels.py --quick
@@ -39,7 +39,7 @@ def main() -> None:
         optimizer = masking.optimizer if masking else timing.optimizer_of(model)
         forward = Forward(model, execution)
         work[name] = timing.training_step(model, optimizer, batch, options, forward)
-        work[name]()  # which gives the optimizer its momentum
+        work[name]()  # gives the optimizer its momentum
         flops = real_inference(layer_costs(model, batch.x.shape[1:]))
         network, resume = model.state_dict(), [model.state_dict(), optimizer.state_dict()]
         states = [*resume, masking.state_dict()] if masking else resume

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything to know of a GPU in at most 8 minutes: tests, benchmarks, a real run of 3 epochs; a short table comes last.
-#   bash benchmarks/gpu.sh [--device cpu] [folder of images, as for --dataset imagefolder; the digits without]
-# PYTHON chooses the interpreter; nothing is installed. All files go to OUT (default: runs/gpu). --device cpu tries the
-# script itself, at toy size.
+# Checks a GPU in at most 8 minutes: tests, benchmarks and a real run of 3 epochs; prints a short
+# table at the end.
+#   bash benchmarks/gpu.sh [--device cpu] [folder of images, as for --dataset imagefolder]
+# Without a folder it takes the digits.
+# PYTHON chooses the interpreter; installs nothing. All files go to OUT (default: runs/gpu).
+# --device cpu tries out the script itself, at toy size.
 set -uo pipefail
 source "$(dirname "$0")/../scripts/help.sh"
 cd "$(dirname "$0")/.."
@@ -34,7 +36,7 @@ if [ $device = cpu ]; then
 fi
 frequency=$([ $device = cpu ] && echo 2 || echo 20)
 
-# bench SECONDS NAME [flags]: a benchmark's JSON
+# bench SECONDS NAME [flags]: runs a benchmark and saves its JSON
 bench() {
     timeout "$1" "$python" "benchmarks/$2.py" "${timed[@]}" "${@:3}" > "$out/$2.json" 2> "$out/$2.err" || tail -n 3 "$out/$2.err"
 }

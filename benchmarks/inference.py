@@ -1,13 +1,12 @@
-"""Which sparsity makes inference faster and which only a smaller file: PyTorch and onnxruntime on
-the CPU, in one run.
+"""Which sparsity makes inference on a CPU faster, and which only makes files smaller.
 
     python benchmarks/inference.py --arch resnet18 --batch 64
     python benchmarks/inference.py --quick
 
 Dense, unstructured (Flying Bird's masks at density .2 and .1) and narrow networks (half and a
-quarter of the channels) take turns, first with one engine and then with the other; medians and
-ratios to dense are printed. Weights are initial ones: the time does not depend on training, and
-size only by what compresses, which are the zeros. Float32, channels-last in PyTorch.
+quarter of the channels) take turns, first in PyTorch and then in onnxruntime; prints medians and
+ratios to dense. The networks are untrained: time does not depend on the weights' values, and
+compressed size depends only on the zeros. Float32, channels-last in PyTorch.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from utils.storage.packing import compact
 
 MASKED, NARROW = (0.2, 0.1), (0.5, 0.25)
 FILES = ("checkpoint", "float32", "gzip", "xz")
-# of one image: a single call is too short to time, and finds the caches as the network before left
-# them
+# calls with one image per measurement: a single one is too short to time, and finds the caches as
+# the previous network left them
 _CALLS = 10
 _PAUSE = 0.05  # seconds
 _QUICK = {"width": 0.25, "batch": 16, "side": 8, "channels": 1, "repeats": 15, "calls": 10}
@@ -85,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network in eval mode, with what trained it."""
+    """A network in eval mode, with its optimizer and masking."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -93,7 +92,7 @@ class Candidate:
 
     @classmethod
     def of(cls, model: nn.Module, density: float | None = None) -> Candidate:
-        """Masked to ``density``, or as it is."""
+        """The network masked to ``density``, or as it is."""
         optimizer = timing.optimizer_of(model)
         return cls(
             model.eval(),
@@ -119,8 +118,8 @@ def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
 
 
 def file_sizes(candidate: Candidate) -> Row:
-    """Bytes of the checkpoint to resume from, of the float32 state dict, zeros included, and of
-    that compressed."""
+    """Bytes of the checkpoint to resume from, and of the float32 state dict, zeros included, plain
+    and compressed."""
     weights = saved(
         {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
     )
@@ -134,12 +133,12 @@ def file_sizes(candidate: Candidate) -> Row:
 
 
 def checkpoint(candidate: Candidate) -> dict[str, object]:
-    """Weights, momentum and masks as a run writes them: packed where there are masks."""
+    """Weights, momentum and masks as a run writes them: packed if there are masks."""
     model, optimizer, masking = candidate.model, candidate.optimizer, candidate.masking
     for parameter in model.parameters():
         parameter.grad = torch.rand_like(parameter)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # momentum is made, weights stay
+        group["lr"] = 0.0  # creates momentum, keeps the weights
     optimizer.step()
     if masking is not None:
         masking.apply()
@@ -163,7 +162,7 @@ def saved(content: Mapping[str, object]) -> bytes:
 
 
 def speeds(networks: Mapping[str, nn.Module], options: argparse.Namespace) -> dict[str, Row]:
-    """Milliseconds for one image and images a second in a batch, by network and engine."""
+    """Milliseconds for one image and images per second in a batch, by network and engine."""
     shape = (options.channels, options.side, options.side)
     one, many = torch.rand(1, *shape), torch.rand(options.batch, *shape)
     rows: dict[str, Row] = {name: {} for name in networks}
@@ -209,7 +208,7 @@ def repeated(run: Callable[[Tensor], object], images: Tensor, calls: int) -> Cal
 ENGINES = {"PyTorch": with_torch, "onnxruntime": with_onnxruntime}
 
 
-# ---- what is printed
+# ---- output
 
 
 def setting(options: argparse.Namespace) -> str:
@@ -251,7 +250,7 @@ def size_table(rows: Mapping[str, Row]) -> str:
 
 
 def table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [
         columns,
         ["---"] + ["---:"] * (len(columns) - 1),

@@ -1,22 +1,23 @@
-"""What masks cost: one pass over the weights and one mask update, against a PGD training step, in
-one run.
+"""What masks cost: applying them, and a mask update, against a PGD training step.
 
     python benchmarks/masking.py --arch resnet18 --batch_size 128 --train_step 10
     python benchmarks/masking.py --quick
 
-A step and the mask work take turns; medians are printed. Targets: masks on at most 3 % of a step,
+A step and the mask work take turns; prints medians. Targets: applying masks at most 3 % of a step,
 an update at most two steps.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 
 import timing
 import torch
 
 from sparse_core import GROWTHS, Masking, MaskingConfig
+from utils.errors import run_command
 
 
 def main() -> None:
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

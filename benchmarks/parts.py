@@ -1,18 +1,18 @@
-"""What an epoch is made of: training steps, batches, masks, tests and checkpoints, timed one beside
-the other.
+"""What an epoch is made of: training steps, batches, masks, tests and checkpoints.
 
     python benchmarks/parts.py --arch resnet18 --batch_size 128 --train_step 10
     python benchmarks/parts.py --quick
 
-Each part is timed as in benchmarks/step.py, in the precision of the training, and multiplied by how
-often an epoch of CIFAR-10 (45,000 images, 5,000 for validation, 10,000 for the test, PGD-20) has
-it. Targets: batches at most 2 % of a step, masks at most 3 %, checkpoints at most 1 % of the epoch.
+Each part is timed as in benchmarks/step.py, in the training precision, and multiplied by its number
+in an epoch of CIFAR-10 (45,000 images, 5,000 for validation, 10,000 for the test, PGD-20). Targets:
+batches at most 2 % of a step, masks at most 3 %, checkpoints at most 1 % of the epoch.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from data import Augmentation, Split, TrainLoader
 from sparse_core import Masking, MaskingConfig
 from utils.attacks import PGD
+from utils.errors import run_command
 from utils.evaluation.scores import EVAL_BATCH, evaluate
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
@@ -143,4 +144,4 @@ def parts(options: timing.Options, run_folder: RunFolder) -> dict[str, Callable[
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

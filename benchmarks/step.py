@@ -5,11 +5,11 @@
     python benchmarks/step.py --width 0.25 --side 8 --channels 1 --batch_size 64
 
 (a) The paper's loop: advertorch's PGD, float32, NCHW, eager, plain SGD, images from a DataLoader
-with 2 workers and torchvision's transforms. (b) Ours, each optimization on top of those before, and
-then one remedy each in the step that is not compiled. (c) The ceiling: a large matrix product in
-float32 and, where the hardware has it, in bf16. They take turns after a warm-up; medians are
-printed. A step is counted as 2 x attack steps + 3 inferences, since an attack needs no gradient of
-weights; a remedy's further passes are not.
+with 2 workers and torchvision's transforms. (b) Ours, adding one optimization at a time, and then
+the uncompiled step with one remedy each. (c) The ceiling: a large matrix product in float32 and,
+if the hardware has it, in bf16. All take turns after a warm-up; prints medians. A step counts as
+2 x attack steps + 3 inferences, since an attack needs no weight gradients; a remedy's further
+passes are not counted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from data import Augmentation, Batch, Split, TrainLoader
 from models.flops import layer_costs, real_inference
 from utils.attacks import PGD, n_fgsm
 from utils.compat import import_advertorch, import_torchvision
+from utils.errors import run_command
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
 from utils.training.averages import ExponentialAverage
@@ -62,12 +63,12 @@ def main() -> None:
     for name, step in ours(options, images, labels).items():
         if options.only is None or any(part in name for part in options.only.split(",")):
             work[name] = step
-    # where the hardware has no bf16, its product would take a minute
+    # on hardware without bf16 its product would take a minute
     if best_precision(torch.device(options.device)) == "bf16":
         work["bf16 matrix product"] = matrix_product(options, torch.bfloat16)
     work["float32 matrix product"] = matrix_product(options, torch.float32)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "no CUDA graph")  # a row of that name is of a graph
+        warnings.filterwarnings("error", "no CUDA graph")  # rows named after a graph must use one
         medians = timing.alternate(work, options.repeats, options.device)
     report(options, medians)
 
@@ -132,13 +133,13 @@ def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
         print(f"{name:34s}{medians[name]:11.1f}{'':10s}{gflops:9.0f}")
 
 
-# ---------------------------------------------------------------- (a)
+# ---------------------------------------------------------------- (a) the paper's loop
 
 
 def papers_loop(
     options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
 ) -> Callable[[], object]:
-    """One step of it: a batch from the DataLoader, advertorch's attack in train mode, an update."""
+    """A step of the paper's loop: DataLoader batch, advertorch's attack in train mode, update."""
     attacks, context = import_advertorch("attacks"), import_advertorch("context")
     transforms = import_torchvision("transforms")
     padding = options.side // 8
@@ -200,19 +201,19 @@ def _endless(loader: object) -> Iterator[list[Tensor]]:
         yield from loader  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------- (b)
+# ---------------------------------------------------------------- (b) ours
 
 
 def ours(
     options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Callable[[], object]]:
-    """The same step by this project, with one optimization more each time."""
+    """This project's step, adding one optimization at a time, then with one remedy each."""
     device = torch.device(options.device)
     precision = best_precision(device)
     variants = {"ours: float32, channels-last": Execution(graphs="off")}
     if precision == "bf16":
         variants["+ bf16"] = Execution(precision, graphs="off")
-    if not options.quick:  # compiling takes longer than all the rest of a quick run
+    if not options.quick:  # compiling takes longer than the rest of a quick run
         variants["+ compiled"] = Execution(precision, compile=True, graphs="off")
     if _cuda(options):
         variants["+ the attack as one CUDA graph"] = Execution(precision, compile=not options.quick)
@@ -282,7 +283,7 @@ def _steps(loader: TrainLoader) -> Iterator[Batch]:
         epoch += 1
 
 
-# ---------------------------------------------------------------- (c)
+# ---------------------------------------------------------------- (c) the ceiling
 
 
 def matrix_product(options: argparse.Namespace, precision: torch.dtype) -> Callable[[], object]:
@@ -300,4 +301,4 @@ def _cuda(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

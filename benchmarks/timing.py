@@ -1,4 +1,4 @@
-"""What the benchmarks share: a network and a batch by their options, and work timed in turns."""
+"""Shared by the benchmarks: flags, networks and batches, and timing of work in turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = {"width": 0.25, "batch_size": 64, "side": 8, "channels": 1, "repeats": 9
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The flags of every benchmark; ``--quick`` is for ``parse``."""
+    """The flags of every benchmark; ``parse`` interprets ``--quick``."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--arch", default="resnet18", choices=ARCHITECTURES)
     flags.add_argument("--width", type=float, default=1.0)
@@ -48,7 +48,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(
     flags: argparse.ArgumentParser, quick: dict[str, object] | None = None
 ) -> argparse.Namespace:
-    """The options, ``--quick`` standing for others (``QUICK`` by default)."""
+    """The options; with ``--quick`` the values of ``quick`` (or ``QUICK``) are the defaults."""
     if flags.parse_known_args()[0].quick:
         flags.set_defaults(**(QUICK if quick is None else quick))
     options = flags.parse_args()
@@ -66,7 +66,7 @@ def network(options: argparse.Namespace) -> nn.Module:
 def narrowed(
     options: argparse.Namespace, density: float
 ) -> tuple[nn.Module, nn.Module, ChannelPlan, torch.Tensor]:
-    """A network of some of its channels, the full one, and which of its channels those are."""
+    """A narrowed network, the full one, the plan of its channels, and which of them are live."""
     full = network(options)
     plan = plan_channels(full, (options.channels, options.side, options.side), density)
     live = plan.channels.first(plan.counts, 1)
@@ -75,7 +75,7 @@ def narrowed(
 
 
 def placed(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """In train mode on the device, channels-last."""
+    """The model on the device, in train mode, channels-last."""
     return model.to(options.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
 
@@ -129,12 +129,11 @@ def setting(options: argparse.Namespace) -> str:
 def alternate(
     work: Mapping[str, Callable[[], object]], repeats: int, device: str, pause: float = 0.0
 ) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns after one warm-up round: a machine that slows
-    down slows all of them.
+    """Median milliseconds of each piece of work. They take turns after a warm-up round, so a
+    machine that slows down slows all of them.
 
-    With a ``pause`` (seconds) every turn begins with it and a call that does not count: work that
-    brings threads of its own, as each onnxruntime session does, leaves them spinning for a while,
-    on the cores that the next one needs.
+    With ``pause`` (seconds) each turn begins with a pause and an uncounted call: the threads of an
+    onnxruntime session spin for a while after its work, on cores that the next one needs.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats + 1):

@@ -1,5 +1,4 @@
-"""A source's arrays as training takes them: what can be meant in one way alone is brought into
-form, the rest is refused."""
+"""Conversion of a source's arrays to the form that training takes; ambiguous arrays are refused."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ import numpy as np
 from data.sources import ImageSet, Source
 from utils.errors import InputError, one_line
 
-_CHUNK = 2**22  # pixels looked at together
-_SLACK = 1e-6  # by which floats may leave [0, 1]: interpolation overshoots
-_DIM = 63  # where no pixel is brighter, white may have been meant by another number than 255
+_CHUNK = 2**22  # values examined at a time
+_SLACK = 1e-6  # by which floats may leave [0, 1], since interpolation overshoots
+_DIM = 63  # if no pixel is brighter, white may have been meant to be less than 255
 
 
 def in_form(source: Source) -> tuple[Source, list[str]]:
-    """The source with images uint8 ``[N, H, W, C]`` and labels int64 below the number of classes,
-    and notes on what was changed.
+    """Convert a source to uint8 images ``[N, H, W, C]`` and int64 labels below the number of
+    classes; returns it with notes on the changes.
 
-    Images, training and test judged together: uint8 stays; floats in [0, 1] become the nearest of
-    256 levels, and so do booleans; any other type must hold whole numbers from 0 to 255. ``[N, H,
-    W]`` is one grey channel. Labels below the number of classes stay; others are looked up among
-    the names of the classes, by rank where there are no names.
+    Training and test images are judged together. uint8 stays; booleans and floats in [0, 1] are
+    rounded to 256 levels; anything else must hold whole numbers from 0 to 255. ``[N, H, W]`` is one
+    grey channel. Labels below the number of classes stay; others are looked up among the class
+    names, which default to the sorted training labels.
 
     Raises:
         InputError: anything else; rows, mean or std that do not fit the images.
@@ -53,7 +52,7 @@ def _array(found: Any, what: str) -> np.ndarray:
     try:
         return np.asarray(found)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} are no array ({one_line(error)})") from error
+        raise InputError(f"{what} are not an array ({one_line(error)})") from error
 
 
 # ---------------------------------------------------------------- images
@@ -61,7 +60,7 @@ def _array(found: Any, what: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Range:
-    """Of the pixels of one array; ``low`` and ``high`` are NaN if one of them is."""
+    """Type and range of one array's pixels; ``low`` and ``high`` are NaN if any pixel is."""
 
     dtype: np.dtype
     low: float
@@ -93,7 +92,7 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
         isinstance(found.images, Path) and arrays[part].dtype == np.uint8
         for part, found in parts.items()
     ):
-        return dict(parts), []  # decoded here: not read for this
+        return dict(parts), []  # decoded by us: valid without reading them
     ranges = {part: _range(array) for part, array in arrays.items()}
     scale = _scale(ranges)
     made, furthest = {}, 0.0
@@ -129,7 +128,7 @@ def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
 def _range(array: np.ndarray) -> _Range:
     _require(
         array.dtype.kind in "buif",
-        f"images of type {array.dtype} are no pixels; give uint8, or floats in [0, 1]",
+        f"images of type {array.dtype} are not pixels; give uint8, or floats in [0, 1]",
     )
     low, high, is_whole = np.inf, -np.inf, True
     for part in _chunks(array):
@@ -139,7 +138,7 @@ def _range(array: np.ndarray) -> _Range:
 
 
 def _scale(ranges: Mapping[str, _Range]) -> int:
-    """By which pixels are multiplied for 255 to be white."""
+    """The factor, 1 or 255, that scales pixels so that white is 255."""
     kinds = {found.dtype.kind for found in ranges.values()}
     if kinds <= {"b", "f"} and all(
         found.low >= -_SLACK and found.high <= 1 + _SLACK for found in ranges.values()
@@ -157,8 +156,8 @@ def _scale(ranges: Mapping[str, _Range]) -> int:
 
 
 def _levels(array: np.ndarray, scale: int) -> tuple[np.ndarray, float]:
-    """The array as uint8, and by how much of a level a pixel was moved at most; 0 where that is the
-    type's own rounding."""
+    """The array as uint8, and its largest rounding error in levels; 0 if that is within the type's
+    own precision."""
     if array.dtype == np.uint8:
         return np.require(array, requirements=["C", "W"]), 0.0  # as torch wants it
     levels, furthest = np.empty(array.shape, np.uint8), 0.0
@@ -182,7 +181,7 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _labels(source: Source) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of the classes and the labels as their numbers."""
+    """The class names, and the labels of each part as class numbers."""
     given = {
         "training": _flat(source.training.labels, "training labels"),
         "test": _flat(source.test.labels, "test labels"),
@@ -224,15 +223,15 @@ def _flat(found: Any, what: str) -> np.ndarray:
 
 
 def _numbers(labels: np.ndarray, classes: list[str], numbered: bool) -> np.ndarray:
-    """The class of each of the distinct ``labels``, int64: the label itself, or the place of its
-    name among the classes.
+    """The class number (int64) of each distinct label: the label itself, or the index of its name
+    among the classes.
 
-    Where these differ the labels are refused, or taken themselves if they are ``numbered`` by
-    folders, which may be named by numbers.
+    If both are possible and differ, the labels are refused, unless they were ``numbered`` by our
+    scan of folders, whose names may be numbers.
     """
     is_number = labels.dtype.kind in "biu" and labels.min() >= 0 and labels.max() < len(classes)
     place = {name: number for number, name in enumerate(classes)}
-    for number, name in enumerate(classes):  # a float's name
+    for number, name in enumerate(classes):  # "3.0" also as "3"
         place.setdefault(name.removesuffix(".0"), number)
     named = [place.get(str(label)) for label in labels]
     by_name = np.asarray(named, dtype=np.int64) if None not in named else None
@@ -253,7 +252,7 @@ def _numbers(labels: np.ndarray, classes: list[str], numbered: bool) -> np.ndarr
 
 
 def _some(values: Any) -> str:
-    """The first few, for a message."""
+    """The first few values, for a message."""
     shown = ", ".join(str(value) for value in values[:5])
     return f"{shown}, ... ({len(values)})" if len(values) > 5 else shown
 

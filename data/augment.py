@@ -1,5 +1,4 @@
-"""Augmentation of whole batches on the training device: one gather for crop, flip and rotation
-together."""
+"""Augmentation of whole batches on the training device: crop, flip and rotation in one gather."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from utils.seeding import random_bits, stream, uniform
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image may undergo, in this order.
+    """Random changes to a training image, applied in this order.
 
     Attributes:
         padding: zero pixels on each side before a random crop of the original size.
         flip: mirror left to right with probability one half.
-        rotation: rotate by a uniform angle of at most so many degrees, nearest neighbour, zeros
-            outside.
+        rotation: rotate by a uniform angle of up to this many degrees either way; nearest
+            neighbour, zeros outside.
     """
 
     padding: int = 0
@@ -31,12 +30,12 @@ class Augmentation:
 def augment(
     images: Tensor, indices: Tensor, augmentation: Augmentation, seed: int, epoch: int
 ) -> Tensor:
-    """Augmented pixels of a batch.
+    """Augment a batch.
 
     Args:
         images: uint8 ``[N, H, W, C]``.
-        indices: int64 ``[N]``, each image's row in its data set; its draws depend on this, ``seed``
-            and ``epoch`` alone.
+        indices: int64 ``[N]``, each image's row in its data set; its draws depend only on this row,
+            ``seed`` and ``epoch``.
 
     Returns:
         Float32 images ``[N, C, H, W]`` in [0, 1], channels-last in memory.
@@ -69,8 +68,8 @@ def to_float(images: Tensor) -> Tensor:
 def _draw(
     indices: Tensor, augmentation: Augmentation, seed: int, epoch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Crop offsets (rows down, columns right), whether flipped, and the angle in radians, one of
-    each an image."""
+    """Draw for each image the crop offsets (rows down, columns right), whether to flip, and the
+    angle in radians."""
     keys = random_bits(stream(seed, "augment", epoch), indices)[:, None]
     draws = uniform(keys, torch.arange(4, device=indices.device))
     shifts = (draws[:, :2] * (2 * augmentation.padding + 1)).long() - augmentation.padding
@@ -81,8 +80,8 @@ def _draw(
 def _rotate_back(
     rows: Tensor, columns: Tensor, angle: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Source pixel of each output pixel for a counter-clockwise turn about the centre, and whether
-    it exists."""
+    """Source row and column of each output pixel under a counter-clockwise rotation about the
+    centre, and whether they lie within the image."""
     y, x = rows - (height - 1) / 2, columns - (width - 1) / 2
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     source_x = torch.round(cos * x - sin * y + (width - 1) / 2).long()

@@ -1,8 +1,7 @@
-"""Image folders: find the files, decode them once into a cache that is checked before it is
-trusted.
+"""Image folders: finding the files, and decoding them once into a verified cache.
 
-A cache belongs to the content of its files. Of a small set they are read at each start; of a large
-one they are read again only if a name, size, time or inode has changed.
+A cache is valid for the content of its files. Files of a small set are read at each start; those of
+a large one are read again only if a name, size, time or inode has changed.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from utils.storage.files import locked
 
 _CACHE_FORMAT = 3
 _CHUNK = 512  # images decoded between writes
-_SMALL = 2**28  # bytes of files or pixels that are read at each start, in well under a second
-_SETTLED = 2.0  # seconds after which another change shows in a file's times, on every file system
+_SMALL = 2**28  # up to so many bytes are read at each start, in well under a second
+_SETTLED = 2.0  # seconds after which a further change alters a file's times on any file system
 DIGEST_BYTES = 16
 _MOST_PIXELS = 2**26
-_PATIENCE = 3.0  # seconds of decoding or reading before a word about it
+_PATIENCE = 3.0  # seconds of decoding or reading before a message
 _IMAGES, _META = "images.npy", "meta.json"
-# of a cache, in its meta.json
+# keys of a cache's meta.json
 _KNOWN = {"key", "pixels", "transparent", "files_stamp", "images_stamp"}
 
 T = TypeVar("T")
@@ -46,8 +45,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Files:
-    """Image files in a fixed order, each with its class number; ``left_out`` are the visible
-    entries beside them that are none."""
+    """Image files in a fixed order, each with its class number; ``left_out`` are the other visible
+    entries beside them."""
 
     paths: list[Path]
     labels: np.ndarray  # int64 [files]
@@ -55,7 +54,7 @@ class Files:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in ``root``, sorted; hidden ones do not count."""
+    """Sorted names of the folders in ``root``, without hidden ones; ``InputError`` if none."""
     if not root.is_dir():
         raise InputError(f"no such folder: {root}")
     names = sorted(
@@ -69,19 +68,18 @@ def class_folders(root: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in ``folder`` sorted by name; files of other types and hidden files do not
-    count."""
+    """The images in ``folder``, sorted by name; other types and hidden files are skipped."""
     return _sorted_out(folder)[0]
 
 
 def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in ``folder`` and what else is visible there, sorted by name."""
+    """The images in ``folder`` and its other visible entries, each sorted by name."""
     extensions = Image.registered_extensions()
     images: list[Path] = []
     others: list[Path] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        # Links that lead nowhere stay, to be named when they are opened; a pipe does not: opening
-        # it would wait for ever.
+        # Broken links stay, so that opening them raises an error with their name. Pipes do not:
+        # opening one would block.
         is_file = entry.is_file() or (entry.is_symlink() and not Path(entry).exists())
         if not entry.name.startswith("."):
             is_image = is_file and os.path.splitext(entry.name)[1].lower() in extensions
@@ -90,8 +88,8 @@ def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def scan_classes(root: Path, classes: Sequence[str], *, subfolder: str = "") -> Files:
-    """Files of every class folder under ``root``, by class, then name. Raises ``InputError`` for a
-    folder that is not one of ``classes``, for an empty one, and for a class without one."""
+    """Files of every class folder (or its ``subfolder``, if any) under ``root``, by class, then
+    name. Raises ``InputError`` for a folder not in ``classes``, an empty one, or a missing one."""
     number = {name: i for i, name in enumerate(classes)}
     paths: list[Path] = []
     labels: list[int] = []
@@ -122,8 +120,8 @@ class Cached(NamedTuple):
 
     Attributes:
         images: path of an ``.npy``, uint8 ``[files, H, W, 3]``.
-        digest: ``pixels_digest`` of it.
-        transparent: how many of the images had transparent parts, which are black now.
+        digest: ``pixels_digest`` of the images.
+        transparent: number of images with transparent parts, which are now black.
     """
 
     images: Path
@@ -132,17 +130,17 @@ class Cached(NamedTuple):
 
 
 def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: str) -> Cached:
-    """All images in one file; decoded now unless the cache is whole and of what the files hold.
+    """All images in one file, decoded now unless the cache is intact and matches the files.
 
     Args:
         files: what to decode.
-        image_size: side to resize to, by area; without it all images must have one size.
+        image_size: side in pixels to resize to, by area; None requires images of one size.
         cache_dir: folder of all caches.
         name: shown in the progress bar and part of the cache's name.
 
     Raises:
-        InputError: a missing, corrupt or odd-sized image (named), or a cache that cannot be
-            written.
+        InputError: a missing, corrupt or differently sized image (named), or a cache that cannot
+            be written.
     """
     place = hashlib.sha256(str(files.paths[0].parent.parent.resolve()).encode()).hexdigest()[:12]
     folder = cache_dir / f"{name}-{image_size or 'asis'}-{place}"
@@ -165,8 +163,8 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds this cache: it would decode twice, and replace what the
-    first already reads."""
+    """Wait until no other process builds this cache: a second one would decode again and replace
+    what the first already reads."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(folder.with_name(f".{folder.name}.lock"))
     try:
@@ -175,16 +173,15 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# ---------------------------------------------------------------- is the cache of these files, and
-# whole?
+# ---------------------------------------------------------------- validation of the cache
 
 
 class _Content:
-    """What the files hold now; read when it is asked for, once."""
+    """The current content of the files, read lazily and once."""
 
     def __init__(self, paths: Sequence[Path], image_size: int | None, name: str) -> None:
         self.paths, self.image_size, self.name = paths, image_size, name
-        # before anything is read: a change since then shows in the next one
+        # taken before reading, so that a later change shows in the next stamp
         self.stamp, self.nbytes = _stamp(paths, _SETTLED)
 
     @functools.cached_property
@@ -198,15 +195,14 @@ class _Content:
         return self.key_of(itertools.chain.from_iterable(chunks))
 
     def key_of(self, digests: Iterable[bytes]) -> str:
-        """Of the files' digests, in order, and of how they are decoded."""
+        """The cache key of the files' digests, in order, and of how they are decoded."""
         how = f"{_CACHE_FORMAT} {self.image_size} ".encode()
         return hashlib.blake2b(how + b"".join(digests), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str | None, int]:
-    """One digest of names, sizes, times and inodes, and the bytes in all. None if a file has
-    changed within ``settled``
-    seconds: it could change again and keep its times."""
+    """One digest of names, sizes, times and inodes, and the total bytes. The digest is None if a
+    file changed within the last ``settled`` seconds: it could change again and keep its times."""
     digest, nbytes, youngest = hashlib.blake2b(digest_size=DIGEST_BYTES), 0, float("-inf")
     for path in paths:
         try:
@@ -231,8 +227,8 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _current(folder: Path, now: _Content) -> dict[str, Any] | None:
-    """What is known of the cache in ``folder``, with the stamps of now, if it is whole and of what
-    the files hold now."""
+    """Metadata of the cache in ``folder`` with current stamps; None unless the cache is intact and
+    matches the files."""
     try:
         meta = json.loads((folder / _META).read_text())
         images = np.load(folder / _IMAGES, mmap_mode="r")
@@ -263,13 +259,13 @@ def _current(folder: Path, now: _Content) -> dict[str, Any] | None:
 
 
 def _remember(folder: Path, meta: Mapping[str, Any]) -> None:
-    """A cache that was found current by reading is trusted by its stamps from now on."""
-    # a cache that may only be read is checked each time
+    """Store the stamps of a cache that was verified by reading, to trust it by them next time."""
+    # a read-only cache is verified each time
     with contextlib.suppress(OSError, ValueError):
         if json.loads((folder / _META).read_text()) == meta:
             return
         with _one_at_a_time(folder):
-            # another process has not replaced it
+            # unless another process has replaced it
             if json.loads((folder / _META).read_text())["key"] == meta["key"]:
                 _write_meta(folder, meta)
 
@@ -281,8 +277,7 @@ def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def pixels_digest(images: np.ndarray) -> str:
-    """Hex digest of the shape and the pixels of uint8 images; of a memory map a few at a time are
-    read."""
+    """Hex digest of shape and pixels of uint8 images, read in chunks to spare memory."""
     digest = _begun_digest(images.shape)
     for start in range(0, len(images), _CHUNK):
         digest.update(images[start : start + _CHUNK].tobytes())
@@ -297,9 +292,9 @@ def _begun_digest(shape: Sequence[int]) -> hashlib.blake2b:
 
 
 def _build(folder: Path, now: _Content) -> dict[str, Any]:
-    """Write the cache beside its place and move it there whole; what is known of it."""
+    """Write the cache to a temporary folder, move it into place, and return its metadata."""
     temporary = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}")
-    temporary.mkdir()  # not tempfile's, which no one else of a group may read
+    temporary.mkdir()  # not by tempfile, whose folders a group cannot read
     try:
         meta = _write_images(now, temporary / _IMAGES)
         meta |= {"files_stamp": now.stamp, "images_stamp": _stamp([temporary / _IMAGES])[0]}
@@ -313,8 +308,8 @@ def _build(folder: Path, now: _Content) -> dict[str, Any]:
 
 
 def _write_images(now: _Content, target: Path) -> dict[str, Any]:
-    """Write the ``.npy``; the key of the files, the digest of the pixels and how many images are
-    transparent."""
+    """Write the ``.npy``; returns the files' key, the pixels' digest and the number of images with
+    transparent parts."""
     digests: list[bytes] = []
     transparent = 0
     pixels = None
@@ -329,7 +324,7 @@ def _write_images(now: _Content, target: Path) -> dict[str, Any]:
                     file, {"descr": "|u1", "fortran_order": False, "shape": shape}
                 )
             content = chunk.images.tobytes()
-            # not a memory map: on a full disk a write is an error and a map is a crash
+            # not a memory map: on a full disk, that would crash where a write raises an error
             file.write(content)
             pixels.update(content)
         file.flush()
@@ -345,8 +340,8 @@ class _Chunk(NamedTuple):
 
 
 def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
-    # The digest first: of a file that changes in between, the key is the older one and does not fit
-    # the next time.
+    # The digest comes first: if a file changes in between, the key is outdated and does not match
+    # next time.
     def work(path: Path) -> tuple[Path, bytes, Decoded]:
         return path, _file_digest(path), decode_image(path, now.image_size)
 
@@ -369,15 +364,15 @@ def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
 def _by_chunks(
     work: Callable[[Path], T], paths: Sequence[Path], title: str, told_as: str
 ) -> Iterator[list[T]]:
-    """What ``work`` makes of each file, in order, by threads; a bar or, where there is no terminal,
-    a line tells how long it takes."""
+    """Apply ``work`` to each file in threads; yields results in order, by chunk. Progress is a bar
+    or, without a terminal, one line with the remaining time."""
     begun, told = time.perf_counter(), False
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
         tqdm(total=len(paths), desc=title, unit="img", disable=None, delay=0.5) as bar,
     ):
         for start in range(0, len(paths), _CHUNK):
-            # Pillow's, of odd headers: what cannot be read is an error
+            # Pillow warns about odd headers; an unreadable image raises an error
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 results = list(pool.map(work, paths[start : start + _CHUNK]))
@@ -399,12 +394,12 @@ class Decoded(NamedTuple):
 
 
 def decode_image(path: Path, image_size: int | None) -> Decoded:
-    """An image upright, as its file says, and resized by area to a square if ``image_size`` is
-    given; ``InputError`` names a bad file."""
+    """Decode an image, upright by its EXIF data, and resize it by area to a square if
+    ``image_size`` is given; ``InputError`` names a bad file."""
     try:
         with Image.open(path) as image:
-            # The header says it before any memory is taken; Pillow itself only warns up to twice
-            # that size.
+            # The header tells before memory is allocated; Pillow itself only warns up to twice its
+            # own limit.
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(
                     f"{path}: {image.width}x{image.height} pixels are more than an image of a data"
@@ -426,7 +421,7 @@ def decode_image(path: Path, image_size: int | None) -> Decoded:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Pillow would clip deeper pixels to 255 instead of scaling them."""
+    """Scale 16-bit pixels to 8 bits; Pillow would clip them to 255."""
     if image.mode.startswith("I;16"):
         deep = np.asarray(image)
         grey = Image.fromarray((deep // 257).astype(np.uint8))
@@ -442,8 +437,8 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image in RGB, and whether it was laid on black: what lies under transparent pixels is
-    anything."""
+    """The image in RGB, and whether it was composited on black, since the color of transparent
+    pixels is arbitrary."""
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         if np.asarray(with_alpha.getchannel("A")).min() < 255:
@@ -457,7 +452,7 @@ def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """``pixels`` turned as the EXIF orientation of ``image`` says, if it can be read."""
+    """Turn ``pixels`` by the EXIF orientation of ``image``, if it can be read."""
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -469,6 +464,6 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     }
     try:
         turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken header is no reason to do without the image
+    except Exception:  # the image is usable despite a broken header
         return pixels
     return pixels if turn is None else pixels.transpose(turn)

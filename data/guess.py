@@ -1,5 +1,5 @@
-"""Which data set a folder holds, by what lies in it or else by its name: ``python -m data.guess
-FOLDER`` prints it or fails."""
+"""Guess which data set a folder holds, by its content or else its name: ``python -m data.guess
+FOLDER`` prints it, or exits with 1."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-# Files as torchvision leaves them, and names of folders, as in "cifar-100-python" or "my_svhn"; the
-# longer ones first.
+# Files that torchvision leaves, and patterns of folder names such as "cifar-100-python" or
+# "my_svhn", longer ones first.
 _FILES = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100", "*_32x32.mat": "svhn"}
 _NAMES = {
     r"cifar[-_ ]?100": "cifar100",
@@ -19,12 +19,12 @@ _NAMES = {
 
 
 def guess_data_set(path: str | Path) -> str | None:
-    """A name of ``data.SOURCES`` or None. What lies in the folder counts before what it is called;
-    it need not be there yet."""
+    """A name of ``data.SOURCES``, or None. The folder's content takes precedence over its name; it
+    need not exist yet."""
     folder = Path(path)
     try:
         found = _by_content(folder)
-    except OSError:  # not ours to read
+    except OSError:  # not readable
         found = None
     return found or _by_name(folder.resolve().name)
 
@@ -38,8 +38,8 @@ def _by_content(folder: Path) -> str | None:
             for path in (folder / "train").iterdir()
             if path.is_dir() and not path.name.startswith(".")
         ]
-        # Tiny-ImageNet with its validation images sorted into classes: WordNet's numbers, with the
-        # images a level deeper.
+        # Tiny-ImageNet with its validation images sorted into classes: folders named by WordNet
+        # ids, with the images one level deeper.
         named = _by_name(folder.resolve().name) == "tinyimagenet"
         tiny = all(
             re.fullmatch(r"n\d+", path.name) and (named or (path / "images").is_dir())
@@ -47,11 +47,11 @@ def _by_content(folder: Path) -> str | None:
         )
         return "tinyimagenet" if classes and tiny else "imagefolder"
     found = {name for pattern, name in _FILES.items() if any(folder.glob(pattern))}
-    return found.pop() if len(found) == 1 else None  # of several the name decides
+    return found.pop() if len(found) == 1 else None  # among several, the name decides
 
 
 def _by_name(name: str) -> str | None:
-    """By whole words: "destiny" names no data set, and neither does "cifar1000"."""
+    """Match whole words: "destiny" names no data set, and neither does "cifar1000"."""
     found = (
         dataset
         for pattern, dataset in _NAMES.items()

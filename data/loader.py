@@ -1,6 +1,6 @@
-"""Splits that live on the training device as uint8, and the batches made of them.
+"""Splits, stored as uint8 on the training device, and the batches made from them.
 
-A data set that does not fit stays memory-mapped on disk; only the rows of a batch travel.
+A data set that does not fit stays memory-mapped on disk; only the rows of a batch are transferred.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Split:
             the CPU.
         labels: int64 ``[rows]`` on ``device``.
         indices: int64, the rows of this split, on ``device``; an image's index is its row.
-        device: where batches are handed out.
+        device: device of the batches.
     """
 
     images: Tensor
@@ -42,34 +42,34 @@ class Split:
         return self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
 
     def batches(self, wanted: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at each of ``wanted``, indices on the images' device, and these indices; both
-        on ``device``."""
+        """For each index tensor of ``wanted`` (on the images' device), the images and the indices,
+        both on ``device``."""
         if self.images.device == self.device:
             return ((self.images[indices], indices) for indices in wanted)
         return streamed(self.images, wanted, self.device)
 
     def spread(self, n: int) -> Tensor:
-        """The indices of ``n`` of its images, evenly over the split (all, where it has fewer):
-        folders come sorted by class."""
+        """The indices of ``n`` images (at most all) spread evenly over the split, since image
+        folders are sorted by class."""
         n = min(n, len(self))
         return self.indices[torch.arange(n, device=self.indices.device) * len(self) // n]
 
     def subset(self, indices: Tensor) -> Split:
-        """The same storage with other rows."""
+        """A split of other rows of the same storage."""
         return replace(self, indices=indices.to(self.device))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one step, or of a test, that this process handles.
+    """This process's images of a training step, or of a test.
 
     Attributes:
         x: float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``.
-        indices: of the images in their data set, int64 ``[N]``.
-        weight: share of these images in the step's mean loss; 0 where a process has none of its own
-            and repeats another's.
-        step_images: in the whole step, of all processes; N by default.
+        indices: rows of the images in their data set, int64 ``[N]``.
+        weight: share of these images in the step's mean loss; 0 if the process has none of its own
+            and repeats others.
+        step_images: images in the whole step, over all processes; N by default.
     """
 
     x: Tensor
@@ -88,10 +88,9 @@ class TrainLoader:
     """Shuffled, augmented batches; everything in an epoch is a pure function of ``(seed, epoch)``.
 
     The last batch may be smaller. A single image left over joins the batch before it, since batch
-    norm cannot train on one value a channel. For the same reason no process of several gets fewer
-    than ``least`` images
-    of a batch: where that leaves nothing for the later ones, they repeat its first images, which
-    then do not count.
+    norm cannot train on one value a channel. For the same reason, each process gets at least
+    ``least`` images of a batch. Processes for which none are left repeat the batch's first images,
+    which then do not count.
     """
 
     def __init__(
@@ -116,24 +115,24 @@ class TrainLoader:
         self._bounds = list(zip(starts, [*starts[1:], len(split)], strict=True))
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self._bounds)
 
     @property
     def most(self) -> int:
-        """Images that this process gets of the first batch, and of nearly all."""
+        """This process's images in the first batch, and in nearly all others."""
         first, last, _ = self._part(self._bounds[0][1])
         return last - first
 
     @property
     def smallest(self) -> int:
-        """Images in the smallest batch, of all processes."""
+        """Images in the smallest batch, over all processes."""
         return min(end - start for start, end in self._bounds)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's part of the batches of ``epoch`` (from 0), from step ``first_step`` on."""
         split, key = self.split, stream(self.seed, "order", epoch)
-        place = split.images.device  # rows that travel are chosen where they lie
+        place = split.images.device  # rows are chosen where the images are stored
         order = split.indices.to(place)[permutation(len(split), key, place)]
         bounds = self._bounds[first_step:]
         parts = [self._part(end - start) for start, end in bounds]
@@ -149,7 +148,7 @@ class TrainLoader:
             yield Batch(x, split.labels[indices], indices, weight, end - start)
 
     def _part(self, images: int) -> tuple[int, int, bool]:
-        """Which of a batch's images this process takes, first and past the last, and whether they
+        """Start and end of this process's images in a batch of ``images``, and whether they
         count."""
         rank, holders = self._world.rank, max(1, min(self._world.size, images // self._least))
         if rank >= holders:
@@ -158,7 +157,6 @@ class TrainLoader:
 
 
 def plain_batches(split: Split, batch_size: int, world: World = ALONE) -> Iterator[Batch]:
-    """The images of a split in order, un-augmented; of several processes each gets every so many-th
-    batch."""
+    """Unaugmented batches of a split, in order, dealt out to the processes in turn."""
     for indices in split.indices.split(batch_size)[world.rank :: world.size]:
         yield Batch(to_float(split.rows(indices)), split.labels[indices], indices)

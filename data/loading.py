@@ -1,5 +1,4 @@
-"""Data sets on the training device: ``load_data`` gives splits, classes, normalization and
-augmentation."""
+"""Loading data sets: ``load_data`` returns splits, classes, normalization and augmentation."""
 
 from __future__ import annotations
 
@@ -38,12 +37,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready for training: splits on one device and what a network needs to know of the
-    images.
+    """A data set ready for training: splits on one device, classes, normalization, augmentation.
 
-    ``digests`` says which data set it is, whole, before any subset and wherever it lies: hex
+    ``digests`` identify the whole data set, before any subset and wherever it is stored: hex
     digests of its "classes", "training labels", "training pixels", "test labels" and "test pixels".
-    ``notes`` say how it was read, where a user should know.
+    ``notes`` tell a user how it was read, where that matters.
     """
 
     train: Split
@@ -62,8 +60,7 @@ class Data:
         return _digest(json.dumps(self.digests, sort_keys=True).encode()) if self.digests else ""
 
     def numbered(self, classes: Sequence[str]) -> Data:
-        """The same data with labels that are places in ``classes``: its own classes in another
-        order."""
+        """The same data with its classes renumbered in the order of ``classes``."""
         place = torch.tensor(
             [classes.index(name) for name in self.classes], device=self.train.device
         )
@@ -96,16 +93,16 @@ def load_data(
     Args:
         name: one of ``SOURCES``.
         root: folder of the data (or where torchvision downloads it).
-        device: where uint8 images live and batches are handed out.
+        device: device of the uint8 images and of the batches.
         image_size: side in pixels to which image folders are resized, by area, when decoded.
-        train_subset, test_subset: that many training or test images, stratified; val stays whole.
+        train_subset, test_subset: number of images to use, stratified; validation stays whole.
         cache_dir: where decoded image folders are kept.
         memory_budget: bytes of images that may live on ``device``; beyond it they are memory-mapped
             and streamed. Default: half of the memory now free there.
 
     Raises:
-        InputError: unknown name, missing or corrupt files, arrays that may mean several things
-            (``data.arrays``), impossible subset.
+        InputError: unknown name, missing or corrupt files, ambiguous arrays (``data.arrays``),
+            impossible subset.
     """
     if name not in SOURCES:
         raise InputError(f"unknown data set {name!r}; known: {', '.join(SOURCES)}")
@@ -147,11 +144,10 @@ def load_data(
 def calibration_batches(
     data: Data, per_class: int = 10, *, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Un-augmented training images and labels, about ``per_class`` of each class, mixed by
-    ``seed``: what SNIP and GraSP look at."""
+    """Batches of training images and labels for SNIP and GraSP, not augmented: about ``per_class``
+    images of each class, shuffled by ``seed``."""
     train = data.train
-    # Image folders are sorted by class, and a batch of a few classes scores the weights of these
-    # alone.
+    # Image folders are sorted by class, and a batch of few classes would score only their weights.
     mixed = train.subset(
         train.indices[permutation(len(train), stream(seed, "calibration"), train.device)]
     )
@@ -175,7 +171,7 @@ def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ..
     share = histogram.double() / histogram.sum(dim=1, keepdim=True)
     mean = share @ levels
     variance = (share * (levels - mean[:, None]) ** 2).sum(dim=1)
-    # A channel that never varies is shifted and not scaled.
+    # A constant channel is shifted but not scaled.
     std = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -209,7 +205,7 @@ def _nbytes(image_set: ImageSet) -> int:
 
 
 def _stored(image_set: ImageSet, device: torch.device, fits: bool) -> Split:
-    """A split of all rows; a file is read whole if it fits and mapped if not."""
+    """A split of all rows; a file is read if it fits into memory, else memory-mapped."""
     stored: Tensor = torch.from_numpy(image_set.opened(mapped=not fits))
     labels = torch.from_numpy(image_set.labels).to(device)
     return Split(
@@ -223,7 +219,7 @@ def _stored(image_set: ImageSet, device: torch.device, fits: bool) -> Split:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    # pages that only cache files are free too, as Linux counts them
+    # MemAvailable includes pages that only cache files and can be reclaimed
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -21,12 +21,12 @@ _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as found: an array uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with one, and
-    labels int64 ``[N]``.
+    """Images as found, uint8 ``[N, H, W, C]`` or the path of an ``.npy`` with them, and labels,
+    int64 ``[N]``.
 
-    ``data.arrays.in_form`` makes these of other types where it is clear how. ``digest`` is
-    ``pixels_digest`` of the images where it is known without reading them, ``notes`` what a user
-    should know of how they were read.
+    ``data.arrays.in_form`` converts other types where that is unambiguous. ``digest`` is the
+    ``pixels_digest`` of the images if known without reading them; ``notes`` tell a user how they
+    were read.
     """
 
     images: np.ndarray | Path
@@ -35,7 +35,7 @@ class ImageSet:
     notes: tuple[str, ...] = ()
 
     def opened(self, *, mapped: bool = True) -> np.ndarray:
-        """The images; of a file a map, or what it holds."""
+        """The images; those of a file as a memory map, or read if not ``mapped``."""
         if not isinstance(self.images, Path):
             return self.images
         # Copy-on-write: torch wants a writable map, and nothing ever writes to it.
@@ -45,7 +45,7 @@ class ImageSet:
 @dataclass(frozen=True)
 class Source:
     """A data set before it is placed on a device. ``train`` and ``val`` are rows of ``training``;
-    ``mean`` and ``std`` None means: to be measured."""
+    ``mean`` and ``std`` are measured if None."""
 
     training: ImageSet
     test: ImageSet
@@ -58,10 +58,10 @@ class Source:
 
 
 def default_cache() -> Path:
-    """Where decoded images are kept: in the user's cache, or with the temporary files of a user who
-    has no home."""
+    """The default folder of decoded images: in the user's cache, or among the temporary files if
+    the user has no home."""
     with contextlib.suppress(RuntimeError):
-        if os.environ.get("HOME") != "":  # of an empty one the cache would lie in the root folder
+        if os.environ.get("HOME") != "":  # else the cache would be in the root folder
             return Path.home() / ".cache" / "sparse-adversarial"
     return Path(tempfile.gettempdir()) / f"sparse-adversarial-{os.getuid()}"
 
@@ -80,8 +80,8 @@ class DataLocation:
 
 
 def stratified(labels: np.ndarray, n: int) -> np.ndarray:
-    """Sorted rows of ``n`` images, classes in their proportions (largest remainders), by a fixed
-    permutation."""
+    """Sorted rows of ``n`` images, stratified by class (largest remainders, at least one of each),
+    by a fixed permutation."""
     classes, counts = np.unique(labels, return_counts=True)
     if n > len(labels):
         raise InputError(f"cannot take {n} of {len(labels)} images")
@@ -92,7 +92,7 @@ def stratified(labels: np.ndarray, n: int) -> np.ndarray:
     for position in np.argsort(quota - exact, kind="stable"):
         if quota.sum() < n and quota[position] < counts[position]:
             quota[position] += 1
-    while quota.sum() > n:  # classes too small to have a share of their own were given one image
+    while quota.sum() > n:  # classes too small for a share of their own got one image
         quota[np.argmax(quota)] -= 1
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(labels))
     chosen = [order[labels[order] == c][:q] for c, q in zip(classes, quota, strict=True)]
@@ -107,7 +107,7 @@ def _rest(total: int, taken: np.ndarray) -> np.ndarray:
 
 
 def digits(place: DataLocation) -> Source:
-    """scikit-learn's handwritten digits, 8x8 and grey: 1,000 / 300 / 497."""
+    """scikit-learn's handwritten digits, 8x8 and grey: 1,000 train, 300 val, 497 test."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -128,6 +128,7 @@ def digits(place: DataLocation) -> Source:
 
 
 def cifar10(place: DataLocation) -> Source:
+    """CIFAR-10; the last tenth of the training images is for validation."""
     return _cifar(
         "CIFAR10",
         place,
@@ -138,6 +139,7 @@ def cifar10(place: DataLocation) -> Source:
 
 
 def cifar100(place: DataLocation) -> Source:
+    """CIFAR-100; the last tenth of the training images is for validation."""
     augmentation = Augmentation(4, flip=True, rotation=15.0)
     return _cifar(
         "CIFAR100", place, augmentation, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -167,7 +169,7 @@ def _cifar(
 
 
 def svhn(place: DataLocation) -> Source:
-    """Street View House Numbers: 90 / 10 by a fixed permutation, no flip."""
+    """Street View House Numbers: 90 / 10 split by a fixed permutation, no flip."""
     training, test = (_torchvision("SVHN", place, split=split) for split in ("train", "test"))
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(training.labels))
     cut = len(order) - len(order) // 10
@@ -192,14 +194,14 @@ def _torchvision(name: str, place: DataLocation, **options):
     try:
         return data_set(str(place.root), download=False, **options)
     except RuntimeError:
-        pass  # not there, or not whole: torchvision checks and fetches
+        pass  # missing or incomplete: torchvision checks and downloads
     was_there = place.root.exists()
     try:
         return data_set(str(place.root), download=True, **options)
     except Exception as error:  # its downloader raises what urllib, tarfile and hashlib raise
         if not was_there:
             with contextlib.suppress(OSError):
-                place.root.rmdir()  # if it is empty: what was fetched so far may help
+                place.root.rmdir()  # only if empty: a partial download may help
         raise InputError(
             f"{name} is not in {place.root} and could not be downloaded into it ({error})"
         ) from error
@@ -234,7 +236,7 @@ def _decoded(files: Files, place: DataLocation, name: str) -> ImageSet:
     notes = []
     if files.left_out:
         others = f" and {len(files.left_out) - 1} more" if len(files.left_out) > 1 else ""
-        notes.append(f"left out, as no images of a class: {files.left_out[0]}{others}")
+        notes.append(f"ignored, as they are not images of a class: {files.left_out[0]}{others}")
     if cached.transparent:
         notes.append(
             f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent"
@@ -249,7 +251,7 @@ def _annotated(annotations: Path, classes: list[str]) -> Files:
     rows = []
     for line_number, line in enumerate(annotations.read_text().splitlines(), start=1):
         fields = line.split("\t")
-        # A file name with a path in it would lead out of the folder.
+        # A file name with a path could lead out of the folder.
         if len(fields) < 2 or Path(fields[0]).name != fields[0] or fields[1] not in number:
             raise InputError(
                 f"{annotations}, line {line_number}: not a file name and one of the training"
@@ -265,8 +267,8 @@ def _annotated(annotations: Path, classes: list[str]) -> Files:
 
 
 def imagefolder(place: DataLocation) -> Source:
-    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified, crop padding an
-    eighth of the side, flip."""
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``): 90 / 10 stratified split; flip, and
+    crop with padding of an eighth of the side."""
     if place.root.is_dir() and not (place.root / "train").is_dir():
         raise InputError(
             f"{place.root} has no folder train; --data holds train/<class>/* and test/<class>/* (or"
@@ -320,5 +322,5 @@ SOURCES: dict[str, Callable[[DataLocation], Source]] = {
     "imagefolder": imagefolder,
     "digits": digits,
 }
-# those for which image_size and cache_dir mean something
+# data sets to which image_size and cache_dir apply
 DECODED_HERE = ("tinyimagenet", "imagefolder")

@@ -1,4 +1,4 @@
-"""Images that do not fit on the GPU travel to it, one batch ahead of the step that needs them."""
+"""Streaming images that do not fit on the GPU, one batch ahead of the step that needs them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Sent = tuple[Tensor, Tensor]  # rows of images, and their indices
 
 
 def streamed(images: Tensor, wanted: Sequence[Tensor], device: torch.device) -> Iterator[Sent]:
-    """The rows of ``images`` at each of ``wanted``, and these indices, on a GPU.
+    """Yield the images at each index tensor of ``wanted``, and the indices, on a GPU.
 
-    Rows are gathered into pinned memory and copied on a stream of their own, so neither the host
-    nor the step before waits for them.
+    Rows are gathered into pinned memory and copied on a separate stream, so that neither the host
+    nor the previous step waits for them.
 
     Args:
         images: uint8 ``[rows, H, W, C]``, on the host.
-        wanted: indices of one batch each, on the host.
+        wanted: int64 indices of each batch, on the host.
         device: a GPU.
     """
     if not wanted:
@@ -33,13 +33,13 @@ def streamed(images: Tensor, wanted: Sequence[Tensor], device: torch.device) -> 
 
 
 class _Parcel:
-    """A batch on its way."""
+    """A batch in transfer."""
 
     def __init__(self, content: Sent, sent: torch.cuda.Event, device: torch.device) -> None:
         self._content, self._sent, self._device = content, sent, device
 
     def arrived(self) -> Sent:
-        """For work on the current stream, which waits for it; the host does not."""
+        """The batch, for work on the current stream, which waits for it; the host does not."""
         here = torch.cuda.current_stream(self._device)
         here.wait_event(self._sent)
         for value in self._content:
@@ -48,7 +48,7 @@ class _Parcel:
 
 
 class _Sender:
-    """Two slots of pinned memory: one travels while the other is filled."""
+    """Two slots of pinned memory: one is copied while the other is filled."""
 
     def __init__(self, images: Tensor, most: int, device: torch.device) -> None:
         self._images, self._device = images, device
@@ -64,7 +64,7 @@ class _Sender:
         self._slots.reverse()
         self._sent.reverse()
         if self._sent[0] is not None:
-            self._sent[0].synchronize()  # nearly always long done: two batches ago
+            self._sent[0].synchronize()  # from two batches ago, so nearly always done
         rows, numbers = (slot[: len(indices)] for slot in self._slots[0])
         torch.index_select(self._images, 0, indices, out=rows)
         numbers.copy_(indices)

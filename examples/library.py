@@ -1,11 +1,11 @@
-"""The library in a training loop of one's own: a small network learns to tell patches of two
+"""Uses the library in a custom training loop: a small network learns to tell patches of two
 photographs apart.
 
     python examples/library.py
 
-Network, data and loop are not those of this repository. Of it come ``Masking`` (the network is
-sparse from its first step on), ``pgd_attack`` (what it trains on), ``EarlyBird`` (when a dense
-network's ticket has emerged) and ``evaluate``.
+Network, data and loop are the example's own. From this repository it takes ``Masking`` (sparse from
+the first step), ``pgd_attack`` (adversarial images), ``EarlyBird`` (whether a dense network's
+ticket has emerged) and ``evaluate``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ATTACK = PGD(eps=4 / 255, step_size=2 / 255, steps=3, random_start=False)
 
 
 def photograph_patches() -> tuple[Split, Split]:
-    """Patches of scikit-learn's two photographs (a temple, a flower), no download: training (three
-    quarters) and test."""
+    """Patches of scikit-learn's two photographs (a temple, a flower), which need no download: three
+    quarters for training, the rest for the test."""
     found, labels = [], []
     for label, image in enumerate(load_sample_images().images):
         height, width = (SIDE * (side // SIDE) for side in image.shape[:2])
@@ -84,8 +84,7 @@ def small_network() -> nn.Module:
 def train_sparse(
     model: nn.Module, loader: Loader, epochs: int, masks: dict[str, Tensor] | None = None
 ) -> Masking:
-    """Adversarial training at density 0.1: Flying Bird, or with ``masks`` at those, which then
-    stay."""
+    """Adversarial training at density 0.1: Flying Bird, or static training with ``masks``."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     config = MaskingConfig(
         0.1,
@@ -106,8 +105,8 @@ def train_sparse(
 
 
 def train_until_ticket(model: nn.Module, loader: Loader, most: int) -> int:
-    """Clean training of a dense network until the masks of three epochs agree; the number of epochs
-    it took, at most ``most``."""
+    """Train a dense network on clean images until the masks of three epochs agree; returns the
+    number of epochs, at most ``most``."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     bird = EarlyBird(density=0.1, window=3)
     for epoch in range(most):

@@ -1,4 +1,4 @@
-"""Networks by name, and from checkpoints."""
+"""Networks, built by name or loaded from checkpoints."""
 
 from models.build import (
     ALIASES,

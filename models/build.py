@@ -22,10 +22,10 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] 
 # The paper's scripts name the VGGs with and without "_bn" and mean the same network.
 ALIASES = {f"{name}_bn": name for name in STAGES}
 ARCHITECTURES = (*RESNETS, *STAGES, "wideresnet")
-# Networks that others add: of the number of classes and the module that normalizes, which comes
-# first.
+# Networks that users add: functions of the number of classes and the normalization module, which
+# comes first.
 CUSTOM_ARCHITECTURES: dict[str, Callable[[int, Normalize], nn.Module]] = {}
-# Every stride and pool must still find a pixel: five pools in a VGG, three strides in a ResNet
+# Every stride and pool needs at least one pixel: five pools in a VGG, three strides in a ResNet
 # (rounding up), two in a WRN.
 _SMALLEST_IMAGE = {"resnet": 8, "vgg": 32, "wideresnet": 8}
 
@@ -42,14 +42,13 @@ def build_model(
     image_size: int | None = None,
     seed: int = 1,
 ) -> nn.Module:
-    """A fresh network that maps images ``[N, C, H, W]`` with pixels in [0, 1] to logits ``[N,
-    num_classes]``.
+    """Build a fresh network that maps images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``.
 
     Args:
         arch: one of ``ARCHITECTURES`` or ``CUSTOM_ARCHITECTURES`` (``vgg16_bn`` and the like are
             the same as ``vgg16``).
         num_classes: number of classes.
-        mean, std: by channel, for the ``normalize`` module; their length is the number of image
+        mean, std: per channel, for the ``normalize`` module; their length is the number of image
             channels.
         width: factor on every channel count of ResNets and VGGs (the paper's "small dense"
             baseline).
@@ -58,7 +57,7 @@ def build_model(
         seed: the initial weights are a pure function of it.
 
     Raises:
-        ValueError: unknown architecture, a size or a width that the network cannot take.
+        ValueError: unknown architecture, or a size or width that the network cannot take.
     """
     arch = canonical_arch(arch)
     check_image_size(arch, image_size)
@@ -77,8 +76,8 @@ def build_model(
 def network_class(
     arch: str, width: float, depth_factor: int, width_factor: int
 ) -> tuple[type[nn.Module], tuple[Any, ...]]:
-    """The class of one of ``ARCHITECTURES`` and what it takes before the number of classes and the
-    normalization; arguments as for ``build_model``."""
+    """The class of one of ``ARCHITECTURES``, and its arguments before the number of classes and the
+    normalization. Arguments as for ``build_model``."""
     if arch in RESNETS:
         block, depths = RESNETS[arch]
         return PreActResNet, (block, depths, [_scaled(c, width) for c in (64, 128, 256, 512)])
@@ -127,8 +126,8 @@ def arch_names() -> tuple[str, ...]:
 
 
 def check_image_size(arch: str, image_size: int | None) -> None:
-    """Raise ``ValueError``, naming the network, if it cannot take images of this side; of networks
-    in ``CUSTOM_ARCHITECTURES`` that is not known."""
+    """Raise ``ValueError`` if the network cannot take images of this side; ``CUSTOM_ARCHITECTURES``
+    are not checked."""
     if arch in CUSTOM_ARCHITECTURES:
         return
     family = "wideresnet" if arch == "wideresnet" else arch[: 3 if arch.startswith("vgg") else 6]

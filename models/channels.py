@@ -1,11 +1,11 @@
-"""Channels that live or die together, and networks that have only some of them.
+"""Structured channels: groups of channels that are pruned together, and narrow networks.
 
-A residual stream with everything that writes and reads it is one group, the inner channels of a
-block are another. ``torch-pruning`` finds the groups, so networks of one's own have them too. A
-network without some channels of its groups is an ordinary narrow network.
+A residual stream, with every layer that writes or reads it, is one group; the inner channels of a
+block are another. ``torch-pruning`` finds the groups, so this works for custom networks too. A
+network without some of its channels is an ordinary narrow network.
 
     plan = plan_channels(model, image_shape, density=0.5)
-    live = plan.channels.first(plan.counts, seed)       # which channels stay
+    live = plan.channels.first(plan.counts, seed)       # the channels to keep
     small = narrow(copy.deepcopy(model), plan.channels.kept(live))
 """
 
@@ -25,21 +25,21 @@ from models.flops import LayerCost, layer_costs
 from models.modes import in_mode
 from sparse_core import global_masks, grow_highest, stream, uniform
 
-# By layer: its output and its input channels that stay, None where all do.
+# By layer, the output and the input channels to keep; None keeps all.
 Kept = Mapping[str, Sequence[Sequence[int] | None]]
 _TOLERANCE = 1e-9  # relative, in float64
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The groups of a network's channels, numbered one group after the other.
+    """A network's groups of channels; the channels are numbered one group after the other.
 
     Attributes:
-        sizes: channels by group; a group is named by the first layer that writes it.
-        owners: by tensor and dimension the channel that each index belongs to, -1 for one that
-            always stays.
-        readers: by weight the dimension along which it reads channels.
-        scales: the scales of batch norms, one a channel.
+        sizes: number of channels by group; a group is named after the first layer that writes it.
+        owners: by tensor and dimension, the channel that each index belongs to; -1 for one that is
+            always kept.
+        readers: by weight, the dimension along which it reads channels.
+        scales: names of the batch-norm scales, which have one entry per channel.
         whole: groups that cannot be divided, each with the reason.
     """
 
@@ -54,18 +54,18 @@ class Channels:
         return sum(self.sizes.values())
 
     def by_group(self, values: Tensor) -> dict[str, Tensor]:
-        """Views of a vector over all channels."""
+        """Views by group of a vector over all channels."""
         return dict(zip(self.sizes, values.split([*self.sizes.values()]), strict=True))
 
     def highest(self, scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Tensor:
-        """So many channels of each group, those of highest score: bool over all channels."""
+        """The ``counts`` channels of highest score in each group, as bool over all channels."""
         live = torch.zeros(self.total, dtype=torch.bool)
         for name, part in self.by_group(live).items():
             part.copy_(grow_highest(scores[name], part.clone(), counts[name]))
         return live
 
     def first(self, counts: Mapping[str, int], seed: int) -> Tensor:
-        """So many channels of each group, drawn by the seed: bool over all channels."""
+        """``counts`` channels of each group, drawn by the seed, as bool over all channels."""
         scores = {
             name: uniform(stream(seed, "channels", name), torch.arange(size))
             for name, size in self.sizes.items()
@@ -73,14 +73,14 @@ class Channels:
         return self.highest(scores, counts)
 
     def indices(self, name: str, live: Tensor) -> dict[int, Tensor]:
-        """The indices of a tensor that stay, by dimension."""
-        present = torch.cat([live, live.new_ones(1)])  # what belongs to no channel, at -1
+        """The indices of a tensor to keep, by dimension."""
+        present = torch.cat([live, live.new_ones(1)])  # owner -1 is always kept
         return {
             dim: present[owner].nonzero().squeeze(1) for dim, owner in self.owners[name].items()
         }
 
     def positions(self, live: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Where each number of the narrow network lies in the full one's tensors, row-major."""
+        """Flat index in the full-size tensor of each element of the narrow network's tensors."""
         found = {}
         for name in self.owners:
             shape = shapes[name]
@@ -91,7 +91,7 @@ class Channels:
         return found
 
     def kept(self, live: Tensor) -> dict[str, list[list[int] | None]]:
-        """What ``narrow`` keeps of each layer that loses channels."""
+        """The channels to keep, for ``narrow``, of each layer that loses some."""
         found: dict[str, list[list[int] | None]] = {}
         for name in self.owners:
             layer, _, leaf = name.rpartition(".")
@@ -106,7 +106,7 @@ class Channels:
         return found
 
     def inference_flops(self, costs: Sequence[LayerCost], counts: Mapping[str, int]) -> int:
-        """Real FLOPs an image with so many channels of each group."""
+        """Real inference FLOPs per image with ``counts`` channels in each group."""
         fractions = {
             number: counts[name] / size for number, (name, size) in enumerate(self.sizes.items())
         }
@@ -126,12 +126,12 @@ class Channels:
         return round(total)
 
 
-# ---------------------------------------------------------------- how many
+# ---------------------------------------------------------------- numbers of channels
 
 
 def channel_counts(sizes: Mapping[str, int], density: float, multiple: int) -> dict[str, int]:
-    """Kept channels by group: the multiple nearest to ``density``, at least one; a group smaller
-    than that stays whole."""
+    """Number of kept channels by group: the full size or the nonzero multiple of ``multiple`` below
+    it, whichever is closest to ``density``."""
     counts = {}
     for name, size in sizes.items():
         choices = [size, *range(multiple, size, multiple)] if density < 1 else [size]
@@ -146,7 +146,7 @@ def density_for_flops(
     network's, by bisection.
 
     Raises:
-        ValueError: even the smallest network takes clearly more.
+        ValueError: even the smallest network takes more.
     """
     full = channels.inference_flops(costs, channels.sizes)
 
@@ -168,13 +168,13 @@ def density_for_flops(
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """How many channels of each group a network keeps, at least at first.
+    """How many channels of each group a network keeps, at least initially.
 
     Attributes:
-        channels: its groups.
-        costs: of the full network.
-        counts: kept channels by group.
-        multiple: what they are multiples of.
+        channels: the network's groups.
+        costs: layer costs of the full-size network.
+        counts: number of kept channels by group.
+        multiple: divides the counts, except those of groups left whole.
     """
 
     channels: Channels
@@ -183,7 +183,7 @@ class ChannelPlan:
     multiple: int
 
     def notes(self) -> list[str]:
-        """The density that came out, and what stays whole."""
+        """Messages about the resulting density and the groups left whole."""
         sizes = self.channels.sizes
         kept, total = sum(self.counts.values()), self.channels.total
         full = self.channels.inference_flops(self.costs, sizes)
@@ -211,15 +211,14 @@ def plan_channels(
     flops: float | None = None,
     multiple: int | None = None,
 ) -> ChannelPlan:
-    """Find a network's groups and how many channels of each it keeps at first.
+    """Find a network's groups and choose how many channels of each it keeps initially.
 
     Args:
-        model: full-size.
+        model: the full-size network.
         image_shape: ``[C, H, W]``.
         density: kept fraction of each group, in (0, 1].
-        flops: kept fraction of the real inference FLOPs, which then gives the density.
-        multiple: of which counts are multiples; 16 by default, 8 if a group has fewer than 64
-            channels.
+        flops: kept fraction of the real inference FLOPs; replaces ``density`` if given.
+        multiple: divides the counts; by default 16, or 8 if a group has fewer than 64 channels.
 
     Raises:
         ValueError: no group can be divided, or one would keep less than half a multiple.
@@ -255,27 +254,27 @@ def plan_largest(
     floor: float = 0.0,
     multiple: int | None = None,
 ) -> tuple[ChannelPlan, Tensor, dict[str, int]]:
-    """The channels with the largest batch-norm scales over all groups together (Liu et al.,
-    "Network Slimming", 2017); a channel that several norms read counts with the mean.
+    """Choose the channels with the largest batch-norm scales over all groups together (Liu et al.,
+    "Network Slimming", 2017); a channel that several norms read is ranked by their mean.
 
-    Scales of different depths are not quite comparable: early in training the whole last group,
-    which the classifier reads, may lie below everything else. So every group keeps its ``floor``,
-    and the others give for it.
+    Scales at different depths are not quite comparable: early in training, the whole last group,
+    which the classifier reads, may rank below everything else. So each group keeps at least its
+    ``floor``, at the expense of the others.
 
     Args:
-        model: full-size.
+        model: the full-size network.
         image_shape: ``[C, H, W]``.
         density: kept fraction of all channels, in (0, 1].
-        floor: least kept fraction of each group, in [0, density].
-        multiple: to which each group's count is then rounded, as in ``plan_channels``.
+        floor: minimum kept fraction of each group, in [0, density].
+        multiple: each group's count is then rounded to a multiple of it, as in ``plan_channels``.
 
     Returns:
-        How many channels stay; which, as bool over all; and for the groups that the floor helped
-        how many they would have kept without it. A group without norms stays whole.
+        The plan; the kept channels as bool over all; and for each group raised to its floor, how
+        many it would have kept otherwise. A group without norms stays whole.
 
     Raises:
-        ValueError: no group can be divided or has norms, a density that leaves fewer channels than
-            there are groups, or below the floor.
+        ValueError: no group can be divided or has norms, or the density is below the floor or
+            leaves fewer channels than there are groups.
     """
     if not 0 <= floor <= density:
         raise ValueError(
@@ -311,14 +310,14 @@ def plan_largest(
 
 
 def usual_floor(density: float) -> float:
-    """A tenth of a group is enough to go on with; half of the density leaves the ranking a say
-    where nearly all must go."""
+    """The default floor: a tenth of a group, or half the density if that is less, so that the
+    ranking still matters at low densities."""
     return min(0.1, density / 2)
 
 
 @torch.no_grad()
 def _mean_scales(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
-    """Mean |scale| of the norms that each channel goes through, by group; NaN without any."""
+    """Mean |scale| of the norms that each channel passes through, by group; NaN without any."""
     sums, norms = torch.zeros(2, channels.total, dtype=torch.float64)
     for name in channels.scales:
         owner = channels.owners[name][0]
@@ -333,8 +332,8 @@ def _mean_scales(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def narrow(model: nn.Module, kept: Kept) -> nn.Module:
-    """Remove channels of a network in place; ``ValueError`` for layers or channels that it does not
-    have. Names in its state dict are unchanged."""
+    """Remove channels from a network in place and return it; ``ValueError`` for layers or channels
+    that it does not have. Names in its state dict are unchanged."""
     for name, sides in kept.items():
         try:
             module = model.get_submodule(name)
@@ -352,7 +351,7 @@ def narrow(model: nn.Module, kept: Kept) -> nn.Module:
 
 @torch.no_grad()
 def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set tensors of a network by name: in place, or as new ones where their shape is another."""
+    """Set tensors of a network by name, in place or, if the shape differs, as new tensors."""
     state = model.state_dict(keep_vars=True)
     for name, value in values.items():
         if state[name].shape == value.shape:
@@ -361,8 +360,8 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         layer, _, leaf = name.rpartition(".")
         module, old = model.get_submodule(layer), state[name]
         like = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-        # not `contiguous`: with a dimension of size 1 it leaves strides as they are, and kernels,
-        # and so roundings, differ from those of a network built anew
+        # not ``contiguous``, which keeps the strides of dimensions of size 1: kernels, and so
+        # rounding, would differ from those of a freshly built network
         new = torch.empty(value.shape, dtype=old.dtype, device=old.device, memory_format=like)
         new.copy_(value)
         if isinstance(old, nn.Parameter):
@@ -390,7 +389,7 @@ def _ascends(indices: Sequence[int], size: int) -> bool:
 
 
 def _set_sizes(module: Any) -> None:
-    """The sizes that a layer says of itself, from its tensors."""
+    """Update a layer's size attributes from its tensors."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.num_features = module.get_buffer("running_mean").numel()
     elif isinstance(module, nn.Linear):
@@ -405,8 +404,8 @@ def _set_sizes(module: Any) -> None:
 
 
 def _dimensions(module: nn.Module) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Along which dimensions a layer's tensors hold its output and its input channels; None for a
-    layer that cannot be divided."""
+    """By tensor of a layer, the dimension of its output channels, and that of its input channels;
+    None for a layer that cannot be divided."""
     own = {**module._parameters, **module._buffers}
     present = {name for name, value in own.items() if value is not None}
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and "running_mean" in present:
@@ -431,11 +430,11 @@ def _dimensions(module: nn.Module) -> tuple[dict[str, int], dict[str, int]] | No
 
 
 def find_channels(model: nn.Module, image_shape: Sequence[int]) -> Channels:
-    """The groups of a network for images ``[C, H, W]``, found by ``torch-pruning`` and checked.
+    """Find a network's groups for images ``[C, H, W]`` by ``torch-pruning``, and verify them.
 
-    A group is left whole where the library fails, where one of its layers is neither a convolution,
-    a linear layer nor a batch norm, or where a network without its channels computes anything else
-    than one that does not read them.
+    A group is left whole if the library fails, if one of its layers is not a convolution, linear
+    layer or batch norm, or if removing its channels is not equivalent to zeroing the weights that
+    read them.
 
     Raises:
         ValueError: no group can be divided.
@@ -468,7 +467,7 @@ class _Group:
 def _groups(
     model: nn.Module, image_shape: Sequence[int]
 ) -> tuple[dict[str, _Group], dict[str, str]]:
-    """Groups by the first layer that writes them, and those that cannot be divided."""
+    """Groups by the first layer that writes them, and reasons for those that stay whole."""
     try:  # a second to import, and loading a narrow network does not need it
         import torch_pruning
     except ImportError as error:
@@ -478,7 +477,7 @@ def _groups(
 
     traced = copy.deepcopy(model).cpu().float().eval()
     names = {id(module): name for name, module in traced.named_modules()}
-    # two images: some networks drop the dimension of one
+    # two images, since some networks squeeze a batch of one
     image = torch.full((2, *image_shape), 0.5)
     graph = torch_pruning.DependencyGraph().build_dependency(traced, image, verbose=False)
     seen: set[tuple[str, int]] = set()
@@ -498,11 +497,11 @@ def _groups(
             pruner = graph.get_pruner_of_module(layer)
             members = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(size)))
             group = _group_of(members, names, size)
-        except Exception as error:  # the library fails in as many ways as there are layers
+        except Exception as error:  # the library can raise any error
             whole[name] = f"{type(error).__name__}: {error}"[:200]
             continue
         seen |= group.written.keys()
-        if group.read:  # the classes are not read by any layer
+        if group.read:  # no layer reads the logits
             groups[name] = group
     return groups, whole
 
@@ -549,19 +548,19 @@ def _channels(model: nn.Module, groups: Mapping[str, _Group], whole: Mapping[str
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in owners
     ]
     sizes = {name: group.size for name, group in groups.items()}
-    # in the order of the state dict, so that whatever follows them does so in one order
+    # in the order of the state dict, so that iterating over them has a fixed order
     ordered = {name: owners[name] for name in state if name in owners}
     return Channels(sizes, ordered, readers, scales, dict(whole))
 
 
 @torch.no_grad()
 def _is_exact(model: nn.Module, channels: Channels, image_shape: Sequence[int]) -> bool:
-    """Whether the network without every other channel computes what the full one does when nothing
-    reads those."""
+    """Whether removing every other channel gives the same output as zeroing the weights that read
+    those channels."""
     full = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     for value in (*full.parameters(), *full.buffers()):
-        if value.is_floating_point():  # first values, as 1 and 0 of norms, would hide a mistake
+        if value.is_floating_point():  # initial values (1 and 0 of norms) could hide a mistake
             value.mul_(0.5 + torch.rand(value.shape, generator=generator, dtype=value.dtype))
             value.add_(0.01 * torch.rand(value.shape, generator=generator, dtype=value.dtype))
     live = torch.cat([torch.arange(size) % 2 == 0 for size in channels.sizes.values()])
@@ -580,7 +579,7 @@ def _is_exact(model: nn.Module, channels: Channels, image_shape: Sequence[int]) 
 
 @torch.no_grad()
 def silence(model: nn.Module, channels: Channels, silent: Tensor) -> None:
-    """Set to zero, in place, all weights of a full network that read the ``silent`` channels."""
+    """Zero in place all weights of a full-size network that read the ``silent`` channels."""
     state = model.state_dict(keep_vars=True)
     absent = torch.cat([silent, silent.new_zeros(1)])
     for name, dim in channels.readers.items():

@@ -1,7 +1,7 @@
 """The two FLOPs counts (docs/runs.md), always side by side: *real* and *paper*.
 
 *Real* is 2 x live weights x output positions, summed over convolutions and linear layers. *Paper*
-counts the output channels twice and leaves linear layers out; it exists to be laid beside the
+counts the output channels twice and leaves linear layers out; it exists for comparison with the
 paper's table.
 """
 
@@ -24,9 +24,9 @@ _PASSES = 3
 class LayerCost:
     """One prunable layer: its weights, output channels and output positions for one image.
 
-    ``by_third`` are the positions of queries, keys and values where an attention projects different
-    numbers of them with one weight, a third of its rows for each; ``positions`` are those of the
-    queries then.
+    ``by_third`` holds the positions of queries, keys and values if an attention layer projects
+    different numbers of them with one weight, a third of its rows for each; ``positions`` is then
+    that of the queries.
     """
 
     name: str
@@ -42,9 +42,9 @@ Live = Mapping[str, int | Tensor]
 
 @torch.no_grad()
 def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]:
-    """Every convolution, linear layer and projection of an attention, once for each time that it is
-    computed for one empty image ``[C, H, W]`` (or any other shape); named as ``named_parameters``
-    names their weights."""
+    """Costs of every convolution, linear layer and attention projection, one for each call in a
+    forward pass on a zero image ``[C, H, W]`` (or input of any other shape); named after their
+    weights in ``named_parameters``."""
     costs: list[LayerCost] = []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -72,7 +72,7 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
         if isinstance(m, layers)
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # a fused encoder layer does not call the modules within it
+    # a fused encoder layer does not call its submodules
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         parameter = next(model.parameters())
@@ -86,13 +86,13 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
         dict(model.named_parameters(remove_duplicate=False)),
         {id(p): name for name, p in model.named_parameters()},
     )
-    # of a weight that layers share
+    # a weight that layers share is named after the first
     return [replace(cost, name=first.get(id(named.get(cost.name)), cost.name)) for cost in costs]
 
 
 def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, str]) -> str:
-    """The name of the parameter behind a weight: of the first layer that shares it, of what a
-    spectral norm divides."""
+    """The name of the parameter behind a weight: the original one if it is parametrized, that of
+    the first layer if it is shared."""
     own = dict(module.named_parameters())
     stored = next(
         (
@@ -106,8 +106,8 @@ def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, st
 
 
 def _layer_cost(module: Any, weight: str, x: Tensor, output: Tensor) -> LayerCost:
-    """Each weight of a layer multiplies once a position: of its output, of a transposed convolution
-    once a position of its input."""
+    """The cost of a layer: each weight multiplies once per output position or, in a transposed
+    convolution, per input position."""
     convolution = isinstance(module, nn.modules.conv._ConvNd)
     outputs = module.out_channels if convolution else module.out_features
     positions = (
@@ -121,8 +121,8 @@ def _layer_cost(module: Any, weight: str, x: Tensor, output: Tensor) -> LayerCos
 def _attention_costs(
     module: nn.MultiheadAttention, name: str, names: Mapping[int, str], query: Tensor, key: Tensor
 ) -> list[LayerCost]:
-    """The projections of a multi-head attention; the products of its tokens with each other have no
-    weights and do not count."""
+    """Costs of the projections of a multi-head attention; products between tokens have no weights
+    and do not count."""
     width, out = module.embed_dim, module.out_proj
     asked, known = query.numel() // width, key.numel() // module.kdim
     thirds = (asked, known, known) if asked != known else ()
@@ -162,15 +162,14 @@ def _query_and_key(inputs: tuple[Tensor, ...], options: dict[str, Tensor]) -> tu
 
 
 def real_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int:
-    """Floating-point operations for one image.
+    """Real inference FLOPs per image.
 
     Args:
-        costs: as ``layer_costs`` gives them.
-        live: live weights by name, or their masks; all of a layer that it does not name.
+        costs: as ``layer_costs`` returns them.
+        live: numbers of live weights, or masks, by name; unnamed layers are dense.
 
     Raises:
-        ValueError: a count where it matters which of the weights are live (``LayerCost.by_third``),
-            so that a mask is needed.
+        ValueError: a count is given where a mask is needed (``LayerCost.by_third``).
     """
     return sum(
         2 * _multiplications(cost, (live or {}).get(cost.name, cost.weights)) for cost in costs
@@ -194,7 +193,7 @@ def _multiplications(cost: LayerCost, live: int | Tensor) -> int:
 
 
 def paper_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int:
-    """The paper's count for one image; ``live`` as for ``real_inference``."""
+    """Paper inference FLOPs per image; ``live`` as for ``real_inference``."""
     counted = [
         (cost, (live or {}).get(cost.name, cost.weights)) for cost in costs if cost.convolution
     ]
@@ -204,8 +203,8 @@ def paper_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int
 def real_training(
     inference_by_epoch: Sequence[int], images: int, attack_steps: int, further: Sequence[int] = ()
 ) -> int:
-    """Of a whole adversarial training, from each epoch's real inference count; ``further`` are
-    passes an image beyond attack and update, by epoch."""
+    """Real FLOPs of a whole adversarial training, from the real inference count of each epoch;
+    ``further`` are passes per image beyond attack and update, by epoch."""
     steps, further = _PASSES * (attack_steps + 1), further or [0] * len(inference_by_epoch)
     return images * sum(
         inference * (steps + passes)
@@ -216,6 +215,6 @@ def real_training(
 def paper_training(
     final_inference: int, images: int, attack_steps: int, epochs: int, further: Sequence[int] = ()
 ) -> int:
-    """The paper's count of a whole training: that of the final network in every epoch; ``further``
-    as in ``real_training``."""
+    """Paper FLOPs of a whole training, which count the final network in every epoch; ``further`` as
+    in ``real_training``."""
     return images * final_inference * (_PASSES * (attack_steps + 1) * epochs + sum(further))

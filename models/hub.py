@@ -1,4 +1,4 @@
-"""Networks on the Hugging Face Hub; the one module that needs ``huggingface_hub``."""
+"""Networks on the Hugging Face Hub; the only module that needs ``huggingface_hub``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TAGS = ["adversarial-robustness", "sparsity", "image-classification"]
 
 
 class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=LICENSE, tags=TAGS):
-    """A network of ours with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
+    """One of our networks with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
-    ``HubNetwork.from_pretrained(folder_or_repository)`` takes images ``[N, C, H, W]``, pixels in
-    [0, 1], to logits ``[N, classes]``, in eval mode. Its folder holds ``config.json`` and
+    ``HubNetwork.from_pretrained(folder_or_repository)`` maps images ``[N, C, H, W]`` with pixels in
+    [0, 1] to logits ``[N, classes]``, in eval mode. Its folder holds ``config.json`` and
     ``model.safetensors``, which ``models.load_model`` reads too.
 
     Args:
-        network: what ``models.loading.build_network`` needs, ``config.json``'s content.
+        network: description for ``models.loading.build_network``, the content of ``config.json``.
     """
 
     about: Mapping[str, Any] = {}
@@ -42,8 +42,8 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=
 
     @classmethod
     def read(cls, path: str | Path, about: Mapping[str, Any] | None = None) -> HubNetwork:
-        """From a checkpoint or safetensors of ours; ``about`` goes into the metadata of what is
-        saved, by default what the file's say. Raises ``InputError``."""
+        """Load one of our checkpoints or safetensors files; raises ``InputError``. ``about`` is the
+        metadata to save with it; by default, that of a ``model.safetensors`` is kept."""
         content, spec = stored_network(path)
         network = network_of(content, path, spec, torch.device("cpu"))
         model = cls(**spec)

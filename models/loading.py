@@ -1,5 +1,4 @@
-"""Networks by their description: what settings and data ask for, what a checkpoint carries,
-channels removed included."""
+"""Building networks from descriptions, with removed channels, and loading them from files."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from utils.storage.checkpoint import load_weights, network_weights
 from utils.storage.inputs import read_checkpoint
 from utils.storage.safetensors import SUFFIX, load_safetensors
 
-# What a description may say at all, and from where on it is looked at more closely before it is
-# given memory.
+# Valid values of a description, and limits of usual ones: others are checked before memory is
+# allocated.
 _RANGES = {
     "num_classes": (1, 2**24),
     "image_size": (1, 4096),
@@ -32,15 +31,15 @@ _RANGES = {
     "width_factor": (1, 100),
 }
 _USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor": 16}
-_LEAST_KEPT = 1e-3  # share of a network's numbers, without channels, from which nobody goes below
-_MODELS = ("model.pt", "model.safetensors")  # in the folder of one: packed, of the Hub
-# of a description: what a full-size, nameless network does not have
+_LEAST_KEPT = 1e-3  # smallest plausible share of a network's values once channels are removed
+_MODELS = ("model.pt", "model.safetensors")  # in a model's folder: packed, or of the Hub
+# entries of a description that ``build_model`` does not take
 _NOT_BUILT = frozenset({"channels", "classes"})
 
 
 def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
-    """What a checkpoint says of its network, None if nothing (the paper's code); ``InputError`` if
-    that makes no sense."""
+    """The description of the network in a checkpoint; None without one (the paper's code),
+    ``InputError`` if it is invalid."""
     spec = content.get("network")
     if spec is None:
         return None
@@ -55,7 +54,8 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     kinds |= {"depth_factor": int, "width_factor": int}
     if isinstance(spec, Mapping) and "kept" in spec:
         raise InputError(
-            f"{path} is of an older version, in which each batch norm picked its own channels"
+            f"{path} was written by an older version, in which each batch norm picked its own"
+            " channels"
         )
     known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
     if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
@@ -81,7 +81,7 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
 
 
 def _says_what_is_removed(spec: Mapping[str, Any]) -> bool:
-    """``channels``: by layer those of its outputs and inputs that stay, or None for all."""
+    """Whether ``channels`` is valid: by layer, its kept outputs and inputs, None for all."""
     channels = spec.get("channels", {})
     if not isinstance(channels, Mapping):
         return False
@@ -102,15 +102,15 @@ def full_size(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's weights in the shapes of the full-size one, for programs that know no other.
+    """Pad a network's weights to full-size shapes, for programs that cannot load narrow networks.
 
     Args:
         spec: description of the network.
         state: its state dict.
 
     Returns:
-        A state dict of the full-size network, with zeros where channels were removed, and variance
-        1 in their statistics.
+        A state dict of the full-size network. Removed channels are zero, except for their running
+        variance, which is 1.
     """
     if "channels" not in spec:
         return dict(state)
@@ -118,7 +118,7 @@ def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
     numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
     for value in numbered.state_dict().values():
         value.copy_(torch.arange(value.numel()).view(value.shape))
-    # removing channels of numbers instead of weights tells where each weight comes from
+    # removing channels from element numbers instead of weights tells where each weight belongs
     positions = narrow(numbered, spec["channels"]).state_dict()
     spread = {}
     for name, value in full.state_dict().items():
@@ -130,42 +130,40 @@ def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
 
 
 def refuse_other_classes(path: object, spec: Mapping[str, Any], classes: Sequence[str]) -> bool:
-    """Compare the names of the classes, where a checkpoint's ``spec`` has them, with those of the
-    data.
+    """Compare the class names in a checkpoint's ``spec``, if it has them, with those of the data.
 
     Returns:
-        Whether the network numbers them as the data does.
+        Whether the network numbers the classes as the data does.
 
     Raises:
-        InputError: they are not the same classes.
+        InputError: the classes are not the same.
     """
     known = spec.get("classes") or list(classes)
     if sorted(known) != sorted(classes):
         if len(known) != len(classes):
-            raise InputError(f"{path} knows {len(known)} classes and the data has {len(classes)}")
+            raise InputError(f"{path} has {len(known)} classes but the data has {len(classes)}")
         theirs, ours = (
             [name for name in one if name not in other][:3]
             for one, other in ((known, classes), (classes, known))
         )
         raise InputError(
-            f"{path} knows other classes than the data: {', '.join(theirs)} and not"
+            f"{path} was trained on other classes than the data: {', '.join(theirs)} and not"
             f" {', '.join(ours)}"
         )
     return known == list(classes)
 
 
 def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) -> nn.Module:
-    """A fresh network on ``device``.
+    """Build a fresh network on ``device``.
 
     Args:
-        spec: arguments of ``build_model``, and for a network without some of its channels
-            ``channels``: those of each layer that stay (``models.channels``). Names of ``classes``
-            may lie beside them.
-        device: where it goes, channels-last.
-        seed: of its weights.
+        spec: arguments of ``build_model``. Optional ``channels`` are those that each layer keeps
+            (``models.channels``); optional ``classes`` are ignored.
+        device: device of the network, whose weights are channels-last.
+        seed: seed of the initial weights.
 
     Raises:
-        InputError: a network that cannot be built so.
+        InputError: the network cannot be built.
     """
     try:
         model = build_model(
@@ -174,15 +172,15 @@ def build_network(spec: Mapping[str, Any], device: torch.device, seed: int = 1) 
         model = narrow(model, spec.get("channels", {}))
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     except (ValueError, RuntimeError, OverflowError) as error:
-        # a size it cannot have, or more memory than there is
+        # an invalid size, or not enough memory
         raise InputError(f"this network cannot be built ({one_line(error)})") from error
 
 
 def network_of(
     content: Mapping[str, Any], path: object, spec: Mapping[str, Any], device: torch.device
 ) -> nn.Module:
-    """The network that a checkpoint's ``content`` (from ``path``) holds, built by ``spec``;
-    ``InputError`` if it is another one."""
+    """Build the network ``spec`` with the weights in ``content`` (from ``path``); ``InputError`` if
+    they do not match."""
     _refuse_larger_than_its_file(content, path, spec)
     model = build_network(spec, device)
     load_weights(model, network_weights(content, str(path)), str(path), spec["arch"])
@@ -192,7 +190,8 @@ def network_of(
 def _refuse_larger_than_its_file(
     content: Mapping[str, Any], path: object, spec: Mapping[str, Any]
 ) -> None:
-    """A description can ask for any memory; an unusual one is first built without."""
+    """Raise ``InputError`` if an unusually large network has more values than its file; it is built
+    on the meta device first, which allocates no memory."""
     if spec["arch"] in CUSTOM_ARCHITECTURES or all(
         spec[name] <= most for name, most in _USUAL.items()
     ):
@@ -211,18 +210,17 @@ def _refuse_larger_than_its_file(
 
 
 def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of a file with a network, and what the network is.
+    """Read a network's file; returns its content and the description of the network.
 
     Args:
-        path: a checkpoint of ours (masked, packed or narrow), our safetensors, or a state dict such
-            as the paper's code wrote.
-        given: for a file that does not describe its network: ``arch``, ``num_classes`` and whatever
-            of ``width``, ``depth_factor``, ``width_factor`` and ``image_size`` is unusual. None
-            counts as not given.
+        path: one of our checkpoints (masked, packed or narrow) or safetensors files, or a state
+            dict such as the paper's code writes.
+        given: description for a file without one: ``arch``, ``num_classes`` and any unusual
+            ``width``, ``depth_factor``, ``width_factor`` or ``image_size``. None counts as not
+            given.
 
     Raises:
-        InputError: no such file, a broken one, one that needs a description, or one that has it
-            already.
+        InputError: the file is missing or broken, needs a description, or already has one.
     """
     content = load_safetensors(path) if str(path).endswith(SUFFIX) else read_checkpoint(path)
     given = {name: value for name, value in given.items() if value is not None}
@@ -231,7 +229,7 @@ def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict
         return content, _described(content, path, given)
     if given:
         raise InputError(
-            f"{path} says itself which network it holds; {', '.join(given)} could not take effect"
+            f"{path} describes its own network; {', '.join(given)} would have no effect"
         )
     return content, spec
 
@@ -239,7 +237,7 @@ def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict
 def _described(
     content: Mapping[str, Any], path: object, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A description from what is ``given`` and, for the pixels, from the weights."""
+    """A description from ``given`` and, for the mean and std of pixels, from the weights."""
     missing = [name for name in ("arch", "num_classes") if name not in given]
     if missing:
         raise InputError(
@@ -265,25 +263,25 @@ def load_model(
     depth_factor: int | None = None,
     width_factor: int | None = None,
 ) -> nn.Module:
-    """A trained network in eval mode: images ``[N, C, H, W]``, float32 pixels in [0, 1], to logits
-    ``[N, num_classes]``.
+    """Load a trained network in eval mode. It maps images ``[N, C, H, W]``, float32 pixels in
+    [0, 1], to logits ``[N, num_classes]``.
 
     Args:
-        path_or_url: a checkpoint of ours (masked, packed or narrow), a safetensors file that
-            ``scripts/export.py`` wrote, or a state dict, such as the paper's code and ``--format
-            state_dict`` write; or a folder of one model, as in ``results/models``. What a URL names
-            is downloaded once, into ``torch.hub``'s folder, or our cache of a user who has no home.
-            Nothing in a file is run.
-        device: where the network goes.
-        arch, num_classes: of a state dict, which does not say them (``build_model``).
-        width, depth_factor, width_factor: of a state dict whose network has not the usual ones.
+        path_or_url: one of our checkpoints (masked, packed or narrow), a safetensors file written
+            by ``scripts/export.py``, or a state dict, such as the paper's code and ``--format
+            state_dict`` write; or the folder of a model, as in ``results/models``. A URL is
+            downloaded once, into ``torch.hub``'s folder, or our cache if the user has no home. No
+            code in a file is executed.
+        device: device of the network.
+        arch, num_classes: for a state dict, which does not tell them (``build_model``).
+        width, depth_factor, width_factor: for a state dict, if they differ from the defaults.
 
     Raises:
-        utils.errors.InputError: no such file, nothing at the URL, a broken file, another network
+        utils.errors.InputError: no such file, nothing at the URL, a broken file, a network other
             than described, or a description for a file that has its own.
     """
     path = _downloaded(path_or_url) if "://" in str(path_or_url) else Path(path_or_url)
-    if path.is_dir():  # where there is no model, the folder is refused as what it is
+    if path.is_dir():  # a folder without a model is refused on reading
         path = next((path / name for name in _MODELS if (path / name).is_file()), path)
     given = {
         "arch": arch,
@@ -296,9 +294,9 @@ def load_model(
 
 
 def _downloaded(url: str | Path) -> Path:
-    """Where what is at ``url`` is kept; fetched if it is not there yet."""
+    """The local copy of the file at ``url``, downloaded if it is missing."""
     name = PurePosixPath(unquote(urlparse(str(url)).path)).name
-    # The best model of every run has one file name, so the address goes into the name here.
+    # The best model of every run has the same file name, so a hash of the URL is put before it.
     path = (
         _hub_folder()
         / "checkpoints"
@@ -309,7 +307,7 @@ def _downloaded(url: str | Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(str(url), str(path), progress=False)
         except (OSError, ValueError) as error:
-            # urllib's errors are OSErrors; a URL it cannot read is a ValueError
+            # urllib's errors are OSErrors; an invalid URL is a ValueError
             raise InputError(f"cannot download {url} ({one_line(error)})") from error
     return path
 
@@ -318,8 +316,7 @@ def _hub_folder() -> Path:
     from data.sources import default_cache
 
     folder = Path(torch.hub.get_dir())
-    # Of a user without a home, torch takes "~" for the name of a folder, or the root folder for the
-    # home.
+    # Without a home, torch would use a folder named "~", or the root folder.
     if folder.parts[0] == "~" or (
         os.environ.get("HOME") == "" and folder.parts[:2] == ("/", ".cache")
     ):

@@ -1,4 +1,4 @@
-"""Modes of a network for a while, left as found."""
+"""Context managers that change a network's mode and restore it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode for a while; every submodule gets its own mode back.
+    """Train or eval mode within the context; every submodule's own mode is restored afterwards.
 
-    A model that is in train mode already keeps the submodules that its owner put into eval mode,
-    such as a frozen batch norm.
+    If the model already is in train mode, submodules that its owner put into eval mode, such as a
+    frozen batch norm, stay in it.
     """
     modes = [(module, module.training) for module in model.modules()]
     if not (training and model.training):
@@ -27,8 +27,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient for a while: a compiled network would compute them all,
-    asked for or not."""
+    """Within the context, no parameter requires a gradient: a compiled network would compute all
+    of them, needed or not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -20,10 +20,10 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution that takes its stride before a narrow kernel sees the image.
+    """A 1x1 convolution that, with few input channels, applies its stride by slicing.
 
     oneDNN (in torch 2.13) writes past its buffers in the weight gradient of a strided,
-    channels-last 1x1 convolution with fewer than 16 input channels and an odd batch. Striding first
+    channels-last 1x1 convolution with fewer than 16 input channels and an odd batch. Slicing first
     is the same arithmetic.
     """
 
@@ -39,7 +39,7 @@ def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """BN-ReLU-conv twice; a projection, where shapes differ, starts from the first activation."""
+    """BN-ReLU-conv twice; where shapes differ, the shortcut projects the first activation."""
 
     expansion = 1
 

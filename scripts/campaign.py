@@ -1,5 +1,5 @@
-"""What ``scripts/campaign.sh`` does: runs in order of value while there is time, then their results
-in few small files."""
+"""Implements ``scripts/campaign.sh``: trains runs in order of value while time is left, then packs
+their results into a few small files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def main() -> None:
         print(__doc__)
         return
     if len(sys.argv) < 3:
-        raise InputError("scripts/campaign.sh takes a folder of data and the minutes there are")
+        raise InputError("scripts/campaign.sh takes a folder of data and the minutes available")
     data, minutes, *extra = sys.argv[1:]
     end = time.monotonic() + 60 * tables.decimal("MINUTES", minutes)
     call = tables.read_call("campaign", data, *extra)
     commands = tables.commands(call)
     asked = [sys.executable, tables.__file__, "--plan", "campaign", call.data, *extra]
-    # a process of its own, which gives the GPU back
+    # in a process of its own, which frees the GPU when it ends
     planned = subprocess.run(asked, stdout=subprocess.PIPE)
     if planned.returncode:
         sys.exit(planned.returncode)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: float) -> int:
-    """Runs that end in time, one after the other; the highest exit code."""
+    """Train the runs that will finish in time, one by one; returns the highest exit code."""
     codes, pace = [0], 1.0  # measured seconds over forecast ones
     for (state, folder, forecast), command in zip(plan, commands, strict=True):
         name, left = Path(folder).name, end - time.monotonic() - _SPARE
@@ -73,8 +73,8 @@ def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: fl
 
 
 def pack(folders: list[Path], out: Path) -> None:
-    """An archive for each finished run, in parts where it is large; the weights are left out where
-    there would be too many files."""
+    """Write an archive for each finished run, split if it is large; weights are left out if there
+    would be too many files."""
     out.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
     for folder in folders:
@@ -96,7 +96,7 @@ def pack(folders: list[Path], out: Path) -> None:
 
 
 def archive(paths: RunPaths, with_weights: bool) -> bytes:
-    """Config, metrics and summary, and the best model packed, which ``load_model`` reads."""
+    """A tar.xz of config, metrics, summary and packed best model, which ``load_model`` reads."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=1) as file:
         for path in (paths.config, paths.metrics, paths.summary):

@@ -1,5 +1,5 @@
-"""What a network looks at and how flat its loss is: ``python scripts/explain.py CHECKPOINT [--out
-DIR] [flags of main_adv.py --eval]``."""
+"""Explains a network by Grad-CAM, saliency and its loss landscape: ``python scripts/explain.py
+CHECKPOINT [--out DIR] [flags of main_adv.py --eval]``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from utils.settings.rules import refuse_flags
 from utils.storage.files import json_bytes, writable_folder, write_atomically, write_figure
 from utils.storage.provenance import environment
 
-_MOST_IMAGES = 100  # rows of a picture that can still be drawn
-# Flags of an evaluation that are about other attacks, other images, or where it keeps its results.
+_MOST_IMAGES = 100  # rows that a figure can still hold
+# Flags of an evaluation that concern other attacks, other images, or where results are saved.
 _IDLE = "eval_attack restarts source eval_dir time_limit train_subset".split()
 
 
 def main() -> None:
     checkpoint, arguments, settings = _read(sys.argv[1:])
-    captum_methods()  # refused before anything is computed or written
+    captum_methods()  # fails before anything is computed or written
     device = pick_device(settings)
     judged, data = network_and_data(settings, device)
     images = len(data.test)
@@ -84,8 +84,7 @@ def main() -> None:
 
 
 def _read(command_line: Sequence[str]) -> tuple[Path, argparse.Namespace, AdversarialSettings]:
-    """The checkpoint, this tool's own flags, and the settings of the evaluation; raises
-    ``InputError``."""
+    """The checkpoint, this script's flags and the evaluation's settings; raises ``InputError``."""
     usage = (
         "%(prog)s CHECKPOINT [flags of main_adv.py --eval] [--out DIR] [--explain_images N]"
         " [--grid N]"
@@ -111,7 +110,7 @@ def _read(command_line: Sequence[str]) -> tuple[Path, argparse.Namespace, Advers
         type=int,
         default=15,
         metavar="N",
-        help="points a side of the landscape, odd (default 15)",
+        help="points per side of the landscape, odd (default 15)",
     )
     arguments, rest = parser.parse_known_args(command_line)
     require(

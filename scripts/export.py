@@ -1,8 +1,9 @@
-"""A trained network as a file for other programs: ``python scripts/export.py CHECKPOINT --format
-onnx [--out FILE]``.
+"""Exports a trained network to a file for other programs: ``python scripts/export.py CHECKPOINT
+--format onnx [--out FILE]``.
 
-Normalization is inside, the batch may have any size, networks without some of their channels stay
-small. What was written is read again and compared with the network before the file gets its name.
+It includes normalization and takes batches of any size; networks with structured channels stay
+narrow, except in a state_dict. The file is read back and compared with the network before it is
+kept.
 """
 
 from __future__ import annotations

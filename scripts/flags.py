@@ -1,4 +1,4 @@
-"""Every flag as ``--help`` has it: ``python scripts/flags.py > docs/flags.md``."""
+"""Lists all flags as in ``--help``: ``python scripts/flags.py > docs/flags.md``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def table(kind: type[CommonSettings]) -> str:
-    """A line a flag that only these settings have, in the order of ``--help``."""
+    """A Markdown table of the flags that only these settings have, in the order of ``--help``."""
     common = (
         set() if kind is CommonSettings else {f.name for f in dataclasses.fields(CommonSettings)}
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A smaller folder of images, by links: the first TRAIN and TEST of each class. Validation is a tenth of the training folder and is
-# never thinned out, so this makes it shorter too.
-#   bash scripts/link_images.sh FOLDER OUT TRAIN TEST       FOLDER holds train/<class>/* and test/<class>/*
+# Makes a smaller folder of images from links: the first TRAIN and TEST of each class. Validation is
+# a tenth of the training folder, whatever --train_subset says, so this makes it smaller too.
+#   bash scripts/link_images.sh FOLDER OUT TRAIN TEST  FOLDER has train/<class>/* and test/<class>/*
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 data=${1:-} out=${2:-} train=${3:-} test=${4:-}
@@ -13,7 +13,7 @@ for class in "$data"/train/*/; do
     name=$(basename "$class")
     for part in train test; do
         [ ! -d "$out/$part/$name" ] || continue
-        # Whole or not at all: a folder that is there is complete.
+        # Written whole or not at all, so an existing folder is complete.
         mkdir -p "$out/$part"
         made=$(mktemp -d "$out/$part/.XXXXXX")
         find -L "$(realpath "$data/$part/$name")" -type f -print0 | sort -z | sed -z -n "1,${!part}p" | xargs -0 -r ln -s -t "$made"

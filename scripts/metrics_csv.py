@@ -1,9 +1,9 @@
-"""A run's ``metrics.jsonl`` as CSV, a line an epoch: ``python scripts/metrics_csv.py RUN [--out
-FILE]``.
+"""Converts a run's ``metrics.jsonl`` to CSV, one line per epoch: ``python scripts/metrics_csv.py
+RUN [--out FILE]``.
 
-The density of each layer is in the columns ``density/<layer>``, mask updates are counted in
-``updates``, ``updates/prune`` and ``updates/grow``. A figure that an epoch does not have is left
-empty. Without ``--out`` the table goes to the terminal.
+Layer densities are in the columns ``density/<layer>``; mask updates are counted in ``updates``,
+``updates/prune`` and ``updates/grow``. Values that an epoch does not have are left empty. Without
+``--out`` the table is printed.
 """
 
 from __future__ import annotations

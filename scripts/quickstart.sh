@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From a bare machine to a table: dense, Robust Bird and Flying Bird by weights and by channels,
-# Flying Bird+, on scikit-learn's digits, about 5 minutes on 2 cores. The ball is 32/255: at 8/255 every method
-# solves the digits.
+# Flying Bird+, on scikit-learn's digits, about 5 minutes on 2 cores. The ball is 32/255: at 8/255
+# every method solves the digits.
 #   bash scripts/quickstart.sh       OMP_NUM_THREADS=2 made the table in the README
-# A second call reads finished runs; delete runs/quickstart to train again.
+# Run again, it skips finished runs; delete runs/quickstart to train again.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
-[ $# = 0 ] || { echo "error: scripts/quickstart.sh takes nothing but --help, not '$*'" >&2; exit 2; }
+[ $# = 0 ] || { echo "error: scripts/quickstart.sh takes no arguments but --help, not '$*'" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 QUIET=1 bash scripts/setup.sh
 
@@ -26,7 +26,7 @@ run main_adv.py --epochs 16
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.2
 run Robust-Bird/train_eb.py --epochs1 16 --epochs2 16 --density 0.5 --pruning channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fb
-# a channel is more than a weight, and takes longer to find its place: fewer updates
+# grown channels need longer to train than grown weights, so mask updates are rarer
 run main_adv.py --epochs 16 --density 0.5 --update_frequency 60 --fb --structure channel
 run main_adv.py --epochs 16 --density 0.2 --update_frequency 20 --fbp --dynamic_epoch 0.5
 echo "training took $SECONDS s"

@@ -1,8 +1,8 @@
-"""Tables, figures and a page of finished runs: ``python scripts/report.py RUNS... [--out DIR]
-[--paper DATASET] [--figure FILE]``.
+"""Reports on finished runs in tables, figures and a page: ``python scripts/report.py RUNS... [--out
+DIR] [--paper DATASET] [--figure FILE]``.
 
-Without ``--out`` a table goes to the terminal: a line a run, or, where runs differ only in the seed
-or ``--paper`` is given, means and spreads beside the paper's figures.
+Prints a table: one line per run, or, if some runs differ only in the seed or with ``--out`` or
+``--paper``, means and spreads beside the paper's figures.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _tell_apart(groups: Sequence[Group]) -> None:
-    """Which line is which run, where they differ in more than the method: such lines need not be
+    """Print which line is which run if they differ in more than the method: such lines may not be
     comparable."""
     if any(group.label != METHOD_NAMES[group.method] for group in groups):
         print("The lines differ in their settings:")
@@ -95,7 +95,7 @@ def _tell_apart(groups: Sequence[Group]) -> None:
 
 
 def _write_curves(path: Path, groups: Sequence[Group]) -> None:
-    # after all refusals: matplotlib takes a second to import
+    # imported after all checks: matplotlib takes a second
     from utils.report.figures import compared_curves
 
     figure = compared_curves(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what is pinned; does nothing when that was done before.
+# Creates .venv and installs the pinned requirements; does nothing if that is already done.
 #   bash scripts/setup.sh [requirements-dev.txt]      PYTHON=python3.11 chooses the interpreter
-# QUIET=1, for scripts that call it, leaves out what to do next.
+# QUIET=1, for scripts that call this one, omits the hint on what to do next.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
@@ -17,7 +17,8 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     rm -rf .venv
     "$python" -m venv .venv
 fi
-# What was installed is remembered by content, so a changed pin is installed and an unchanged one costs nothing.
+# The stamp holds a checksum of the requirements: changed ones are installed, unchanged ones cost
+# nothing.
 wanted=$(cat requirements.txt "$requirements" | cksum | tr -d ' ')
 stamp=.venv/installed-$(basename "$requirements" .txt)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

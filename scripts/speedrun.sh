@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# A robust CIFAR-10 network in hours on 2 CPU cores: N-FGSM, an average of the weights and one cycle of the learning rate (the
-# recipe "fast"), then AutoAttack on fixed test images. results/speedrun has the records.
+# A robust CIFAR-10 network in hours on 2 CPU cores: N-FGSM, averaged weights and a one-cycle
+# learning rate (the recipe "fast"), then AutoAttack on fixed test images. results/speedrun has the
+# records.
 #   bash scripts/speedrun.sh DATA [flags]       DATA as for scripts/table1.sh
-# NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird on half of the full one's channels, which costs the same
+# NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird at half of the full one's
+#                   channels, at the same cost
 # EPOCHS=30         OUT=runs/speedrun         AA_IMAGES=1000 for AutoAttack; 0 leaves it out
-# DATASET says what DATA is, where its contents or its name do not. Run again, it skips what is finished and resumes what was
-# interrupted.
+# DATASET says what DATA is, if its contents and name do not. Run again, it skips what is finished
+# and resumes what was interrupted.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 network=${NETWORK:-dense} epochs=${EPOCHS:-30} images=${AA_IMAGES:-1000}
@@ -25,15 +27,16 @@ QUIET=1 bash scripts/setup.sh
 [ "$data" = digits ] && source=(--dataset digits) || source=(--data "$data")
 [ -z "${DATASET:-}" ] || source+=(--dataset "$DATASET")
 also=() # flags that say how and where, for the evaluation too
-for ((i = 1; i < $#; i++)); do
-    if [[ ${!i} =~ ^--(device|gpu|cache[_-]dir|time[_-]limit|image[_-]size)$ ]]; then
-        next=$((i + 1))
-        also+=("${!i}" "${!next}")
-    fi
+for ((i = 1; i <= $#; i++)); do
+    [[ ${!i} =~ ^--(device|gpu|cache[_-]dir|time[_-]limit|image[_-]size)(=.*)?$ ]] || continue
+    also+=("${!i}")
+    next=$((i + 1))
+    [[ ${!i} == *=* ]] || also+=("${!next}")
 done
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# Tests of a network cost as much as epochs of such a training: few of them, and the gap by 1,000 training images.
+# A test of the network costs as much as whole epochs of this training: few of them, and the gap on
+# 1,000 training images.
 .venv/bin/python main_adv.py "${source[@]}" --recipe fast --epochs "$epochs" --test_step 10 --eval_every 5 --test_every "$epochs" \
     --gap_subset 1000 --save_dir "${OUT:-runs/speedrun}" --resume "${flags[@]}" "$@" | tee "$log"
 folder=$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The study of results/study, at the paper's ratio of weights to images: Flying Bird and Flying Bird+ against small dense
-# networks of their weights and of their FLOPs, channels, Robust Bird, static masks, other densities, and weight perturbation;
-# each with an average of its weights. 700 CIFAR-10 images at 16x16, 150 epochs, three seeds: about 6 hours on 2 cores.
+# The study of results/study, at the paper's ratio of weights to images: Flying Bird and Flying
+# Bird+ against small dense networks with as many weights or FLOPs, channels, Robust Bird, static
+# masks, other densities, and weight perturbation; each also with averaged weights. 700 CIFAR-10
+# images at 16x16, 150 epochs, three seeds: about 6 hours on 2 cores.
 #   bash scripts/study.sh FOLDER [flags]       images as train/<class>/* and test/<class>/*
-# PARTS="main small channels others awp densities" leaves out what it does not name. Run again, it skips finished runs and
-# resumes interrupted ones. The tables of results/README.md: .venv/bin/python scripts/study_table.py runs/study
+# PARTS="main small channels others awp densities" selects what to run. Run again, it skips finished
+# runs and resumes interrupted ones. The tables of results/README.md: .venv/bin/python
+# scripts/study_table.py runs/study
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 for part in ${PARTS:-}; do # before images are linked; tables.py has what they mean

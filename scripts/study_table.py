@@ -1,6 +1,6 @@
-"""The tables and the figure of results/README.md, from the summaries in results/study: ``python
-scripts/study_table.py``; with a folder of runs, as scripts/study.sh leaves it, the tables are
-printed."""
+"""Updates the tables and the figure of results/README.md from the summaries in results/study:
+``python scripts/study_table.py``. Given a folder of runs, as scripts/study.sh leaves it, prints
+their tables instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 Row = Mapping[str, Any]
-Runs = Mapping[str, Mapping[int, Row]]  # summaries by the folder's name without -s<seed>, and seed
+Runs = Mapping[str, Mapping[int, Row]]  # summaries by name (of ``NAMES``) and seed
 NAMES = {
     "dense": "Dense",
     "small-flops": "Small dense, FLOPs of Flying Bird",
@@ -48,7 +48,7 @@ NAMES = {
 for _density in ("0.5", "0.1", "0.05"):
     NAMES[f"fb-{_density}"] = f"Flying Bird, density {_density}"
     NAMES[f"small-{_density}"] = f"Small dense, {_density} of the weights"
-# who is compared with whom, by seed
+# the runs compared, seed by seed
 PAIRS = (
     *((name, "dense") for name in ("fb", "fbp", "rb", "static", "fb-channel", "rb-channel")),
     *((f"small-{kind}", "dense") for kind in ("flops", "channels", "weights")),
@@ -80,8 +80,8 @@ _SMALL |= {0.028: "0.05", 0.0395: "0.1", 0.0884: "0.5"}
 
 
 def read(folder: Path) -> Runs:
-    """The runs in a folder, those of one kind together; raises ``InputError`` for none, and for one
-    that is not of the study."""
+    """The runs in a folder; raises ``InputError`` if there is no dense run, or one that is not of
+    the study or appears twice."""
     found: dict[str, dict[int, Row]] = {}
     for path in sorted(folder.glob("*/summary.json")):
         summary = read_summary(RunPaths(path.parent))
@@ -97,7 +97,7 @@ def read(folder: Path) -> Runs:
 
 
 def name_of(summary: Row) -> str:
-    """Of ``NAMES``."""
+    """The key of a run in ``NAMES``."""
     settings, method = summary["settings"], str(summary["method"])
     if method == "dense" and settings["width"] != _WIDTH:
         method = f"small-{_SMALL.get(settings['width'])}"
@@ -109,7 +109,7 @@ def name_of(summary: Row) -> str:
 
 
 def weights(run: Row) -> float:
-    """Live weights of convolutions and the linear layer."""
+    """Number of live weights of the convolutions and the linear layer."""
     return run["density"] * _full_weights(run["settings"]["width"])
 
 
@@ -119,7 +119,7 @@ def _full_weights(width: float) -> int:
 
 
 def main_table(runs: Runs) -> str:
-    """One line a method: size, then each figure's mean and standard deviation over the seeds."""
+    """One line per method: size, then each figure's mean and standard deviation over the seeds."""
     dense = next(iter(runs["dense"].values()))["flops"]["real"]["inference"]
     lines = [["method", "seeds", "weights", "inference FLOPs", *FIGURES]]
     for name, seeds in runs.items():
@@ -132,7 +132,7 @@ def main_table(runs: Runs) -> str:
 
 
 def paired_table(runs: Runs) -> str:
-    """Differences by seed, in the order of the seeds, and the 95 % interval of their mean."""
+    """Differences seed by seed, and the 95 % confidence interval of their mean."""
     wanted = ("RA best", "RA final", "Diff.", "robust gap")
     lines = [["compared", "seeds", *wanted]]
     for one, other in PAIRS:
@@ -223,7 +223,7 @@ def figure(runs: Runs) -> Figure:
 
 
 def page(results: Path) -> str:
-    """The page with its tables as the summaries are now."""
+    """The text of results/README.md with its tables rebuilt from the summaries."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
     for name, table in (("study", main_table(runs)), ("pairs", paired_table(runs))):
         before, rest = text.split(f"<!-- {name} -->\n")

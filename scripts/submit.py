@@ -1,8 +1,8 @@
-"""Finished runs in the form that a benchmark or a model hub asks for: ``python scripts/submit.py
-RUNS... --for ap-benchmark --out DIR [flags of main_adv.py --eval]``.
+"""Prepares finished runs for a benchmark or a model hub: ``python scripts/submit.py RUNS... --for
+ap-benchmark --out DIR [flags of main_adv.py --eval]``.
 
 The networks are evaluated as the benchmark does (an interrupted evaluation resumes), written in its
-form, and loaded again as it loads them.
+format, and loaded back as it loads them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main() -> None:
     arguments, flags = _read(sys.argv[1:])
     out = arguments.out = arguments.out.resolve()
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    require(not taken, f"{out} is there already; --out names a new folder")
+    require(not taken, f"{out} already exists; --out names a new folder")
     entries = [Entry.read(run) for run in arguments.runs]
     _refuse_before_work(arguments, entries, flags)
     writable_folder(out.parent, "--out DIR")
-    # whole or not at all: an evaluation may be cut
+    # all files or none: an evaluation may be interrupted
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         said = _write(arguments, entries, flags, temporary)
@@ -42,7 +42,7 @@ def main() -> None:
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
-    except RunError as error:  # it names what is gone now
+    except RunError as error:  # it names the temporary folder
         raise RunError(str(error).replace(str(temporary), str(out))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +72,7 @@ def _refuse_before_work(
     arguments: argparse.Namespace, entries: Sequence[Entry], flags: Sequence[str]
 ) -> None:
     destination, name = arguments.destination, arguments.name
-    require(name is None or not set(name) & set("/\\\0\n"), f"--name {name!r} is no name of a file")
+    require(name is None or not set(name) & set("/\\\0\n"), f"--name {name!r} is not a file name")
     steps, trials = arguments.fmn_steps, arguments.fmn_trials
     if destination == "ap-benchmark":
         good = all(value is None or value > 0 for value in (steps, trials))

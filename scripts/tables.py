@@ -1,7 +1,7 @@
-"""What the scripts of tables and figures share. Each is called as
+"""Shared by the scripts of tables and figures. Each is called as
   bash scripts/<name>.sh DATA [flags for every run]
-DATA is the folder of a data set (its contents or its name say which) or "digits". Variables before
-the command change what it does, as in SEEDS="1 2 3" bash scripts/table1.sh DATA:
+DATA is the folder of a data set, recognized by its contents or name, or "digits". Environment
+variables change what the command does, as in SEEDS="1 2 3" bash scripts/table1.sh DATA:
   SEEDS="1"          seeds of every run          EPOCHS=200    length of each training
   JOBS=1             runs at a time, on all GPUs OUT=runs/<name>-<data set>   folder of the results
   WIDTH=1            of ResNets and VGGs         DATASET, PAPER   what DATA is; paper's row to show
@@ -9,7 +9,7 @@ the command change what it does, as in SEEDS="1 2 3" bash scripts/table1.sh DATA
   PLAN=1             only print what is finished and how long the rest takes (downloads CIFAR, SVHN)
   SMOKE=1            everything at toy size, in at most 3 minutes
   SLURM=1            submit an array job; SBATCH="--gres=gpu:1 --time=8:00:00" goes to sbatch
-The same command again skips finished runs and resumes interrupted ones.
+Run again, the same command skips finished runs and resumes interrupted ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from data.guess import guess_data_set
 from utils.errors import InputError, require, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-_MODES = ("--plan", "--task", "--report")  # of the processes that a call starts
+_MODES = ("--plan", "--task", "--report")  # for the processes that a call starts
 _TABLES = "table1 architectures baselines fig1 benchmark campaign study dense rb fb fbp".split()
 _STOPS = (75, 130, 143)  # exit codes of a run that was asked to stop; then all stop
 _BIRD = "Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd --arch {arch} --seed {seed} --pruning"
@@ -103,7 +103,7 @@ def rows(table: str) -> list[Run]:
     if table == "table1":
         channels = [Run("rb-channel", "0.5")] if variable("CHANNELS", "1") != "0" else []
         return [Run("dense"), *birds, *channels]
-    if table == "campaign":  # in order of value, should there not be time for all
+    if table == "campaign":  # in order of value, in case time runs out
         return [Run("fbp"), Run("dense"), Run("fb"), Run("rb"), Run("fb-channel", "0.5")]
     if table == "architectures":
         networks = variable("ARCHS", "vgg16 wideresnet").split()
@@ -113,7 +113,7 @@ def rows(table: str) -> list[Run]:
         for density in variable("DENSITIES", "0.2").split():
             for init in "random_global magnitude snip grasp synflow igq erk".split():
                 result.append(Run("static", density, init=init))
-            # A layer has as many weights as the product of its two widths.
+            # The weights of a layer grow with the product of its two widths.
             width = round(decimal("DENSITIES", density) ** 0.5, 3)
             result.append(Run("dense", width=width))
         return result
@@ -128,7 +128,7 @@ def rows(table: str) -> list[Run]:
     if table == "fig1":
         densities = variable("DENSITIES", "0.6 0.2" if smoke else "0.8 0.6 0.4 0.2 0.1 0.05")
         return [Run("dense"), *(Run(m, density) for density in densities.split() for m in methods)]
-    # At toy size a tenth of the weights is a dead network.
+    # At toy size, a density of 0.1 leaves a dead network.
     densities = variable("DENSITIES", "0.5" if smoke else "0.1 0.05 0.01")
     archs = variable("ARCHS", "resnet18 vgg16").split()
     cells = itertools.product(archs, densities.split(), methods)
@@ -136,12 +136,12 @@ def rows(table: str) -> list[Run]:
 
 
 def _study() -> list[Run]:
-    """Flying Bird's weights or FLOPs against small dense networks that have them, other sparse
-    networks, and the remedies; PARTS leaves some out."""
+    """Flying Bird, small dense networks with as many weights or FLOPs, other sparse networks, and
+    remedies; PARTS selects some of them."""
     flying = [Run("fb-gradient"), Run("fbp-gradient")]
     known = {
         "main": [Run("dense"), *flying],
-        # of Flying Bird's weights, of its channels' widths, of its FLOPs
+        # with Flying Bird's weights, its channels' widths, its FLOPs
         "small": [Run("dense", width=width) for width in (0.4472, 0.5, 0.7144)],
         "channels": [
             Run(method, "0.5", flags="--channel_multiple 1")
@@ -199,10 +199,10 @@ def commands(call: Call) -> list[list[str]]:
 
 
 def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
-    """State (finished, begun, new), folder and seconds to go of each run; prints them and how long
-    the rest takes.
+    """State (finished, begun, new), folder and remaining seconds of each run; prints them and the
+    time left in total.
 
-    All runs share their data. Raises ``InputError`` where a run would.
+    All runs must use the same data. Raises ``InputError`` where a run would.
     """
     import torch
 
@@ -282,7 +282,7 @@ def run_all(tasks: dict[str, list[str]], jobs: int) -> list[tuple[int, str]]:
             name, flags = waiting.pop(0)
             child = subprocess.Popen([sys.executable, *flags], env=environment)
             running[slot] = name, child
-        if signal.SIGTERM in asked and not told:  # Ctrl-C reaches the runs by the terminal
+        if signal.SIGTERM in asked and not told:  # the terminal sends Ctrl-C to the runs itself
             told = True
             for _, child in running.values():
                 child.send_signal(signal.SIGTERM)
@@ -296,27 +296,27 @@ def run_all(tasks: dict[str, list[str]], jobs: int) -> list[tuple[int, str]]:
     for which, handler in zip(signals, handlers, strict=True):
         signal.signal(which, handler)
     if asked or any(code in _STOPS for code, _ in failed):
-        sys.exit(max([tell(failed), *(128 + which for which in asked)]))
+        sys.exit(max([report_failures(failed), *(128 + which for which in asked)]))
     return failed
 
 
-def tell(failed: list[tuple[int, str]]) -> int:
+def report_failures(failed: list[tuple[int, str]]) -> int:
     """Print what failed; return the highest exit code."""
     if failed:
-        print("not finished, the same command goes on with them:", file=sys.stderr)
+        print("not finished; the same command resumes them:", file=sys.stderr)
         print(*(f"{code}  {name}" for code, name in sorted(failed)), sep="\n", file=sys.stderr)
     return max((code for code, _ in failed), default=0)
 
 
 def checks(call: Call, folders: list[str]) -> dict[str, list[str]]:
-    """The benchmark's strong evaluations: of the best model of each finished run."""
+    """Commands, by name, that run AutoAttack on the best models; empty but for the benchmark."""
     if call.table != "benchmark":
         return {}
     images = variable("AA_IMAGES", "10" if variable("SMOKE") else "")
     flags = [*call.source]
-    for flag, value in itertools.pairwise(call.extra):  # those about how and where
-        if re.fullmatch("--(device|gpu|cache[_-]dir|time[_-]limit)", flag):
-            flags += [flag, value]
+    for flag, value in itertools.pairwise([*call.extra, ""]):  # that say how and where to run
+        if re.fullmatch("--(device|gpu|cache[_-]dir|time[_-]limit)(=.*)?", flag):
+            flags += [flag] if "=" in flag else [flag, value]
     flags += ["--eval_attack", "autoattack", *(["--test_subset", images] if images else [])]
     evaluate = ["main_adv.py", "--eval", "--pretrained"]
     return {
@@ -326,7 +326,7 @@ def checks(call: Call, folders: list[str]) -> dict[str, list[str]]:
 
 
 def submit(call: Call, left: list[int]) -> None:
-    """An array job with a task for each run that is left, then a job for evaluations and report."""
+    """Submit an array job with a task per unfinished run, then a job for evaluations and report."""
 
     def sbatch(mode: str, name: str, output: str, *flags: str) -> str:
         again = [sys.executable, str(Path(__file__).absolute()), mode, call.table, call.data]
@@ -365,13 +365,13 @@ def read_call(table: str, data: str, *extra: str) -> Call:
 
 
 def finish(call: Call, folders: list[str], failed: list[tuple[int, str]], jobs: int) -> int:
-    """Evaluations and report of the runs that are finished; returns the exit code of the table."""
+    """Evaluate and report on the finished runs; returns the exit code of the table."""
     finished = [folder for folder in folders if Path(folder, "summary.json").exists()]
     failed += run_all(checks(call, finished), jobs)
     paper = ["--paper", variable("PAPER")] if variable("PAPER") else []
     flags = ["scripts/report.py", *finished, "--out", f"{call.out}/report", *paper]
     code = subprocess.run([sys.executable, *flags]).returncode if finished else 0
-    return max(tell(failed), code)
+    return max(report_failures(failed), code)
 
 
 def main() -> None:
@@ -393,7 +393,7 @@ def main() -> None:
     for name in ("EPOCH", "SEED", "JOB"):
         if variable(name):
             print(f"note: {name} is ignored; did you mean {name}S?", file=sys.stderr, flush=True)
-    # A process that ends gives the memory of data and GPU back before the runs need it.
+    # In a process of its own, which frees memory and GPU before the runs need them.
     planner = [sys.executable, __file__, "--plan", *(call.table, call.data, *call.extra)]
     planned = subprocess.run(planner, stdout=subprocess.PIPE)
     if planned.returncode:
@@ -402,7 +402,8 @@ def main() -> None:
     folders = [folder for _, folder, _ in states]
     left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":
-        print("then a strong evaluation of each, not in this time", file=sys.stderr, flush=True)
+        words = "plus a strong evaluation of each, not included in this time"
+        print(words, file=sys.stderr, flush=True)
     if variable("PLAN"):
         return
     Path(call.out).mkdir(parents=True, exist_ok=True)

@@ -12,5 +12,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "long or not long" "$@"
 fi
-# One thread in each process: threads of several processes would wait for each other.
+# One thread per process: with more, the processes would wait for each other.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@"

@@ -1,5 +1,4 @@
-"""A function run by several processes at once, as torchrun would run it, and what it returned in
-each."""
+"""Runs a function in several processes, as torchrun would, and collects the results."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from utils.execution.distributed import joined
 def in_processes(
     size: int, function: Callable[..., Any], folder: Path, *arguments: Any
 ) -> list[Any]:
-    """``function(world, *arguments)`` in ``size`` processes; results by rank. ``folder`` is for
-    what they hand back."""
+    """Run ``function(world, *arguments)`` in ``size`` processes and return the results by rank.
+    The processes save them in ``folder``."""
     spawn(_process, (size, free_port(), function, str(folder), arguments), size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
@@ -27,8 +26,8 @@ def in_processes(
 def spawn(
     function: Callable[..., Any], arguments: tuple[Any, ...], size: int = 2, seconds: float = 300
 ) -> None:
-    """``function(rank, *arguments)`` in ``size`` processes to their end; ``TimeoutError`` if they
-    wait for each other for ever."""
+    """Run ``function(rank, *arguments)`` in ``size`` processes and wait until they end; raises
+    ``TimeoutError`` after ``seconds``."""
     context = torch.multiprocessing.spawn(function, arguments, size, join=False)
     end = time.monotonic() + seconds
     while not context.join(timeout=1):
@@ -58,7 +57,7 @@ def _process(
 
 
 def become(rank: int, port: int, size: int = 2) -> None:
-    """What torchrun says to a process, said to this one; it computes by one thread."""
+    """Give this process the environment that torchrun would set, and a single compute thread."""
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update(

@@ -84,7 +84,7 @@ def test_random_start_fills_the_ball(norm):
     ).flatten(1)
     if norm == "linf":
         assert offset.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.03)
-    else:  # a uniform radius to the power of the dimension
+    else:  # (radius / eps) ** dimension is uniform
         ratio = (offset.norm(dim=1) / 0.1) ** 4
         assert ratio.mean().item() == pytest.approx(0.5, abs=0.03)
     assert offset.mean().abs() < 0.005
@@ -101,7 +101,7 @@ def test_an_image_has_its_start_whatever_its_batch():
 
 def test_leaves_no_gradients_modes_or_flags_behind():
     network = toy.network()
-    network[1].eval()  # a mixture of modes
+    network[1].eval()  # mixed train and eval modes
     network[5].weight.requires_grad_(False)
     network[0].weight.grad = torch.ones_like(network[0].weight)
     x, y = toy.images()
@@ -237,7 +237,7 @@ MEAN, STD = (
 @pytest.mark.parametrize("attack", [LINF, L2])
 def test_images_outside_the_pixel_range_are_refused_in_one_line(change, message, attack):
     model, (x, y) = toy.network(), toy.images()
-    for _ in range(2):  # what was refused is looked at again
+    for _ in range(2):  # a refused network is checked again
         with pytest.raises(ValueError, match=message) as refusal:
             pgd_attack(model, change(x), y, attack)
         assert "\n" not in str(refusal.value)

@@ -11,10 +11,10 @@ from models.flops import layer_costs, real_inference
 from utils.execution.hardware import best_precision
 
 
-@pytest.mark.long  # a timing, which only a machine of its own keeps
+@pytest.mark.long  # a timing, reliable only on an idle machine
 def test_masks_cost_little_beside_a_step():
-    """The targets of benchmarks/masking.py: masks on at most 3 % of a step, an update at most two
-    steps."""
+    """The targets of benchmarks/masking.py: applying the masks takes at most 3 % of a step, a mask
+    update at most two steps."""
     command = [sys.executable, "benchmarks/masking.py", "--quick", "--device", "cpu", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -53,8 +53,8 @@ def test_the_step_is_timed_beside_the_papers_loop():
         assert row["ratio"] * row["ms"] == pytest.approx(first["ms"])
         assert row["images_per_second"] * row["ms"] == pytest.approx(32_000)
         assert row["share"] > 0
-    # Two attack steps forward and backward, an update forward, backward to images and weights: 2 x
-    # 2 + 3 inferences.
+    # Two attack steps (forward, backward) and an update (forward, backward to the images and to the
+    # weights): 2 x 2 + 3 inferences.
     assert first["gflops"] * first["ms"] * 1e6 == pytest.approx(
         7 * 32 * real_inference_of_the_network(), rel=1e-9
     )
@@ -71,8 +71,8 @@ def real_inference_of_the_network():
 
 @pytest.mark.long
 def test_the_parts_of_an_epoch_add_up():
-    """And the targets hold even where a step is short: batches 2 % of a step, masks 3 %, a
-    checkpoint 1 % of the epoch."""
+    """The targets hold even with short steps: batches below 2 % of a step, masks below 3 %, a
+    checkpoint below 1 % of the epoch."""
     command = [
         sys.executable,
         "benchmarks/parts.py",
@@ -87,7 +87,7 @@ def test_the_parts_of_an_epoch_add_up():
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     ms, seconds = record["ms"], record["epoch_seconds"]
-    # 45,000 images by 64
+    # 45,000 images in batches of 64
     assert seconds["training step"] == pytest.approx(704 * ms["training step"] / 1e3)
     assert seconds["PGD-20 test of a batch"] == pytest.approx(
         (20 + 40) * ms["PGD-20 test of a batch"] / 1e3

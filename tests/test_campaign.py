@@ -1,4 +1,4 @@
-"""What runs on a GPU that is there for minutes, tried on a CPU at toy size."""
+"""Scripts for a GPU that is available for minutes only, tried on a CPU at toy size."""
 
 import json
 import lzma
@@ -14,8 +14,9 @@ import torch
 
 from models import load_model
 from tests import toy
-from tests.test_resume import only_run
+from tests.toy import only_run
 from utils.storage.checkpoint import load_checkpoint
+from utils.storage.paths import RunPaths
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +42,7 @@ def test_the_gpu_script_gets_through(tmp_path):
 
 
 def test_the_campaign_trains_in_order_and_packs(tmp_path):
-    """The first runs; MINUTES end before the others."""
+    """MINUTES are enough for the first run, not for the others."""
     out = tmp_path / "out"
     variables = {"SMOKE": "1", "OUT": str(out)}
     result = script("scripts/campaign.sh", "digits", 1.4, "--device", "cpu", **variables)
@@ -66,7 +67,7 @@ def test_the_campaign_trains_in_order_and_packs(tmp_path):
     [([10, 10, 10], "abc"), ([10, 900, 10], "ac"), ([300, 300, 100], "a"), ([900, 10, 10], "bc")],
 )
 def test_only_what_ends_in_time_is_started(forecasts, started, monkeypatch, capsys):
-    """Of 10 minutes one is kept for packing; each run takes half as long again as was forecast."""
+    """One of 10 minutes is reserved for packing; each run takes half as long again as forecast."""
     now, begun = [0.0], []
 
     class Done:
@@ -100,11 +101,10 @@ def test_finished_runs_are_skipped_and_a_stopped_one_ends_all(monkeypatch, capsy
 
 
 def test_archives_are_cut_and_weights_left_out_where_files_would_be_too_many(
-    run_adv, tmp_path, monkeypatch, capsys
+    finished, tmp_path, monkeypatch, capsys
 ):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
-    root = only_run(tmp_path / "runs").root
-    whole = campaign.archive(only_run(tmp_path / "runs"), with_weights=True)
+    root = finished(*toy.TOY_RUN, to=tmp_path / "runs")
+    whole = campaign.archive(RunPaths(root), with_weights=True)
     monkeypatch.setattr(campaign, "_BYTES", len(whole) // 2)
     monkeypatch.setattr(campaign, "_FILES", 3)
     campaign.pack([root, tmp_path / "nothing", root], tmp_path / "packed")
@@ -154,15 +154,12 @@ def test_what_the_gpu_script_refuses(arguments, reason, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["main_adv.py", "--device", "cuda"],
-        ["main_adv.py", "--gpu", "0"],
         ["Robust-Bird/train_eb.py", "--device", "cuda"],
         ["main_adv.py", "--eval", "--pretrained", "{checkpoint}", "--device", "cuda"],
     ],
 )
-def test_commands_that_name_a_gpu_where_there_is_none(command, tmp_path, run_adv):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "run").code == 0
-    checkpoint = str(only_run(tmp_path / "run").best_ra)
+def test_commands_that_name_a_gpu_where_there_is_none(command, tmp_path, finished):
+    checkpoint = finished(*toy.TOY_RUN, to=tmp_path / "run") / "model_RA_best.pth.tar"
     command = [word.format(checkpoint=checkpoint) for word in command]
     evaluates = "--eval" in command
     folder = [] if evaluates else ["--save_dir", str(tmp_path / "new")]

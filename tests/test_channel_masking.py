@@ -1,5 +1,5 @@
-"""Flying Bird by channels: the narrow network is the full one with dead channels, whatever happens
-to it."""
+"""Flying Bird with structured channels: the narrow network always computes what the full one with
+dead channels does."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import build_model
 from models.channels import channel_counts, find_channels, narrow, silence
 from sparse_core import MaskingConfig
-from tests.test_channels import Joined, lively
+from tests.test_channels import Joined, randomized
 from utils.training.averages import EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking
 from utils.training.engine import sgd
@@ -23,7 +23,7 @@ NETWORKS = {
     "wideresnet": (lambda: build_model("wideresnet", 3, depth_factor=16, width_factor=2), 8),
     "joined": (Joined, 8),
 }
-EVERY = 2  # steps between updates
+EVERY = 2  # steps between mask updates
 
 
 class Training:
@@ -31,7 +31,7 @@ class Training:
 
     def __init__(self, name="resnet18", density=0.5, score="taylor", multiple=1, **config):
         make, side = NETWORKS[name]
-        store = lively(make())
+        store = randomized(make())
         self.channels = find_channels(store, (3, side, side))
         counts = channel_counts(self.channels.sizes, density, multiple)
         live = self.channels.first(counts, 1)
@@ -76,7 +76,7 @@ class Training:
         return self.masking.step(self.loss_of)
 
     def full(self):
-        """The full-size network with the same live channels, whose dead ones nobody reads."""
+        """The full-size network with the same live channels; no layer reads the dead ones."""
         full = copy.deepcopy(self.store)
         positions = self.channels.positions(self.masking.live, self.shapes)
         state, narrow_state = full.state_dict(), self.model.state_dict()
@@ -130,8 +130,7 @@ def test_the_narrow_network_is_the_full_one_through_three_updates(name):
 @pytest.mark.parametrize("growth", ["random", "gradient"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_growth_does_not_change_what_the_network_computes(monkeypatch, name, growth, training_mode):
-    """Dropping does; so what is compared is the network without the dropped channels, before others
-    grew."""
+    """Dropping does, so the reference is the network after the drop and before growth."""
     training = Training(name, growth=growth)
     original, without = ChannelMasking._probe, []
 
@@ -160,7 +159,7 @@ def test_what_grows_has_its_old_weights_nobody_who_reads_it_and_a_new_norm():
         n: training.optimizer.state[p]["momentum_buffer"]
         for n, p in training.model.named_parameters()
     }
-    # the inner channels of the first block: written by conv1, normed by bn2, read by conv2
+    # the inner channels of the first block: written by conv1, normalized by bn2, read by conv2
     inside = training.channels.by_group(torch.arange(training.channels.total))["layer1.0.conv1"]
     live_inside = inside[training.masking.live[inside]]
     new = [k for k, channel in enumerate(live_inside.tolist()) if grown[channel]]
@@ -175,7 +174,7 @@ def test_what_grows_has_its_old_weights_nobody_who_reads_it_and_a_new_norm():
         )
         assert state["layer1.0.bn2.weight"][k] == 1
         assert state["layer1.0.bn2.bias"][k] == 0
-        assert state["layer1.0.bn2.running_mean"][k] != 0  # of the last batch
+        assert state["layer1.0.bn2.running_mean"][k] != 0  # estimated on the last batch
         assert not state["layer1.0.conv2.weight"][:, k].any()
         assert not momenta["layer1.0.conv1.weight"][k].any()
         assert not momenta["layer1.0.conv2.weight"][:, k].any()
@@ -184,7 +183,7 @@ def test_what_grows_has_its_old_weights_nobody_who_reads_it_and_a_new_norm():
 
 
 def test_the_lowest_scores_are_dropped_and_the_highest_gradients_grow():
-    """Scores written out for the inner channels of one block: one norm, one reader."""
+    """Scores by hand for the inner channels of one block, which have one norm and one reader."""
     training = Training(drop_fraction=0.5)
     masking, group = training.masking, "layer2.1.conv1"
     total, norm = 0.0, training.model.layer2[1].bn2
@@ -200,7 +199,7 @@ def test_the_lowest_scores_are_dropped_and_the_highest_gradients_grow():
     n = math.ceil(masking._schedule.at(EVERY) * len(live))
     n = min(n, int((~was).sum()))
     lowest = live[total.argsort()[:n]]
-    # the full network after the drop of every group, by hand
+    # by hand: the full network after every group's drop
     scores = masking._sums / EVERY
     kept = masking.live.clone()
     for name, part in training.channels.by_group(kept).items():
@@ -266,7 +265,7 @@ def test_flying_bird_plus_adds_and_removes_whole_multiples(prune, grow):
     assert any(change > 0 for change in changes.values()) == grow
     assert move.reshapes
     assert masking.events[-1]["prune"] == prune
-    # the same network and optimizer go on in the new shapes
+    # network and optimizer keep training in the new shapes
     for _ in range(2 * EVERY):
         if (move := training.step()) is not None:
             average.follow(move)
@@ -328,7 +327,7 @@ def test_first_weights_have_the_spread_of_the_narrow_layers():
     spread, usual = (m.layer3[0].conv2.weight.std().item() for m in (model, narrow_one))
     assert spread == pytest.approx(2 * first.item(), rel=0.02)
     assert spread == pytest.approx(usual, rel=0.05)
-    assert torch.equal(  # its inputs are pixels
+    assert torch.equal(  # not rescaled: its inputs are pixels
         model.conv1.weight, store.conv1.weight[channels.indices("conv1.weight", live)[0]]
     )
 

@@ -1,4 +1,4 @@
-"""Groups of channels in networks of every kind, and networks without some of them."""
+"""Channel groups in networks of every kind, and networks with some channels removed."""
 
 import copy
 
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 
 
 class Joined(nn.Module):
-    """Two branches joined by concatenation, a depthwise convolution, pixels flattened into a linear
-    layer, and channels that a group norm computes across."""
+    """Two concatenated branches, a depthwise convolution, a group norm across channels, and pixels
+    flattened into a linear layer."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -51,7 +51,7 @@ class Joined(nn.Module):
 
 
 class Looped(nn.Module):
-    """A convolution that is computed twice, so that its inputs are its outputs."""
+    """A convolution applied twice, so its input channels are its output channels."""
 
     def __init__(self):
         super().__init__()
@@ -63,14 +63,15 @@ class Looped(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def lively(model, seed=0):
-    """In float64, with no number at its first value, at which a mistake might not show."""
+def randomized(model, seed=0):
+    """The model in float64 with random values: initial ones might hide a mistake."""
     model = model.double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
             if value.is_floating_point():
-                value.mul_(0.5 + torch.rand(value.shape, generator=generator).double())
+                scale, shift = torch.rand(2, *value.shape, generator=generator).double()
+                value.mul_(0.5 + scale).add_(0.1 * shift)
     return model
 
 
@@ -93,7 +94,7 @@ def test_the_groups_of_a_network_are_its_streams_and_the_insides_of_its_blocks(a
         ]
         assert {"conv1.weight", "layer1.0.conv2.weight", "layer1.1.conv2.weight"} <= set(written)
         assert "layer1.0.conv1.weight" not in written
-    # each index of a convolution but the first's inputs belongs to some channel
+    # every index of a convolution belongs to a channel, except the pixels that the first one reads
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):
             owners = channels.owners[f"{name}.weight"]
@@ -104,7 +105,7 @@ def test_the_groups_of_a_network_are_its_streams_and_the_insides_of_its_blocks(a
 @pytest.mark.parametrize("arch", NETWORKS)
 def test_a_narrow_network_computes_what_the_full_one_does_without_reading_the_others(arch):
     flags, side, _ = NETWORKS[arch]
-    model = lively(build_model(arch, 10, **flags))
+    model = randomized(build_model(arch, 10, **flags))
     channels = find_channels(model, (3, side, side))
     live = half(channels)
     small = narrow(copy.deepcopy(model), channels.kept(live))
@@ -113,7 +114,7 @@ def test_a_narrow_network_computes_what_the_full_one_does_without_reading_the_ot
     for training in (True, False):
         expected, found = model.train(training)(x), small.train(training)(x)
         assert (expected - found).abs().max() <= 1e-10 * expected.abs().max()
-    # an ordinary network of half the width
+    # it has the shapes of an ordinary network of half the width
     widths = {n: tuple(v.shape) for n, v in small.state_dict().items()}
     if arch in ("resnet18", "vgg16"):
         other = build_model(arch, 10, width=flags["width"] / 2)
@@ -128,7 +129,7 @@ def test_a_narrow_network_computes_what_the_full_one_does_without_reading_the_ot
 
 
 def test_concatenated_depthwise_and_flattened_channels_are_followed():
-    model = lively(Joined())
+    model = randomized(Joined())
     channels = find_channels(model, (3, 8, 8))
     assert channels.sizes == {"left": 8, "right": 12, "last": 8}
     assert list(channels.whole) == ["mixed"]
@@ -143,7 +144,7 @@ def test_concatenated_depthwise_and_flattened_channels_are_followed():
 
 
 def test_positions_say_where_each_number_lies():
-    model = lively(build_model("resnet18", 10, width=0.125))
+    model = randomized(build_model("resnet18", 10, width=0.125))
     channels = find_channels(model, (3, 16, 16))
     live = half(channels)
     small = narrow(copy.deepcopy(model), channels.kept(live)).state_dict()
@@ -237,7 +238,7 @@ def scaled(arch, seed=0):
 
 
 def mean_scales(model, channels):
-    """Channel by channel, from the owners alone."""
+    """Mean absolute scale of each channel, computed one by one from the owners."""
     state = model.state_dict()
     found = {number: [] for number in range(channels.total)}
     for name in channels.scales:
@@ -310,7 +311,7 @@ def test_densities_and_floors_that_cannot_be_are_refused():
 def test_a_description_builds_the_narrow_network_and_its_weights_in_full_size(arch):
     flags, side, _ = NETWORKS[arch]
     spec = {"arch": arch, "num_classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3, **flags}
-    model = lively(build_network(spec, CPU)).float()
+    model = randomized(build_network(spec, CPU)).float()
     channels = find_channels(model, (3, side, side))
     spec["channels"] = channels.kept(half(channels))
     small = build_network(spec, CPU).eval()

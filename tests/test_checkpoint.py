@@ -62,7 +62,7 @@ def test_nothing_is_left_beside_the_file(tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """Files may grow to 10,000 bytes: what a write meets on a full disk, without filling one."""
+    """Limits files to 10,000 bytes: a larger write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path, small_disk):
 
 
 def test_the_one_before_is_given_up_only_for_a_whole_new_one(tmp_path, monkeypatch):
-    """Two good files stay two different ones as long as the new one is not on disk."""
+    """The two good files stay, and stay different, until the new one is on disk."""
     path, keep = tmp_path / "c.pth.tar", tmp_path / "previous.pth.tar"
     for number in range(3):
         save_checkpoint(path, {"state_dict": {"w": torch.full((3,), number)}}, keep)
@@ -148,7 +148,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 def with_a_flipped_bit(path, text):
-    """The file with one bit of its pickle's ``text`` flipped."""
+    """Flip one bit of ``text`` in the file's pickle."""
     content = bytearray(path.read_bytes())
     content[content.index(text)] ^= 1
     path.write_bytes(content)
@@ -167,7 +167,7 @@ def test_a_bit_flipped_in_the_pickle_falls_back_to_the_checkpoint_before(tmp_pat
         load_checkpoint(newest)
     loaded, path, warning = load_newest(newest, previous)
     assert (loaded["epoch"], path) == (1, previous)
-    assert "going on from previous.pth.tar" in warning
+    assert "resuming from the previous checkpoint previous.pth.tar" in warning
 
 
 def test_an_unsafe_pickle_does_not_fall_back(tmp_path):
@@ -195,7 +195,7 @@ def test_records_that_unfold_are_refused_before_they_are_read(tmp_path, monkeypa
                 archive.writestr(record.filename, plain.read(record))
     else:
         content = bytearray((tmp_path / "plain").read_bytes())
-        # the size of the first record in the central directory
+        # the uncompressed size of the first record, in the central directory
         at = content.index(b"PK\x01\x02") + 24
         content[at : at + 4] = struct.pack("<I", 3_000_000_000)
         path.write_bytes(content)
@@ -380,7 +380,7 @@ def doubled():
 )
 def test_content_that_cannot_be_walked_through_is_refused_at_once(tmp_path, content, why, checksum):
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(50_000)  # to write such a file, not to read it
+    sys.setrecursionlimit(50_000)  # only needed to write such a file
     try:
         torch.save({**content(), **checksum}, tmp_path / "c.pth.tar")
     finally:

@@ -1,5 +1,4 @@
-"""What a GPU must share with a CPU; skipped where there is none. ``benchmarks/gpu.sh`` runs these
-first."""
+"""A GPU must give what a CPU gives; skipped without one. ``benchmarks/gpu.sh`` runs these first."""
 
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def stepped(execution, steps=3):
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """Kernels that give the same bits twice, as with ``--deterministic``."""
+    """Deterministic kernels, as with ``--deterministic``."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     torch.use_deterministic_algorithms(True)
@@ -69,7 +68,7 @@ def deterministic(monkeypatch):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bf16", 0.05)])
 def test_a_step_is_that_of_a_cpu(deterministic, precision, tolerance):
-    """Without an attack, whose signs turn where a gradient is nearly zero; and without TF32."""
+    """Without TF32, and without an attack, whose steps flip where a gradient is near zero."""
     found = []
     with full_precision():
         for device in ("cpu", "cuda"):
@@ -104,7 +103,7 @@ def test_a_graph_gives_the_bits_of_eager_steps(deterministic, precision, graphs)
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bf16", 0.1)])
 def test_a_compiled_step_is_the_same_step(deterministic, precision, tolerance):
-    """To rounding, which turns the sign of some gradients in the attack: one step, not several."""
+    """Up to rounding, which flips the sign of some gradients in the attack: so a single step."""
     plain, model = stepped(Execution(precision, graphs="off"), steps=1)
     fast, compiled = stepped(Execution(precision, compile=True), steps=1)
     assert torch.allclose(plain, fast, rtol=tolerance)
@@ -126,10 +125,10 @@ def test_a_graph_attacks_as_the_plain_attack_does(training):
         draws = attack_draws(ATTACK, split.indices, x.shape[1:], 1, epoch)
         one = graphed.attack(x, y, ATTACK, training=training, draws=draws).clone()
         two = plain.attack(x, y, ATTACK, training=training, draws=draws)
-        # a gradient near zero may have another sign
+        # gradients near zero may differ in sign
         assert (one - two).abs().gt(1e-6).float().mean() < 0.02
         assert (one - x).abs().max() <= ATTACK.eps + 1e-6
-        with torch.no_grad():  # weights that change in place are seen
+        with torch.no_grad():  # in-place changes must take effect
             for parameter in [*model.parameters(), *other.parameters()]:
                 parameter.mul_(1.01)
             for one_buffer, other_buffer in zip(model.buffers(), other.buffers(), strict=True):
@@ -147,7 +146,7 @@ def test_no_step_waits_for_the_device():
     forward = Forward(model, Execution("bf16"), [64])
     try:
         for step, batch in enumerate(loader.epoch(0)):
-            # the first steps choose kernels and capture
+            # the first steps select kernels and capture the graph
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
             train_step(
                 model,
@@ -165,8 +164,7 @@ def test_no_step_waits_for_the_device():
 
 
 def test_masks_are_those_of_a_cpu():
-    """Random draws and ties are the same on every device; magnitudes are, too, while the weights
-    are."""
+    """Random draws and ties agree on every device, and so do magnitudes of equal weights."""
     hashes = []
     for device in ("cpu", "cuda"):
         model = build_model("resnet18", 3, width=0.25).to(device)

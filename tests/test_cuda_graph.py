@@ -1,5 +1,5 @@
-"""CUDA graphs without a GPU: a fake one repeats its work and writes into what the first time
-returned, as a graph does. Steps by it must have the bits of plain ones."""
+"""CUDA graphs without a GPU: like a real one, a fake graph repeats its work and writes into the
+outputs of its capture. Its steps must equal plain ones to the bit."""
 
 import contextlib
 
@@ -10,7 +10,8 @@ from torch import nn
 from data import Augmentation, TrainLoader
 from sparse_core import Masking, MaskingConfig
 from tests import toy
-from tests.test_resume import FBP, assert_equal, only_run
+from tests.test_resume import FBP, assert_equal
+from tests.toy import only_run
 from utils.attacks import PGD, attack_draws
 from utils.errors import RunError
 from utils.evaluation.scores import evaluate
@@ -24,14 +25,11 @@ TEST = PGD(8 / 255, 2 / 255, 2, random_start=False)
 
 
 class Fakes:
-    """What is said and done; ``fail`` raises in a warm-up or a capture."""
+    """Counts of captures, replays and waits."""
 
     def __init__(self):
         self.captures = self.replays = self.waits = 0
-        self.watched = []  # networks and optimizers, which a capture leaves as they are
-
-    def fail(self):
-        raise NotImplementedError
+        self.watched = []  # networks and optimizers that a capture must not change
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def fakes(monkeypatch):
             fakes.replays += 1
             now = [group["lr"] for group in self.groups()]
             for group, rate in zip(self.groups(), self.rates, strict=True):
-                group["lr"] = rate  # the tensor that was read at the capture
+                group["lr"] = rate  # a graph reads the tensor of its capture
             news = self.work()
             for group, rate in zip(self.groups(), now, strict=True):
                 group["lr"] = rate
@@ -96,7 +94,7 @@ def tensors(outputs):
 
 
 def trained(execution, fakes, *, epochs=3, masked=True):
-    """The network after a few epochs of 4 batches and a rest, tests between, and all losses."""
+    """Train a few epochs of 4 batches and a smaller one, with tests in between."""
     model = toy.network().train()
     optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
     fakes.watched = [(model, optimizer)]
@@ -120,7 +118,7 @@ def trained(execution, fakes, *, epochs=3, masked=True):
             losses.append(done.loss)
             if masking is not None:
                 masking.step()
-            if step == 2:  # between two replays of the training's graph
+            if step == 2:  # between two replays of the training graph
                 scores = evaluate(model, toy.split(30, seed=5), TEST, forward=computed)
                 tests.append(scores.loss)
                 model.train()
@@ -158,7 +156,7 @@ def test_graphs_of_several_sizes_and_modes_take_turns(fakes):
             assert torch.equal(found, expected)
             for one, two in zip(model.buffers(), other.buffers(), strict=True):
                 assert torch.equal(one, two)
-            with torch.no_grad():  # what changes in place is seen
+            with torch.no_grad():  # in-place changes must take effect
                 for parameter in (*model.parameters(), *other.parameters()):
                     parameter.mul_(1.01)
     assert ours.graphs == fakes.captures == 3
@@ -185,7 +183,7 @@ def test_too_little_memory_to_warm_up_is_said_and_done_without(fakes, monkeypatc
     assert torch.equal(attack(), expected)
     attack()
     assert computed.notes() == [
-        "warning: no CUDA graph of the attack (CUDA out of memory); going on without"
+        "warning: no CUDA graph of the attack (CUDA out of memory); continuing without it"
     ]
     assert computed.notes() == []
     assert (fakes.captures, fakes.waits) == (0, 1)
@@ -208,7 +206,7 @@ def test_a_failed_capture_ends_the_run_and_leaves_the_network_as_it_was(fakes, m
 
 
 class Dropping(nn.Module):
-    """Draws on the host, by a generator that no graph knows."""
+    """Draws on the host, from a generator that no graph captures."""
 
     def __init__(self):
         super().__init__()
@@ -261,7 +259,7 @@ def test_off_goes_on_after_a_failed_capture(run_adv, tmp_path, fakes, monkeypatc
     root = only_run(tmp_path / "cut").root
     outcome = run_adv("--resume_dir", root, "--epochs", 3, "--cuda_graphs", "auto")
     assert outcome.code == 3, outcome.out
-    assert "--resume --cuda_graphs off goes on without" in outcome.err
+    assert "--resume --cuda_graphs off continues without" in outcome.err
     assert "checkpoint.pth.tar (epoch 2)" in outcome.err
     outcome = run_adv("--resume_dir", root, "--epochs", 3, "--cuda_graphs", "off")
     assert outcome.code == 0, outcome.err

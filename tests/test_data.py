@@ -92,7 +92,7 @@ def test_svhn_is_channels_last_here_and_does_not_flip(monkeypatch):
 
 
 def test_torchvision_reads_what_lies_in_the_folder(tmp_path, monkeypatch):
-    """The real class on a real archive layout, made small."""
+    """The real torchvision class on a small archive with the real layout."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.RandomState(0)
@@ -116,7 +116,7 @@ def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     real = import_torchvision("datasets").CIFAR10
 
     def refuse(self):
-        Path(self.root).mkdir(exist_ok=True)  # as torchvision does before it fetches
+        Path(self.root).mkdir(exist_ok=True)  # as torchvision does before it downloads
         raise OSError("no route to host")
 
     monkeypatch.setattr(real, "download", refuse)
@@ -206,7 +206,7 @@ def test_images_are_resized_once_by_area(image_tree):
     original = np.asarray(Image.open(image_tree / "train" / "ant" / "000.png")).astype(float)
     area = original.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
     assert np.abs(folder.train.images[0].numpy() - area).max() <= 1
-    assert load_data("imagefolder", image_tree).image_shape == (3, 16, 16)  # a cache of its own
+    assert load_data("imagefolder", image_tree).image_shape == (3, 16, 16)  # has a separate cache
 
 
 def test_grey_and_palette_images_become_rgb(image_tree):
@@ -237,7 +237,7 @@ def test_pixels_without_a_known_range_are_refused(image_tree):
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "xmp"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_images_are_upright_as_their_header_says(tmp_path, kind, orientation):
-    """Equal to Pillow's own function, for those that no camera writes too."""
+    """Equal to Pillow's ``exif_transpose``, also for orientations that no camera writes."""
     path = tmp_path / f"image.{'png' if kind == 'xmp' else kind}"
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 8, 3)).astype(np.uint8))
     exif = Image.Exif()
@@ -279,7 +279,7 @@ def test_a_broken_header_does_not_cost_the_image(image_tree, header):
 
 
 def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
-    """An image, options to save it with, and how it looks on black."""
+    """An image, the options to save it with, and its pixels on black."""
     pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
     pixels[0, :, 3], pixels[1, :, 3] = 0, 255
     grey, alpha = pixels[..., 0], pixels[..., 3]
@@ -341,14 +341,15 @@ def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
     (ant / ".hidden").touch()
     (ant / "notes.txt").touch()
     assert load_data("imagefolder", image_tree).notes == (
-        f"left out, as no images of a class: {ant / 'notes.txt'}",
+        f"ignored, as they are not images of a class: {ant / 'notes.txt'}",
     )
     (ant / "deeper").mkdir()
     shutil.copy(ant / "000.png", ant / "deeper" / "000.png")
     shutil.copy(ant / "000.png", image_tree / "train" / "000.png")
     (image_tree / "test" / "labels.csv").touch()
-    notes = [f"left out, as no images of a class: {image_tree / 'train' / '000.png'} and 2 more"]
-    notes.append(f"left out, as no images of a class: {image_tree / 'test' / 'labels.csv'}")
+    ignored = "ignored, as they are not images of a class:"
+    notes = [f"{ignored} {image_tree / 'train' / '000.png'} and 2 more"]
+    notes.append(f"{ignored} {image_tree / 'test' / 'labels.csv'}")
     assert load_data("imagefolder", image_tree).notes == tuple(notes)
     (image_tree / "val").mkdir()
     notes.append(
@@ -359,7 +360,7 @@ def test_what_is_left_out_is_counted_and_said(image_tree, run_adv, tmp_path):
         "--dataset", "imagefolder", "--data", image_tree, "--save_dir", tmp_path / "out", *small
     )
     assert outcome.code == 0, outcome.err
-    assert [line for line in outcome.out.splitlines() if "left out" in line] == [
+    assert [line for line in outcome.out.splitlines() if line.startswith("note: ")] == [
         f"note: {note}" for note in notes
     ]
 
@@ -468,10 +469,10 @@ def test_folders_are_decoded_once(image_tree, tmp_path, decoded):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("change", ["content", "same size and time", "swapped", "added", "removed"])
 def test_a_stale_cache_is_rebuilt(image_tree, tmp_path, decoded, monkeypatch, change, large):
-    """Of a small set by its content; of a large one too, as soon as a stamp differs or may not be
+    """A small set is checked by its content, a large one only where its stamp differs or cannot be
     trusted."""
     path, other = image_tree / "train" / "ant" / "005.png", image_tree / "train" / "ant" / "006.png"
-    Image.new("RGB", (16, 16), "white").save(path, "BMP")  # of one size whatever it shows
+    Image.new("RGB", (16, 16), "white").save(path, "BMP")  # BMP: one size, whatever it shows
     Image.new("RGB", (16, 16), "green").save(other, "BMP")
     if large:
         monkeypatch.setattr(data.folders, "_SMALL", 0)
@@ -519,7 +520,7 @@ def test_files_that_were_only_touched_or_moved_are_not_decoded_again(
 def test_a_large_set_is_not_read_whole_at_every_start(
     image_tree, tmp_path, decoded, monkeypatch, capsys
 ):
-    """Neither its files nor what was decoded; after a touch it is read once."""
+    """Neither its files nor the decoded images; after a touch, they are read once."""
     read = []
     for name in ("_file_digest", "pixels_digest"):
         original = getattr(data.folders, name)
@@ -551,7 +552,7 @@ def test_a_large_set_is_not_read_whole_at_every_start(
 
 
 def test_files_of_a_moment_ago_are_not_known_by_their_stamp(image_tree, tmp_path, monkeypatch):
-    """Another change could fall into the same tick of the clock."""
+    """Another change could fall into the same clock tick."""
     path = image_tree / "train" / "ant" / "005.png"
     changed = path.stat().st_ctime
     for passed, known in ((1.9, False), (2.1, True), (-60.0, False)):
@@ -650,7 +651,7 @@ def test_a_long_decoding_is_told_once(image_tree, tmp_path, monkeypatch, capsys)
 
 
 def test_two_processes_decode_once(image_tree, tmp_path, decoded):
-    """The second waits, and does not replace what the first has begun to read."""
+    """The second waits, and does not replace the cache that the first already reads."""
     cache = tmp_path / "cache"
     expected = load_data("imagefolder", image_tree, cache_dir=cache).train.images
     finished = [path for path in cache.iterdir() if path.is_dir()]
@@ -682,7 +683,7 @@ def test_what_does_not_fit_is_mapped_and_streamed(image_tree, tmp_path):
     streamed = load_data(
         "imagefolder", image_tree, cache_dir=tmp_path / "cache", memory_budget=1000
     )
-    # A map has no storage of its own: changing the file shows through it.
+    # A memory map shows changes of the file; images held in memory do not.
     (folder,) = (tmp_path / "cache").glob("imagefolder-train-*")
     for ours, theirs in zip(
         plain_batches(held.val, 4), plain_batches(streamed.val, 4), strict=True
@@ -700,14 +701,13 @@ def test_what_does_not_fit_is_mapped_and_streamed(image_tree, tmp_path):
     assert held.train.images[-1, -1, -1, -1] == last
 
 
-# ---------------------------------------------------------------- which data set it is
+# ---------------------------------------------------------------- identity of a data set
 
 PARTS = ["classes", "training labels", "training pixels", "test labels", "test pixels"]
 
 
 def test_a_data_set_is_its_content_wherever_it_lies(image_tree, tmp_path):
-    """In memory and mapped, from the cache and decoded anew, whole and thinned, on a path of its
-    own."""
+    """In memory or mapped, cached or decoded again, whole or a subset, here or on another path."""
     first = load_data("imagefolder", image_tree)
     assert list(first.digests) == PARTS
     assert first.digest
@@ -746,7 +746,7 @@ def test_what_changes_changes_its_part_of_the_digest(image_tree, change, parts):
     elif change == "class renamed":
         for folder in ("train", "test"):
             (image_tree / folder / "bee").rename(image_tree / folder / "bug")
-    else:  # the last of one class becomes the first of the next: all pixels stay in their order
+    else:  # the last image of one class becomes the first of the next: the pixels keep their order
         root = image_tree / {"training": "train", "test": "test"}[part]
         sorted((root / "ant").iterdir())[-1].rename(root / "bee" / "0.png")
     again = load_data("imagefolder", image_tree)
@@ -767,12 +767,12 @@ def test_arrays_have_the_digest_of_the_same_images_in_a_file(tmp_path):
     assert toy.data().digest == ""
 
 
-# ---------------------------------------------------------------- data of one's own
+# ---------------------------------------------------------------- arrays as data sets
 
 
 @pytest.fixture
 def own(monkeypatch):
-    """Load arrays of one's own: every row but the last six to train on, those for validation."""
+    """Loads arrays as a data set: the last six rows for validation, the others for training."""
 
     def load(images, labels, test=None, test_labels=None, classes=None, **options):
         count = len(labels)
@@ -857,14 +857,14 @@ def test_what_pixels_lose_and_how_dark_they_are_is_said(own):
         (PIXELS.astype(np.uint16) * 257, None, r"uint16 from 0 to 65535"),
         (PIXELS > 9, PIXELS, r"bool from 0 to 1"),
         (np.where(PIXELS == 7, np.nan, PIXELS / 255), None, r"from nan to nan"),
-        (PIXELS.astype(complex), None, r"complex128 are no pixels"),
-        (PIXELS.astype(object), None, r"object are no pixels"),
+        (PIXELS.astype(complex), None, r"complex128 are not pixels"),
+        (PIXELS.astype(object), None, r"object are not pixels"),
         (PIXELS[0, 0], None, r"shape \[5, 3\]"),
         (PIXELS[:0], None, r"shape \[0, 4, 5, 3\]"),
         (np.zeros((24, 3, 8, 8)), None, r"channels first"),
         (PIXELS, PIXELS[:, :2], r"training images are 4x5x3 and test images 2x5x3"),
         (PIXELS[:20], PIXELS, r"20 training images have 24 labels"),
-        ([[1, 2], [3]], None, r"training images are no array"),
+        ([[1, 2], [3]], None, r"training images are not an array"),
     ],
 )
 def test_pixels_that_may_mean_several_things_are_refused(own, images, test, message):
@@ -896,7 +896,7 @@ def test_labels_of_every_clear_kind_are_numbers_of_the_classes(own, labels, clas
 
 
 def test_ten_classes_from_one_on_keep_their_names(own):
-    """As text "10" comes before "2"."""
+    """As text, "10" sorts before "2"."""
     labels = np.arange(24) % 10 + 1
     loaded = own(PIXELS, labels, classes=sorted({str(label) for label in labels}))
     assert [loaded.classes[label] for label in loaded.train.labels] == [
@@ -912,7 +912,7 @@ def test_numbers_below_the_number_of_classes_stay(own):
 
 
 def test_folders_named_by_numbers_keep_their_order(own, tmp_path):
-    """Eleven of them are sorted as text, and their labels are places in this order."""
+    """Eleven such names are sorted as text, and the labels are positions in that order."""
     np.save(tmp_path / "images.npy", PIXELS)
     names = sorted(str(number) for number in range(11))
     assert (
@@ -973,7 +973,7 @@ def test_statistics_equal_numpys():
 
 
 def test_calibration_batches_hold_all_classes_in_an_order_of_the_seeds():
-    """Of a set sorted by class, as image folders are; the same number of each class as before."""
+    """On a set sorted by class, as image folders are, every class contributes equally."""
     sorted_set = toy.data(400)
     labels = torch.arange(400) // 20
     sorted_set = dataclasses.replace(
@@ -1059,7 +1059,7 @@ def test_crop_and_flip_give_every_result_they_may_and_no_other():
     x = augment(image.expand(900, 4, 4, 1), torch.arange(900), Augmentation(1, flip=True), 1, 0)
     seen = [tuple((image * 255).round().flatten().tolist()) for image in x]
     assert set(seen) == allowed
-    assert max(seen.count(a) for a in allowed) < 2 * 900 / 18  # all about equally often
+    assert max(seen.count(a) for a in allowed) < 2 * 900 / 18  # all occur about equally often
 
 
 @pytest.mark.parametrize("degrees", [-15.0, -7.3, 0.0, 4.0, 15.0])
@@ -1094,7 +1094,7 @@ def test_angles_stay_within_the_limit():
 
 
 def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
-    """A PNG that says 100,000 x 100,000 and holds nothing: 30 GB if one believed it."""
+    """An empty PNG whose header claims 100,000 x 100,000 pixels: 30 GB if believed."""
     import struct
     import zlib
 

@@ -1,5 +1,5 @@
-"""Several processes: the arithmetic of one, decisions that all share, and a run that ends whole
-when one of them does."""
+"""Training in several processes: the arithmetic of one, shared decisions, and an orderly end of all
+when one ends."""
 
 import atexit
 import contextlib
@@ -26,7 +26,8 @@ from models.channels import channel_counts, find_channels, narrow
 from sparse_core import Masking, MaskingConfig, mask_hash
 from tests import toy
 from tests.processes import become, free_port, in_processes, spawn
-from tests.test_resume import FBP, LONGER, assert_equal, only_run
+from tests.test_resume import FBP, LONGER, assert_equal
+from tests.toy import only_run
 from utils.attacks import PGD
 from utils.errors import InputError, RunError, Stopped
 from utils.evaluation.command import evaluate_checkpoint, stored_settings
@@ -44,7 +45,7 @@ from utils.training.losses import LOSSES, Options
 from utils.training.schedule import Plan
 
 ATTACK = PGD(8 / 255, 2 / 255, 3)
-# seven batches of four and one image, which joins the last: 5 on two processes is uneven
+# seven batches of four; the left-over image joins the last, so two processes share 5 unevenly
 IMAGES = 29
 
 # ---------------------------------------------------------------- how a batch is divided
@@ -78,7 +79,7 @@ def test_each_image_of_a_batch_counts_once(size, least):
 
 def test_a_single_image_or_too_few_leave_processes_without():
     loader = TrainLoader(toy.split(11), 8, Augmentation(), seed=1, world=World(2, 4))
-    # 8 and 3 images for four
+    # batches of 8 and 3 images for four processes
     assert [(len(b.y), b.weight) for b in loader.epoch(0)] == [(2, 0.25), (2, 0.0)]
     assert loader.smallest == 3
 
@@ -101,8 +102,8 @@ def plain_network(batch_norm):
 
 
 def trained(world, batch_norm=False, training=True, spoil=None, remedies=False, channels=False):
-    """Two epochs of seven steps in float64, masks that change at steps 4, 8 and 12 by gradient;
-    everything that has come of it."""
+    """Train two epochs of seven steps in float64, with gradient growth at steps 4, 8 and 12;
+    returns all that came of it."""
     model = store = plain_network(batch_norm)
     if channels:
         groups = find_channels(store, (3, 8, 8))
@@ -125,7 +126,7 @@ def trained(world, batch_norm=False, training=True, spoil=None, remedies=False, 
     forward = Forward(model, Execution(world=world))
     results = []
     for epoch in range(2):
-        # what a defect would look like: one process grows by another gradient
+        # a simulated defect: the masks of one process differ
         if spoil == world.rank and epoch == 1:
             masking.masks["0.weight"][:] = masking.masks["0.weight"].flip(0)
         doubled = (
@@ -186,8 +187,8 @@ def test_without_batch_norm_several_processes_are_one(tmp_path, size, remedies, 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_with_batch_norm_all_hold_the_network_of_the_first(tmp_path, training):
-    """Statistics too, although each process has seen other images; and they are not those of one
-    process."""
+    """Statistics included, although each process sees other images; a single process would have
+    different ones."""
     first, second = in_processes(2, trained, tmp_path, True, training)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
     assert not torch.equal(
@@ -196,9 +197,8 @@ def test_with_batch_norm_all_hold_the_network_of_the_first(tmp_path, training):
 
 
 def threads_left(rank, port, folder, spoil):
-    """Hands back the threads of torch's exchange that are there when everything is said to be
-    over."""
-    # runs after what the exchange registers
+    """Write down the communication threads of torch that are still alive at exit."""
+    # registered first, so it runs after the handlers of torch's communication
     atexit.register(lambda: (folder / str(rank)).write_text(" ".join(exchanging())))
     become(rank, port)
     with contextlib.suppress(RunError, Stopped), joined() as world:
@@ -214,8 +214,8 @@ def exchanging():
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
 @pytest.mark.parametrize("spoil", [False, True], ids=["finished", "failed"])
 def test_no_thread_outlives_python(tmp_path, spoil):
-    """One that asks for the interpreter while it ends aborts the process, and a finished run would
-    exit with SIGABRT."""
+    """A thread that asks for the interpreter while it shuts down aborts the process, and a finished
+    run would exit with SIGABRT."""
     spawn(threads_left, (free_port(), tmp_path, spoil))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["", ""]
 
@@ -234,8 +234,8 @@ def order_of_ending(rank, port, folder):
 
 
 def test_the_group_outlives_what_computes_with_it(tmp_path):
-    """Were the gradients' side last to drop it, that would wait for a thread that waits for the
-    interpreter: seen in one of 20 runs."""
+    """If DDP's reducer dropped the group last, it would wait for a thread that waits for the
+    interpreter: a deadlock seen in one of 20 runs."""
     spawn(order_of_ending, (free_port(), tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
 
@@ -259,7 +259,7 @@ def scores(world):
 
     utils.evaluation.scores.EVAL_BATCH = 3
     found = []
-    for images in (20, 2):  # seven batches, the last of two images; one batch
+    for images in (20, 2):  # seven batches, the last of two images; a single batch
         counts = []
         for attack in (None, ATTACK):
             model = toy.network()
@@ -344,7 +344,7 @@ def test_all_decide_alike(tmp_path):
 
 def test_alone_nothing_is_asked_of_anyone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for themselves
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for their own use
     with joined() as world:
         assert world == ALONE
     model = toy.network()
@@ -356,8 +356,8 @@ def test_alone_nothing_is_asked_of_anyone(monkeypatch):
 
 
 def trained_static(world, save_dir):
-    """A run whose processes draw different masks, as scores by gradients may do on GPUs; the masks
-    they end with."""
+    """Train with different initial masks in each process, as gradient scores may give on GPUs;
+    returns the hashes of the masks before and after, and the weights."""
     import main_adv
 
     original = sparse_core.initial_masks
@@ -399,13 +399,13 @@ def leaving(rank, port, folder):
 
 
 def test_the_first_leaves_first(tmp_path):
-    """torchrun kills the others as soon as one has failed, and the first has files to write."""
+    """torchrun kills the other processes once one has failed, and the first has files to write."""
     spawn(leaving, (free_port(), tmp_path))
     first, second = (float((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     assert second > first
 
 
-# ---------------------------------------------------------------- batch norm of all processes
+# ---------------------------------------------------------------- synchronized batch norm
 
 
 def test_a_synchronized_norm_is_torchs_and_stays_what_it_was():
@@ -454,15 +454,15 @@ def _evaluated(world, checkpoint, folder):
     return {}
 
 
-def test_an_evaluation_goes_on_from_what_the_first_process_has(run_adv, tmp_path):
-    """One that begins where its own file says would skip batches that the others count on."""
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
-    checkpoint, folder = str(only_run(tmp_path / "runs").best_ra), tmp_path / "answers"
+def test_an_evaluation_goes_on_from_what_the_first_process_has(run_adv, finished, tmp_path):
+    """A process that resumed from its own file would skip batches that the others wait for."""
+    run = finished(*toy.TOY_RUN, to=tmp_path / "runs")
+    checkpoint, folder = str(run / "model_RA_best.pth.tar"), tmp_path / "answers"
     assert run_adv("--eval", "--pretrained", checkpoint, "--eval_dir", folder / "0").code == 0
     (summary,), (answers,) = folder.glob("0/*.json"), folder.glob("0/*.pth.tar")
     expected = json.loads(summary.read_text())
     content = load_checkpoint(answers)
-    # cut after the clean trial, on the first process alone
+    # interrupted after the clean trial, in the first process alone
     for kept in content["outcomes"].values():
         for name in [name for name in kept if name != "clean"]:
             del kept[name]
@@ -499,7 +499,7 @@ def torchrun(script, *flags, wait=True):
 
 
 def spoken(err):
-    """What the run itself said on stderr; torchrun adds a report of its own."""
+    """The lines that the run itself wrote to stderr, without torchrun's report."""
     return [
         line
         for line in err.splitlines()
@@ -508,8 +508,8 @@ def spoken(err):
 
 
 def root_cause(err):
-    """The exit code of the process that ended first, which comes last in torchrun's report; its own
-    is always 1."""
+    """Exit code of the process that ended first, which comes last in torchrun's report. torchrun
+    itself always exits with 1."""
     return int(re.findall(r"exitcode +: (-?\d+)", err)[-1])
 
 
@@ -573,7 +573,7 @@ LONG = [*toy.TOY_RUN, "--epochs", "300", "--decreasing_lr", "100"]
 
 
 def children(process):
-    """Process numbers by rank."""
+    """Process ids of torchrun's workers by rank."""
     found = {}
     for number in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -585,7 +585,7 @@ def children(process):
                     rank = re.search(rb"(?:^|\0)RANK=(\d+)", environ.read())
                     if rank:
                         found[int(rank[1])] = int(number)
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return found
 
@@ -593,7 +593,7 @@ def children(process):
 def is_at_work(number):
     try:
         with open(f"/proc/{number}/stat") as stat:
-            # ended, and nobody has asked how
+            # a zombie has ended
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
@@ -632,7 +632,7 @@ def test_without_torchrun_they_stop(run_adv, tmp_path):
     until(process, "epoch 2/")
     numbers = children(process)
     process.kill()
-    process.communicate(timeout=60)  # until the last of them has closed its output
+    process.communicate(timeout=60)  # returns once the last worker has closed its output
     time.sleep(0.5)
     assert not any(is_at_work(number) for number in numbers.values())
     paths = only_run(tmp_path)
@@ -652,7 +652,7 @@ def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(tmp_path):
     assert "another process was asked to stop" in err
     assert root_cause(err) == 143
     assert re.search(
-        r"another process was asked to stop; the last good checkpoint is .* --resume goes on from"
+        r"another process was asked to stop; the last good checkpoint is .* --resume continues from"
         r" there",
         out,
     )

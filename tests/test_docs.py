@@ -1,5 +1,5 @@
-"""What the pages in docs/ say is so: commands, snippets, links, flags, errors. Those
-at toy size are run by test_readme.py."""
+"""The pages in docs/ hold true: commands, snippets, links, flags and errors. test_readme.py runs
+commands at toy size."""
 
 import os
 import re
@@ -29,10 +29,13 @@ from utils.storage.checkpoint import load_checkpoint
 from utils.training.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-# Commands that are no training, and the test that runs them.
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
+# Commands that do not train, and the test file that runs them.
 RUN_ELSEWHERE = {
-    "scripts/report.py": "test_report.py",
+    "scripts/report.py": "test_tables.py",
     "scripts/metrics_csv.py": "test_tensorboard.py",
     "scripts/flags.py": "test_docs.py",
     "scripts/export.py": "test_readme.py",
@@ -45,9 +48,10 @@ RUN_ELSEWHERE = {
     "benchmarks/parts.py": "test_benchmarks.py",
     "benchmarks/gpu.sh": "test_campaign.py",
     "scripts/campaign.sh": "test_campaign.py",
-    "scripts/setup.sh": "test_scripts.py",  # every script of a table begins with it
+    "scripts/quickstart.sh": "test_scripts.py",
+    "scripts/setup.sh": "test_scripts.py",  # every script of a table runs it first
     "scripts/test.sh": None,  # runs this test
-    "scripts/precision.sh": None,  # hours; test_scripts_are_whole looks at it
+    "scripts/precision.sh": None,  # takes 25 minutes; only its --help is tested
 }
 
 
@@ -65,7 +69,7 @@ def command_lines():
 
 
 def anchor(heading):
-    """The link that a Markdown heading has."""
+    """The anchor of a Markdown heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
@@ -81,8 +85,8 @@ def test_every_page_is_there_and_linked_from_the_readme():
 
 @pytest.mark.parametrize(("line", "job"), command_lines())
 def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
-    """Trainings at full size are parsed: as toys the same methods and flags are trained by the
-    tests of main_adv and Robust Bird."""
+    """Full-size training commands are only parsed; the tests of main_adv and Robust Bird train the
+    same methods and flags at toy size."""
     command, _, comment = line.partition("  #")
     words = [word for word in shlex.split(command) if word not in ("||", "code=$?")]
     while "=" in words[0] and not words[0].startswith("-"):  # variables before the command
@@ -107,8 +111,14 @@ def test_commands_are_run_by_a_test_or_parse_as_they_stand(line, job):
         assert (ROOT / words[1]).exists()
         assert words[1] in RUN_ELSEWHERE or Path(words[1]).stem in RUNS
     else:
-        # a job of a cluster; the server, whose files test_tensorboard.py reads
+        # a cluster job, or TensorBoard's server, whose files test_tensorboard.py reads
         assert job or words[0] == "tensorboard"
+
+
+def test_each_test_file_names_the_command_that_it_runs():
+    for command, test in RUN_ELSEWHERE.items():
+        if test is not None:
+            assert Path(command).stem in (ROOT / "tests" / test).read_text()
 
 
 def test_scripts_are_whole():
@@ -129,7 +139,7 @@ def test_the_map_of_the_code_has_every_folder():
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *ROOT.glob("results/**/README.md"), *PAGES]:
+    for page in [*ROOT.glob("results/**/README.md"), *PAGES]:
         for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
             path, _, section = target.partition("#")
             assert (page.parent / path).exists(), f"{page.name}: {target}"
@@ -143,8 +153,7 @@ def test_links_lead_somewhere():
 
 @pytest.fixture
 def own_script(monkeypatch, tmp_path, capsys):
-    """Run a snippet of docs/extending.md as the script it is; what it registers is gone
-    afterwards."""
+    """Runs a snippet of docs/extending.md as a script and removes what it registered."""
 
     def run(part, *arguments):
         (snippet,) = [s for s in blocks(ROOT / "docs" / "extending.md", "python") if part in s]
@@ -248,9 +257,8 @@ def test_nothing_of_ones_own_is_known_without_it(run_adv):
 
 
 def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
-    """A wheel and an sdist built from the tree are whole, and the wheel, in an environment that
-    otherwise holds only torch and what torch needs, serves a project whose packages are called
-    data, models and utils too."""
+    """The tree builds a complete wheel and sdist. With torch alone beside it, the wheel works in a
+    project that has its own packages data, models and utils."""
     for needed in ("setuptools", "build", "twine"):
         pytest.importorskip(needed)
     extending = ROOT / "docs" / "extending.md"
@@ -299,7 +307,7 @@ def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
 
 
 def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
-    """The snippet adapts its density, and cut after four epochs it ends in the same bits."""
+    """The snippet adapts its density; interrupted after four epochs, it resumes to the bit."""
     (snippet,) = [
         block
         for block in blocks(ROOT / "docs" / "extending.md", "python")
@@ -345,11 +353,11 @@ def test_the_errors_of_the_faq_are_those_of_the_code():
         for path in (ROOT / folder).rglob("*.py")
     ]
     text = "\n".join(path.read_text() for path in sources)
-    said = " ".join(re.sub(r'"\s*\n\s*f?"', "", text).split())  # parts of one message as one
+    said = " ".join(re.sub(r'"\s*\n\s*f?"', "", text).split())  # joins the parts of a message
     errors = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)
     errors.remove("No module named 'torch'")  # Python's own
     assert len(errors) > 12
     for error in errors:
-        # Names of flags and numbers are filled in, and "only" says the rest.
+        # Flag names and numbers are filled in at run time, so the text between them is compared.
         parts = re.split(r"--[\w?]+|\b\d+(?:\.\d+)?x?\d*\b|,|has no effect with|\btorch$", error)
         assert all(part.strip() in said for part in parts), error

@@ -9,7 +9,7 @@ from utils.early_bird import EarlyBird, ticket_mask
 
 
 class Watched(nn.Module):
-    """Two convolutions and two batch norms, filled from outside."""
+    """Two convolutions and two batch norms whose weights the tests set."""
 
     def __init__(self, sizes=((16, 3), (24, 16))):
         super().__init__()

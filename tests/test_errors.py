@@ -84,7 +84,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize("when", ["plain", "once", "twice"])
 def test_ctrl_c_again_and_again_ends_quietly(when):
-    """Pressed in the command, in what it ends with, while its end is printed, and after that."""
+    """Pressed in the command, in its cleanup, while its last line is printed, and afterwards."""
     done = subprocess.run(
         [sys.executable, "-c", HASTY, when], capture_output=True, text=True, timeout=60
     )
@@ -104,7 +104,7 @@ def test_a_warning_is_one_line():
 
 
 def test_help_and_refusals_do_not_wait_for_libraries_that_they_do_not_need():
-    """Drawing, downloads and events import theirs where they use them."""
+    """Libraries for plots, downloads and events are imported only where they are used."""
     root = Path(__file__).parents[1]
     scripts = [root / "main_adv.py", *root.glob("Robust-Bird/*.py"), *root.glob("scripts/*.py")]
     heavy = "matplotlib torchvision sklearn tensorboard onnx onnxruntime advertorch pyautoattack"

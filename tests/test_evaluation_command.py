@@ -1,5 +1,4 @@
-"""``main_adv.py --eval`` as a user has it; the attacks themselves are in test_trials.py and
-test_evaluate.py."""
+"""``main_adv.py --eval`` as a command; test_trials.py and test_scores.py test the attacks."""
 
 import json
 import os
@@ -24,12 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def trained(run_adv, tmp_path):
+def trained(finished, tmp_path):
     """The best model of a toy run."""
-    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
-    assert outcome.code == 0, outcome.err
-    (run,) = (tmp_path / "runs").iterdir()
-    return run / "model_RA_best.pth.tar"
+    return finished(*toy.TOY_RUN, to=tmp_path / "runs") / "model_RA_best.pth.tar"
 
 
 def results(checkpoint):
@@ -86,7 +82,7 @@ def test_a_second_call_reads_what_the_first_found(run_adv, trained, monkeypatch)
     )
     second = evaluation(run_adv, trained)
     assert first.splitlines()[-2:] == second.splitlines()[-2:]
-    assert "going on from" in second
+    assert "resuming from" in second
 
 
 def test_another_attack_seed_subset_or_network_is_another_evaluation(run_adv, trained):
@@ -156,8 +152,8 @@ def test_cut_and_continued_is_uncut(trained, tmp_path, by):
             if process.wait(120) == 0:
                 break
             assert process.returncode == 75
-            assert "goes on from" in process.stderr.read()
-            if turn == 2:  # enough cuts: each costs the start of a process
+            assert "resumes from" in process.stderr.read()
+            if turn == 2:  # enough interruptions: each costs a process start
                 process = start(trained, tmp_path / "cut")
                 assert process.wait(120) == 0
                 break
@@ -281,11 +277,11 @@ def test_a_file_of_another_evaluation_is_not_gone_on_with(run_adv, trained):
     torch.save({**content, "key": "another"}, path)
     outcome = run_adv("--eval", "--pretrained", trained)
     assert outcome.code == 2
-    assert "is of another evaluation" in outcome.err
+    assert "belongs to another evaluation" in outcome.err
 
 
 def test_images_that_changed_are_another_evaluation(run_adv, image_tree, tmp_path):
-    """One pixel of one image among many, wherever it is."""
+    """One changed pixel in one of many images is enough."""
     flags = [
         f
         for f in toy.TOY_RUN
@@ -321,8 +317,7 @@ def test_images_that_changed_are_another_evaluation(run_adv, image_tree, tmp_pat
 
 @pytest.fixture
 def reversed_digits(monkeypatch):
-    """The digits with their classes in the opposite order: what another way of numbering them
-    gives."""
+    """Call it to have the digits loaded with their classes numbered in the opposite order."""
     original = utils.settings.applied.load_data
 
     def load(*arguments, **options):
@@ -353,7 +348,7 @@ def test_classes_are_matched_by_name(run_adv, trained, reversed_digits, tmp_path
     )
     (again,) = (tmp_path / "again").glob("*.pth.tar")
     before, after = answers(trained), load_checkpoint(again)
-    # accuracies alone may agree by chance
+    # accuracies alone could agree by chance
     assert torch.equal(before["labels"]["test"], after["labels"]["test"])
     predicted = [kept["outcomes"]["predicted"]["clean"] for kept in (before, after)]
     assert torch.equal(*predicted)
@@ -367,7 +362,7 @@ def test_other_classes_are_refused_and_transfer_needs_one_order(
     names = ["zero", *content["network"]["classes"][1:]]
     save_checkpoint(other, {**content, "network": {**content["network"], "classes": names}})
     outcome = run_adv("--eval", "--pretrained", other, "--eval_dir", tmp_path)
-    assert (outcome.code, "knows other classes than the data: zero and not 0" in outcome.err) == (
+    assert (outcome.code, "other classes than the data: zero and not 0" in outcome.err) == (
         2,
         True,
     ), outcome.err

@@ -43,7 +43,7 @@ PICTURES = ["explain.json", "landscape.png", "saliency.png"]
 
 
 def network(arch, **options):
-    """In train mode, so that a mode left behind shows; with statistics of some images."""
+    """A network in train mode, so that a changed mode shows, with statistics of some images."""
     model = build_model(arch, 3, **NETWORKS[arch], **options)
     channels = model.normalize.mean.numel()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def images(n=3, side=32, channels=3):
 
 @contextlib.contextmanager
 def left_as_found(model):
-    """Weights and statistics to the bit, gradients, what requires one, modes and hooks."""
+    """Asserts that weights, statistics, gradients, ``requires_grad``, modes and hooks stay."""
     modules, parameters = list(model.modules()), list(model.parameters())
     parameters[0].requires_grad_(False)
     for number, parameter in enumerate(parameters):
@@ -117,8 +117,8 @@ def test_only_rows_of_the_split_are_chosen_and_no_more_than_there_are():
 
 
 class Bright(nn.Module):
-    """Two maps, the image and its negative; class 0 weighs the first, class 1 the second, class 2
-    both against itself."""
+    """Two maps, the image and its negative. Class 0 weights the first, class 1 the second, and
+    class 2 both negatively."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ def test_grad_cam_by_hand():
 def test_saliency_by_hand():
     x = torch.linspace(0.1, 0.8, 16).view(1, 1, 4, 4).repeat(3, 1, 1, 1)
     saliency = input_saliency(Bright(), x, torch.tensor([0, 1, 2]))
-    # weights over pixels; the third class sees the sum, which is constant
+    # weight over number of pixels; the third class sees the sum of both maps, which is constant
     expected = torch.tensor([3.0, 5.0, 0.0]) / 16
     assert torch.allclose(saliency, expected.view(3, 1, 1).expand(3, 4, 4), atol=1e-7)
 
@@ -160,14 +160,14 @@ def test_saliency_is_the_largest_of_the_channels():
 
 
 def enlarged(evidence, side=32):
-    """A stage's map as ``grad_cam`` returns it; not all of it is none."""
+    """A stage's map as ``grad_cam`` returns it; asserts that it shows some evidence."""
     evidence = F.interpolate(evidence.relu(), size=(side, side), mode="bilinear").squeeze(1)
     assert evidence.max() > 1e-4
     return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
 
 
 def last_map(model, x):
-    """What the global average pooling reads; of a VGG, what its last pool reads."""
+    """The input of the global average pooling, or of a VGG's last pooling."""
     x = model.normalize(x)
     if hasattr(model, "features"):
         return model.features[:-1](x)
@@ -181,7 +181,7 @@ def last_map(model, x):
 @pytest.mark.parametrize("kept", [None, 0.5])
 @pytest.mark.parametrize("arch", NETWORKS)
 def test_grad_cam_at_the_last_stage_is_cam(arch, kept):
-    """Zhou et al., 2016: the map weighed by the classifier's row of the class."""
+    """CAM (Zhou et al., 2016): the map weighted by the classifier's row of the class."""
     model, (x, y) = network(arch), images()
     if kept is not None:
         plan, live, _ = plan_largest(model, x.shape[1:], kept, floor=kept, multiple=1)
@@ -259,7 +259,7 @@ def test_another_network_has_no_stages():
         grad_cam(toy.network(), *toy.images(2))
 
 
-# ---------------------------------------------------------------- the landscape
+# ---------------------------------------------------------------- the loss landscape
 
 
 def test_a_direction_has_the_norm_of_each_filter_and_keeps_masks():
@@ -333,7 +333,7 @@ def test_weights_come_back_from_a_stop_half_way():
         loss_surface(model, [x], y, directions, 3, stop)
 
 
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- the whole explanation
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "wideresnet"])
@@ -379,9 +379,8 @@ def run_explain(monkeypatch, capsys):
 
 
 @pytest.fixture
-def checkpoint(run_adv, tmp_path) -> Path:
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
-    return next((tmp_path / "runs").glob("*/model_RA_best.pth.tar"))
+def checkpoint(finished, tmp_path) -> Path:
+    return finished(*toy.TOY_RUN, to=tmp_path / "runs") / "model_RA_best.pth.tar"
 
 
 def test_the_script_explains_a_checkpoint(checkpoint):
@@ -430,8 +429,8 @@ def test_the_script_explains_a_network_without_some_channels(run_eb, run_explain
 
 
 def foreign(path: Path, classes: int, weight: float | None = None) -> Path:
-    """A checkpoint without settings, of a network for some classes of grey images; ``weight`` is
-    its first one."""
+    """Save a checkpoint without settings, of a network for grey images; ``weight`` replaces its
+    first weight."""
     spec = {
         "arch": "resnet18",
         "num_classes": classes,
@@ -456,7 +455,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(run_explain, tmp_path):
     cases = {
         "no such checkpoint": [tmp_path / "missing.pth.tar"],
         "the checkpoint comes first": ["--test_step", 3, good],
-        "knows 3 classes and the data has 10": [wrong],
+        "has 3 classes but the data has 10": [wrong],
         "cannot write into": [good, "--out", blocked / "inside"],
         "there are 20 test images": [good, "--test_subset", 20, "--explain_images", 21],
         "from 1 to 100": [good, "--explain_images", 0],

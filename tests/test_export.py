@@ -1,10 +1,6 @@
-"""scripts/export.py on what toy runs leave: every format computes what the checkpoint's network
-does."""
+"""scripts/export.py on toy runs: every format computes what the checkpoint's network does."""
 
-import importlib
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import onnx
@@ -21,7 +17,7 @@ from models.loading import build_network
 from sparse_core import prunable
 from tests import toy
 from utils import export as exporting
-from utils.errors import InputError, run_command
+from utils.errors import InputError
 from utils.export import FORMATS, Trained, default_path, export
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
@@ -41,38 +37,22 @@ def run_export(monkeypatch, capsys):
     return toy.Command("export", monkeypatch, capsys)
 
 
-def trained_once(module, flags, folder):
-    """The folder of a toy run for all tests here, each of which copies it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module, *map(str, flags), "--save_dir", str(folder)])
-        assert run_command(importlib.import_module(module).main) == 0
-    (run,) = folder.iterdir()
-    return run
-
-
-@pytest.fixture(scope="module")
-def flying_run(tmp_path_factory):
-    return trained_once(
-        "main_adv", [*toy.TOY_RUN, *toy.TOY_MASKS, "--fb"], tmp_path_factory.mktemp("fb")
-    )
-
-
-@pytest.fixture(scope="module")
-def narrow_run(tmp_path_factory):
-    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5]
-    return trained_once("train_eb", flags, tmp_path_factory.mktemp("rb"))
+@pytest.fixture
+def flying_run(finished, tmp_path):
+    return finished(*toy.TOY_RUN, *toy.TOY_MASKS, "--fb", to=tmp_path / "fb")
 
 
 @pytest.fixture
-def flying(flying_run, tmp_path):
+def flying(flying_run):
     """The best model of a toy Flying Bird run."""
-    return shutil.copytree(flying_run, tmp_path / "fb") / "model_RA_best.pth.tar"
+    return flying_run / "model_RA_best.pth.tar"
 
 
 @pytest.fixture
-def narrow_bird(narrow_run, tmp_path):
-    """The best model of a toy Robust Bird run without half of the channels."""
-    return shutil.copytree(narrow_run, tmp_path / "rb") / "model_RA_best.pth.tar"
+def narrow_bird(finished, tmp_path):
+    """The best model of a toy Robust Bird run with half of the channels removed."""
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--pruning", "channel", "--density", 0.5]
+    return finished(*flags, to=tmp_path / "rb", script="train_eb") / "model_RA_best.pth.tar"
 
 
 @pytest.fixture(params=["flying", "narrow_bird"])
@@ -82,7 +62,7 @@ def checkpoint(request):
 
 @pytest.fixture
 def plain(tmp_path):
-    """A VGG with random statistics, as a state dict that says nothing of itself."""
+    """A VGG with random statistics, as a state dict without a description."""
     path = tmp_path / "vgg.pth"
     torch.save(
         moved(build_model("vgg16", 7, width=0.0625, mean=[0.4] * 3, std=[0.2] * 3)).state_dict(),
@@ -95,7 +75,7 @@ PLAIN = {"arch": "vgg16", "num_classes": 7, "width": 0.0625}
 
 
 def moved(model):
-    """Statistics, scales and shifts away from their start, so that one in a wrong place shows."""
+    """Draw batch-norm means, scales and shifts at random, so that a misplaced one shows."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -113,7 +93,7 @@ def digits():
 
 
 def flat(content):
-    """A file's content to be compared by value."""
+    """A file's content, comparable by value."""
     return {
         **content,
         "state_dict": {name: value.tolist() for name, value in content["state_dict"].items()},
@@ -139,7 +119,7 @@ def test_onnx_answers_as_the_network_on_the_whole_test_set(checkpoint, run_expor
     assert outcome.out.startswith(f"{path}: 0.")
     network, model = with_onnxruntime(path), load_model(checkpoint)
     batches = list(plain_batches(digits(), 64))
-    # the last is smaller: the batch is dynamic
+    # the last batch is smaller, so the batch axis is dynamic
     assert len({len(batch.x) for batch in batches}) == 2
     for batch in batches:
         assert_same(network, model, batch.x.contiguous())
@@ -164,7 +144,7 @@ def test_a_packed_network_is_small_and_keeps_its_zeros(flying_run, tmp_path):
             assert torch.equal(again, value.half().float())
         else:
             assert torch.equal(again, value)
-    # what an evaluation takes from the run is in it
+    # it holds the settings that an evaluation takes from the run
     assert packed.content["settings"] == trained.content["settings"]
 
 
@@ -188,7 +168,7 @@ def test_onnx_of_a_narrow_network_is_narrow(narrow_bird):
     path, difference = export(narrow_bird, "onnx")
     assert difference <= 1e-5
     model = onnx.load(path)
-    # not mean, std
+    # convolutions, without mean and std
     kernels = [
         weights
         for weights in model.graph.initializer
@@ -263,7 +243,7 @@ def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):
     total = sum(value.numel() for value in full.state_dict().values() if value.ndim in (2, 4))
     assert told["density"] == sum(int(value.count_nonzero()) for value in weights) / total
     again, _ = export(path, "safetensors", path.with_name("again.safetensors"))
-    # the library orders metadata as it likes
+    # the library does not keep the order of metadata
     assert flat(load_safetensors(again)) == flat(load_safetensors(path))
 
 
@@ -283,7 +263,7 @@ def test_torch_export_takes_any_batch(checkpoint):
 
 
 class Submission(PreActResNet):
-    """A class that builds itself, as a model zoo lists it."""
+    """A class without arguments, as a model zoo registers it."""
 
     def __init__(self):
         widths = [round(channels * 0.0625) for channels in (64, 128, 256, 512)]
@@ -291,8 +271,8 @@ class Submission(PreActResNet):
 
 
 def robustbench_loader(path):
-    """As RobustBench's ``load_model`` does: the class, then ``state_dict`` in the file or the file
-    itself, strictly."""
+    """Load strictly, as RobustBench's ``load_model`` does, from the file's ``state_dict`` or the
+    file itself."""
     model = Submission()
     checkpoint = torch.load(path, map_location="cpu")
     state = checkpoint.get("state_dict", checkpoint)
@@ -312,8 +292,7 @@ def clean_accuracy(model, split):
 
 
 def pruned_share(model):
-    """Zeros among convolution and linear weights, which is how pruning benchmarks measure
-    sparsity."""
+    """Share of zeros among convolution and linear weights: the sparsity of pruning benchmarks."""
     weights = [
         module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
     ]
@@ -392,7 +371,7 @@ def test_bad_input_is_one_line_and_writes_nothing(plain, run_export, tmp_path):
 
 def test_a_description_beside_the_files_own_is_refused(flying, run_export):
     refused(
-        run_export(flying, "--format", "onnx", "--arch", "resnet18"), "arch could not take effect"
+        run_export(flying, "--format", "onnx", "--arch", "resnet18"), "arch would have no effect"
     )
 
 

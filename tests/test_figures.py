@@ -194,7 +194,7 @@ def test_a_report_draws_what_its_groups_give(groups, tmp_path):
 
 
 def test_a_figure_is_written_in_the_format_of_its_suffix(tmp_path):
-    """And in the same bytes each time."""
+    """And with the same bytes each time."""
     for suffix, begins in (
         (".png", b"\x89PNG"),
         (".pdf", b"%PDF"),

@@ -81,8 +81,7 @@ def test_the_paper_counts_output_channels_twice_for_convolutions_alone():
 
 
 def test_training_follows_the_density_of_each_epoch(run_adv, tmp_path):
-    """Flying Bird+: the real count adds up epochs as they were, the paper's takes the final network
-    for all of them."""
+    """The real count adds up each epoch; the paper's takes the final network for all of them."""
     flags = (
         "--fbp --density 0.3 --update_frequency 1 --dynamic_epoch 1 --epochs 5 --decreasing_lr 2"
         " --train_step 2 --prune_ratio 1"
@@ -117,8 +116,8 @@ def test_counting_leaves_the_network_as_it_was():
 
 
 class Mixed(nn.Module):
-    """Tokens, attention, a transposed convolution, a shared layer, a layer by spectral norm and one
-    that is never used."""
+    """Tokens, attention, a transposed convolution, a shared layer with spectral norm and an unused
+    layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ def test_layers_of_every_kind_cost_what_torch_counts():
             model(torch.zeros(1, 3, 16, 16))
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    # of tokens with tokens, and the spectral norm's own
+    # attention between tokens, and the spectral norm's own products
     products = ("bmm", "attention", "aten.mv", "aten.dot")
     theirs = sum(
         count
@@ -162,7 +161,7 @@ def test_either_spectral_norm_costs_its_live_weights(norm):
 
 
 class Crossed(nn.Module):
-    """Few queries ask many keys, as in a pooling by attention; the keys may have another width."""
+    """Few queries attend to many keys, as in attention pooling; keys may have another width."""
 
     def __init__(self, wrap=lambda attention: attention, **options) -> None:
         super().__init__()
@@ -196,7 +195,7 @@ def test_attention_between_two_lengths_costs_what_torch_counts(length, width):
     )
     assert real_inference(costs, masks) == expected
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    if width == 8 and length != 2:  # which of them are live matters
+    if width == 8 and length != 2:  # it matters which weights are live
         with pytest.raises(ValueError, match=rf"2 queries and {length} keys: give its mask"):
             real_inference(costs, counts)
     else:

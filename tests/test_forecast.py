@@ -54,7 +54,7 @@ TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_s
         (EarlyBirdSettings, [], [0, 0]),
         (EarlyBirdSettings, [{"stage": 1, "ticket": False}] * 3, [3, 0]),
         (EarlyBirdSettings, [{"stage": 1, "ticket": True}] * 3, [7, 0]),
-        (TicketSettings, [{"stage": 1, "ticket": True}] * 3, [3, 0]),  # trains on to --epochs1
+        (TicketSettings, [{"stage": 1, "ticket": True}] * 3, [3, 0]),  # trains on regardless
         (EarlyBirdSettings, [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}], [7, 2]),
         (AdversarialSettings, [{"epoch": 1}] * 4, [4]),
     ],
@@ -65,8 +65,7 @@ def test_what_lies_behind_a_run(kind, history, done):
 
 
 def test_what_is_left_by_hand():
-    """Half of the third epoch of stage 2 is done; an image in training, which is nine passes, takes
-    9 ms."""
+    """Half of stage 2's third epoch is done; training on an image takes nine passes and 9 ms."""
     bird, history = (
         settings(EarlyBirdSettings, TWO_STAGES),
         [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}],
@@ -80,7 +79,7 @@ def test_what_is_left_by_hand():
 def test_a_forecast_leaves_out_the_slow_start_and_comes_once():
     forecast = Forecast()
     assert forecast.update(100, 8.0, is_over=False) is None  # the clock starts
-    assert forecast.update(500, 12.0, is_over=False) is None  # too short a time
+    assert forecast.update(500, 12.0, is_over=False) is None  # too little time has passed
     assert forecast.update(700, 14.0, is_over=False) == pytest.approx(6 / 600)
     assert forecast.update(900, 16.0, is_over=True) is None
 

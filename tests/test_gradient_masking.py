@@ -25,7 +25,7 @@ def suspicious(signs):
 
 
 class Masked(nn.Module):
-    """A network whose gradient is that of noise: a saturated step between images and weights."""
+    """A network whose gradient is noise: pixels are rounded and a fast wave is added to logits."""
 
     def __init__(self, inner):
         super().__init__()
@@ -44,7 +44,7 @@ def test_an_honest_network_has_no_sign():
     assert accuracies["PGD-20 in 0.5 eps"] >= accuracies["PGD-20"] >= accuracies["PGD-20 in 2 eps"]
     assert suspicious(signs) == []
     assert "no sign of gradient masking" in diagnosis.text(signs)[-1]
-    # Linear, so the loss rises as the gradient promises, and more along it than across.
+    # The network is linear: the loss rises along the gradient, and more than across it.
     assert signs.surface[-1][0] > signs.surface[0][-1]
 
 
@@ -53,7 +53,7 @@ def test_a_masked_network_has_signs():
     _, signs = looked_at(Masked(model), split)
     assert {
         "does the loss rise along the gradient?",
-        "does a large ball leave images right?",
+        "does any image survive a large ball?",
     } <= set(suspicious(signs))
     assert "do not trust its RA" in diagnosis.text(signs)[-1]
     assert any(line.startswith("SUSPICIOUS") for line in diagnosis.text(signs))
@@ -69,9 +69,9 @@ FINE |= {f"PGD-20, steps of {part:g} eps": 50.0 for part in diagnosis.STEP_SIZES
     ("change", "question"),
     [
         ({"one step": 40.0}, "does one step find more than many?"),
-        ({"PGD-100": 45.0}, "do more steps go on finding?"),
+        ({"PGD-100": 45.0}, "do more steps keep finding more?"),
         ({"PGD-20, steps of 0.5 eps": 40.0}, "does another step size find more?"),
-        ({"PGD-20 in 16 eps": 30.0}, "does a large ball leave images right?"),
+        ({"PGD-20 in 16 eps": 30.0}, "does any image survive a large ball?"),
         ({"noise": 60.0}, "does noise do as much as the gradient?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""hubconf.py through torch.hub, in a process of its own that stands elsewhere."""
+"""hubconf.py through torch.hub, in a separate process with another working directory."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""What a user may take for a checkpoint or for the folder of a run is refused as what it is."""
+"""Paths that a user may mistake for a checkpoint or a run folder are named as what they are."""
 
 import pytest
 
@@ -36,11 +36,11 @@ def test_folders_and_files_are_named_as_what_they_are(run_adv, run_eb, run, tmp_
         ),
         (
             run_adv("--resume_dir", run / "checkpoint.pth.tar"),
-            f"is a file; the folder of its run is wanted: {run}",
+            f"is a file; give the folder of its run: {run}",
         ),
         (
             run_adv("--resume_dir", run.parent),
-            f"is a folder of 1 run(s); one of them is wanted, such as {run}",
+            f"is a folder of 1 run(s); give one of them, such as {run}",
         ),
         (run_eb("--resume_dir", run.parent), f"such as {run}"),
         (run_adv("--resume_dir", tmp_path / "empty"), "no such checkpoint"),

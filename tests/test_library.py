@@ -1,4 +1,4 @@
-"""The example of the library in somebody else's training loop."""
+"""The example that uses the library in somebody else's training loop."""
 
 import ast
 import inspect
@@ -37,8 +37,7 @@ def test_the_loop_is_short():
 
 
 def test_the_example_runs_to_its_end(capsys, monkeypatch):
-    """What it prints is of the networks that it trained, and better than the larger class's 50.8
-    %."""
+    """It prints the figures of the networks it trained; they beat the larger class's 50.8 %."""
     first, second = library.photograph_patches()
     networks = []
     monkeypatch.setattr(

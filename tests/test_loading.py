@@ -16,12 +16,9 @@ from utils.storage.checkpoint import load_checkpoint
 
 
 @pytest.fixture
-def trained(run_adv, tmp_path):
+def trained(finished, tmp_path):
     """The folder of a toy Flying Bird run."""
-    outcome = run_adv(*toy.TOY_RUN, *toy.TOY_MASKS, "--fb", "--save_dir", tmp_path / "runs")
-    assert outcome.code == 0, outcome.err
-    (run,) = (tmp_path / "runs").iterdir()
-    return run
+    return finished(*toy.TOY_RUN, *toy.TOY_MASKS, "--fb", to=tmp_path / "runs")
 
 
 @pytest.fixture
@@ -31,7 +28,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def save_plain(path, prefix="", **options):
-    """A state dict as the paper's code leaves it, and the network it is of."""
+    """Save a state dict as the paper's code does; returns its network."""
     model = build_model(
         "resnet18", 7, width=0.0625, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], seed=5
     )
@@ -88,7 +85,7 @@ def test_the_papers_state_dicts(options, tmp_path):
 
 
 def test_what_other_code_leaves_out_or_wraps(tmp_path):
-    """Without ``num_batches_tracked``, normalized by ``[1, 3, 1, 1]``, pruned by torch, in
+    """No ``num_batches_tracked``, mean and std of shape ``[1, 3, 1, 1]``, weights pruned by torch,
     Lightning's names."""
     model = save_plain(tmp_path / "plain.pth")
     state = {
@@ -136,7 +133,7 @@ def test_a_url_is_downloaded_once_and_two_of_one_name_are_two_files(tmp_path, hu
 def test_a_user_without_a_home_has_downloads_with_the_temporary_files(tmp_path, monkeypatch, home):
     for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    if home is None:  # and the system does not know the user
+    if home is None:  # nor does the system know the user
         monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     else:
         monkeypatch.setenv("HOME", home)
@@ -148,7 +145,7 @@ def test_a_user_without_a_home_has_downloads_with_the_temporary_files(tmp_path, 
     load_model((tmp_path / "plain.pth").as_uri(), **DESCRIBED)
     assert len(list((cache / "checkpoints").iterdir())) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pth", "temporary"]
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):  # those who say where are heard
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):  # explicit settings win
         monkeypatch.setenv(name, str(tmp_path / name))
         assert tmp_path in _hub_folder().parents
         assert _hub_folder() != cache
@@ -170,7 +167,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
         (
             trained / "model_RA_best.pth.tar",
             {"num_classes": 10},
-            "num_classes could not take effect",
+            "num_classes would have no effect",
         ),
     ]:
         with pytest.raises(InputError, match=message):
@@ -238,7 +235,7 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
     ],
 )
 def test_a_description_cannot_ask_for_more_than_its_file_holds(tmp_path, changed, reason):
-    """Without trying: the memory is there for none of them, or the time."""
+    """Refused without building it, which would take too much memory or time."""
     spec = {
         "arch": "resnet18",
         "num_classes": 10,

@@ -16,11 +16,13 @@ from PIL import Image
 import utils.training.engine
 import utils.training.run
 import utils.training.stage
+import utils.training.testing
 from data import load_data
 from models import build_model, load_model
 from models.flops import layer_costs, paper_inference, real_inference
 from sparse_core import SPARSE_INITS, DensityController, Verdict
 from tests import toy
+from tests.toy import only_run
 from utils.attacks import PGD
 from utils.evaluation.scores import evaluate
 from utils.storage.checkpoint import load_checkpoint
@@ -28,17 +30,12 @@ from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_epochs, read_summary
 
 FBP = ["--fbp", *toy.TOY_MASKS, "--dynamic_epoch", "1"]
-# Flying Bird+ compares epochs, so it takes some to have a verdict
+# Flying Bird+ compares epochs and needs several for a verdict
 LONGER = ["--epochs", "5", "--decreasing_lr", "3"]
 
 
-def only_run(save_dir):
-    (root,) = save_dir.iterdir()
-    return RunPaths(root)
-
-
 def files(root):
-    """Every file below with its content's hash."""
+    """The hash of every file below ``root``."""
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
@@ -183,7 +180,7 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
 
 
 def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
-    """Validation RA is best in epoch 2, validation SA in epoch 1, the test's in the last."""
+    """Validation RA is best in epoch 2, validation SA in epoch 1, both test figures in the last."""
     measured = ("val_sa", "val_ra", "val_loss", "test_sa", "test_ra")
     scores = [
         dict(zip(measured, row, strict=True))
@@ -191,7 +188,7 @@ def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path
     ]
     remaining = iter(scores)
     monkeypatch.setattr(
-        utils.training.run, "epoch_scores", lambda *arguments, **options: next(remaining)
+        utils.training.testing, "epoch_scores", lambda *arguments, **options: next(remaining)
     )
     run_adv(*toy.TOY_RUN, "--epochs", 3, "--save_dir", tmp_path)
     paths = only_run(tmp_path)
@@ -293,7 +290,9 @@ def test_other_networks_and_norms_train_on_image_folders(run_adv, tmp_path, imag
 
 
 @pytest.mark.parametrize("moment", ["between epochs", "mid-epoch", "after the checkpoint"])
-def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeypatch, moment):
+def test_resume_equals_the_run_that_was_never_stopped(
+    run_adv, finished, tmp_path, monkeypatch, moment
+):
     def state(save_dir):
         paths = only_run(save_dir)
         content, best = load_checkpoint(paths.checkpoint), load_checkpoint(paths.best_ra)
@@ -311,7 +310,7 @@ def test_resume_equals_the_run_that_was_never_stopped(run_adv, tmp_path, monkeyp
         )
 
     flags = [*toy.TOY_RUN, *FBP, "--growth", "gradient", "--epochs", 3]
-    assert run_adv(*flags, "--save_dir", tmp_path / "whole").code == 0
+    finished(*flags, to=tmp_path / "whole")
     owner, name = {
         "between epochs": (utils.training.run.Run, "adversarial_epoch"),
         "mid-epoch": (utils.training.engine, "train_step"),
@@ -383,9 +382,9 @@ def test_eval_gives_the_numbers_the_run_printed(run_adv, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, tmp_path):
-    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
-    state = load_checkpoint(only_run(tmp_path / "runs").best_ra)["state_dict"]
+def test_eval_takes_checkpoints_of_the_papers_code_and_other_attacks(run_adv, finished, tmp_path):
+    run = finished(*toy.TOY_RUN, to=tmp_path / "runs")
+    state = load_checkpoint(run / "model_RA_best.pth.tar")["state_dict"]
     torch.save(
         {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
         tmp_path / "paper.pth.tar",
@@ -530,9 +529,8 @@ def test_eval_refuses_what_the_network_cannot_take(run_adv, tmp_path, image_tree
     )
 
 
-def test_checkpoints_with_odd_contents_are_refused(run_adv, tmp_path):
-    run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
-    paths = only_run(tmp_path / "runs")
+def test_checkpoints_with_odd_contents_are_refused(run_adv, finished, tmp_path):
+    paths = RunPaths(finished(*toy.TOY_RUN, to=tmp_path / "runs"))
     content = load_checkpoint(paths.checkpoint)
     torch.save({**content, "settings": "none"}, tmp_path / "odd.pth.tar")
     assert_refused(
@@ -579,7 +577,7 @@ def test_resume_says_which_images_changed(run_adv, tmp_path, image_tree):
             again,
             2,
             str(root),
-            f"trained on other data than {data} holds now: its test pixels differ",
+            f"trained on other data than {data} has now: its test pixels differ",
         )
     assert files(tmp_path / "r") == before
 
@@ -619,7 +617,7 @@ def test_a_real_divergence_is_caught(run_adv, tmp_path):
 
 
 def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
-    """With one step an epoch the loss is still finite when the weights no longer are."""
+    """With one step an epoch, the loss is still finite when the weights no longer are."""
     flags = ["--batch_size", "100", "--lr", "1e30"]
     outcome = run_adv(*toy.TOY_RUN, *flags, "--save_dir", tmp_path)
     assert_refused(outcome, 3, "no longer finite after epoch 1, step 1 of 1", "no checkpoint yet")
@@ -627,7 +625,7 @@ def test_a_network_broken_by_the_last_step_is_not_saved(run_adv, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run_adv, tmp_path, monkeypatch):
-    """A limit on the size of files meets a write as a full disk does."""
+    """A limit on file sizes makes a write fail as a full disk does."""
     original = utils.training.run.Run.adversarial_epoch
 
     def stop_after_one(self, epoch, title):

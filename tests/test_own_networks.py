@@ -1,5 +1,5 @@
-"""Networks of one's own: trained through mask updates, resumed to the bit and evaluated, or refused
-before a step."""
+"""Custom networks: trained through mask updates, resumed to the bit and evaluated, or refused
+before the first step."""
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ from models.flops import layer_costs, real_inference
 from sparse_core import Masking, MaskingConfig
 from tests import toy
 from tests.processes import in_processes
-from tests.test_resume import assert_equal, only_run, stop_at
+from tests.test_resume import assert_equal, stop_at
+from tests.toy import only_run
 from utils.errors import RunError
 from utils.execution.distributed import ALONE
 from utils.execution.forward import PLAIN, Execution, Forward
-from utils.seeding import host_draws
+from utils.seeding import cpu_generator_states
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.storage.checkpoint import load_checkpoint
@@ -54,7 +55,7 @@ class Tokens(nn.Module):
 
 
 class Tied(nn.Module):
-    """One linear layer computed twice, and its weight once more under another name."""
+    """A linear layer applied twice, and its weight once more under another name."""
 
     def __init__(self, classes, normalize):
         super().__init__()
@@ -69,7 +70,7 @@ class Tied(nn.Module):
 
 
 class Unused(nn.Module):
-    """Has a layer that its forward leaves out."""
+    """Has a layer that its forward pass does not use."""
 
     def __init__(self, classes, normalize):
         super().__init__()
@@ -80,7 +81,7 @@ class Unused(nn.Module):
 
 
 class Depth(nn.Module):
-    """Stochastic depth by torch.rand, as people write it."""
+    """Stochastic depth by ``torch.rand``, as people write it."""
 
     def __init__(self, classes, normalize):
         super().__init__()
@@ -185,7 +186,7 @@ def run(run_adv, monkeypatch):
 def test_trains_resumes_to_the_bit_and_evaluates(run, run_adv, tmp_path, monkeypatch, name, method):
     outcome = run(name, method, "--save_dir", tmp_path / "whole")
     assert outcome.code == 0, outcome.err
-    torch.rand(7)  # whatever another program draws between two parts of a run
+    torch.rand(7)  # another program may draw between two parts of a run
     stop_at(monkeypatch, 6)
     assert run(name, method, "--save_dir", tmp_path / "cut").code == 75
     torch.manual_seed(5)
@@ -220,7 +221,7 @@ def test_a_weight_norm_trains_dense_and_is_refused_for_masks(run, tmp_path, monk
 
 
 class Wrapped(nn.Module):
-    """The plain network with something before and after it."""
+    """The plain network between two functions."""
 
     def __init__(self, classes, normalize, before=lambda x: x, after=lambda logits: logits):
         super().__init__()
@@ -231,7 +232,7 @@ class Wrapped(nn.Module):
 
 
 class Outside(nn.Module):
-    """A random projection that no buffer holds."""
+    """Projects by a random matrix that is not a buffer."""
 
     def __init__(self, classes, normalize):
         super().__init__()
@@ -258,32 +259,32 @@ def wrapped(**parts):
 
 
 REFUSED = {
-    "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained so: RuntimeError in"),
+    "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained: RuntimeError in"),
     "other classes": (
         wrapped(after=lambda logits: logits[:, 1:]),
-        "with [2, 9] and not with logits [2, 10]",
+        "with [2, 9] instead of logits [2, 10]",
     ),
     "squeezes one image": (
         wrapped(after=lambda logits: logits.squeeze(0)),
-        "with [10] and not with logits [1, 10]",
+        "with [10] instead of logits [1, 10]",
     ),
     "gives two": (
         wrapped(after=lambda logits: (logits, logits)),
-        "with a tuple and not with logits [2, 10]",
+        "with a tuple instead of logits [2, 10]",
     ),
-    "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities and not logits"),
+    "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities instead of logits"),
     "always drops": (wrapped(after=lambda logits: F.dropout(logits, 0.5)), "is not deterministic"),
     "batch statistics": (batch_statistics, "depends on the images beside it"),
     "changes its images": (wrapped(before=lambda x: x.mul_(2)), "in-place operation"),
     "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
-    "still": (still, "none of the network's parameters is trained"),
-    "outside": (Outside, "outside of its state_dict"),
+    "still": (still, "none of the network's parameters can be trained"),
+    "outside": (Outside, "state outside its state_dict"),
     "lazy": (
         lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)),
         "size only a first image gives",
     ),
     "no network": (lambda classes, normalize: None, "a NoneType and not a torch.nn.Module"),
-    "no builder": (lambda classes: None, "cannot be trained so: TypeError"),
+    "no builder": (lambda classes: None, "cannot be trained: TypeError"),
 }
 
 
@@ -303,13 +304,13 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- draws
+# ---------------------------------------------------------------- random draws
 
 
 def test_the_generators_of_the_host_are_left_alone(run, tmp_path):
-    before = host_draws()
+    before = cpu_generator_states()
     assert run("dropout", "fb", "--save_dir", tmp_path).code == 0
-    assert host_draws() == before
+    assert cpu_generator_states() == before
 
 
 def test_a_rehearsal_leaves_the_network_as_it_was():
@@ -323,7 +324,7 @@ def test_a_rehearsal_leaves_the_network_as_it_was():
 
 
 class Noting(nn.Module):
-    """Adds a draw in train mode and notes it; has a layer that is not used."""
+    """Adds a random draw in train mode and records it; has an unused layer."""
 
     def __init__(self):
         super().__init__()
@@ -372,7 +373,7 @@ def test_steps_and_processes_draw_for_themselves_and_an_unused_layer_is_no_troub
 
 
 class Sometimes(Noting):
-    """Uses a layer in the second step alone."""
+    """Uses a layer in every second step only."""
 
     def forward(self, x):
         logits = super().forward(x)

@@ -21,7 +21,7 @@ VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Refuses tags that do not match; keeps elements and text."""
+    """Asserts that tags match; collects elements and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page_path(tmp_path):
-    """The page of made-up runs of two seeds, one of them with a name that is HTML."""
+    """The page of made-up runs: two methods with two seeds, and a run whose name is HTML."""
     for seed in (1, 2):
         write_run(tmp_path / "runs", "dense", seed, ra=48.0 + seed)
         run = write_run(tmp_path / "runs", "fbp", seed, ra=50.0 + seed, density=0.1, live=0.07)

@@ -46,7 +46,7 @@ def test_other_methods_networks_densities_and_data_have_none(tmp_path):
         assert paper.table1(group(tmp_path, method, **flags)) == {}, (method, flags)
     assert paper.table1(group(tmp_path, "fb", width=0.5))["ra_best"] == 51.62
     assert paper.table1(group(tmp_path, "fb", dataset="digits"), "cifar100")["ra_best"] == 26.64
-    # its own data set goes first
+    # the run's own data set takes precedence
     assert paper.table1(group(tmp_path, "fb"), "cifar100")["ra_best"] == 51.62
 
 

@@ -1,5 +1,5 @@
-"""The commands of the README and of the pages on recipes, evaluation, deploying and clusters run at
-toy size, trainings past their first mask update."""
+"""Runs the commands of the README and of the pages on recipes, evaluation, deploying and clusters
+at toy size, trainings past their first mask update."""
 
 import json
 import re
@@ -46,8 +46,7 @@ def arguments_of(command):
 
 
 def smaller(arguments):
-    """The same command on tiny data, two epochs and a thin network; masks move at every second
-    step."""
+    """The arguments for three epochs of a thin network, with a mask update every second step."""
     flags = dict.fromkeys(
         "--epochs --epochs1 --epochs2 --train_subset --batch_size --train_step --test_step"
         " --save_dir --decreasing_lr".split()
@@ -71,7 +70,7 @@ def smaller(arguments):
 
 @pytest.fixture
 def toy_data(tmp_path, monkeypatch):
-    """Every data set of the commands, small: stand-ins for downloads, folders for the rest."""
+    """Small versions of the commands' data sets: stand-ins for downloads, folders for the rest."""
     rng = np.random.RandomState(0)
     classes = 10
     pixels, labels = rng.randint(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % classes
@@ -90,7 +89,7 @@ def toy_data(tmp_path, monkeypatch):
 
 
 def test_the_pages_have_their_commands():
-    assert len(commands("python", README)) == 4  # the paper's
+    assert len(commands("python", README)) == 4  # the paper's methods
     assert len(TRAINING) == 9
     assert len(BIRD) == 4
     assert len(EVALUATION) == 6 == sum("--eval " in command for command in EVALUATION)
@@ -122,19 +121,19 @@ def smaller_bird(arguments):
         if "--stage1_pretrained" in arguments
         else ["--epochs1", "2", "--epochs2", "3"]
     )
-    # a tenth of the weights must be more than one a layer
+    # wide enough that a tenth of the weights gives each layer more than one
     return [flag.replace("0.0625", "0.125") for flag in small]
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """Runs that several tests look at, each trained once."""
+    """Folder of runs that several tests share, each trained once."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture
 def train_as(store, run_adv, run_eb, toy_data):
-    """``train_as("fb")`` leaves the run of the recipe with that name in ``experiment/fb/RUN``."""
+    """``train_as("fb")`` puts the run of the recipe with that name into ``experiment/fb/RUN``."""
 
     def train(name):
         if not (store / name).exists():
@@ -161,15 +160,6 @@ def test_robust_bird_commands(command, run_bird, train_as, toy_data):
     content = load_checkpoint(run / "checkpoint.pth.tar")
     assert ("channels" in content["network"]) == ("channel" in command)
     assert (content["masking"] is None) == ("channel" in command)
-
-
-def test_robust_birds_commands_parse_as_they_stand(monkeypatch):
-    from utils.settings.command_line import parse_settings
-    from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
-
-    for command in BIRD:
-        kind = TicketSettings if "train_base" in command else EarlyBirdSettings
-        assert parse_settings(kind, arguments_of(command), "", lambda given: {}).epochs2 == 200
 
 
 @pytest.mark.parametrize("command", EVALUATION)
@@ -221,7 +211,7 @@ def test_the_snippet_that_loads_a_network(train_as, capsys):
 
 
 def rows_of(page, heading):
-    """The cells of the tables under a heading, by the first of each line."""
+    """The rows of the tables under a heading, as lists of cells."""
     lines = page.split(heading)[1].split("\n## ")[0].splitlines()
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -296,19 +286,8 @@ def test_the_scripts_in_the_table_are_those_there():
     assert named == sourcing
 
 
-def test_the_paper_commands_parse_as_they_stand(run_adv, toy_data, monkeypatch):
-    """At full size nothing is trained here; the settings are checked, not the time."""
-    from utils.settings.adversarial import AdversarialSettings
-    from utils.settings.command_line import parse_settings
-
-    for command in TRAINING:
-        assert parse_settings(
-            AdversarialSettings, arguments_of(command), "", lambda given: {}
-        ).epochs in (12, 200)
-
-
 def test_the_loop_for_schedulers_ends_with_a_finished_run(run_adv, tmp_path):
-    """The shell repeats the command while it runs out of time, and repeating it finishes it."""
+    """The shell repeats the command while it exits on its time limit, until the run is finished."""
     (loop,) = commands("until python main_adv.py", CLUSTERS)
     turns = "python() { echo turn; n=$((n + 1)); [ $n = 3 ] || return 75; }\n"
     result = subprocess.run(["bash", "-c", turns + loop], capture_output=True, text=True)
@@ -370,7 +349,7 @@ def test_named_scripts_exist():
 
 
 def test_the_quickstart_is_what_its_script_says(run_adv, run_eb, tmp_path, monkeypatch):
-    """Its six commands, with the epochs cut; the script itself takes minutes."""
+    """Its six commands with fewer epochs; the script itself takes minutes."""
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
     (common,) = re.findall(r"common=\((.*?)\)", script, flags=re.S)
     tails = re.findall(r"^run (.*)$", script, flags=re.M)

@@ -1,4 +1,4 @@
-"""The trained models in results/models repeat their figures on 200 fixed test images.
+"""The trained models in results/models reproduce their figures on 200 fixed test images.
 
 ``python -m tests.test_released`` measures them again and writes ``results/models/figures.json``.
 """
@@ -17,13 +17,13 @@ from utils.execution.hardware import full_precision
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "results" / "models"
-# 20 of each class of CIFAR-10's test images (JPEG), averaged down to 16x16
+# 20 test images (JPEG) of each CIFAR-10 class, averaged down to 16x16
 IMAGES = ROOT / "tests" / "golden" / "cifar10_16x16.npz"
 NAMES = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
 
 
 def measured(model):
-    """Clean and PGD-10 accuracy (linf 8/255, from the images themselves) in percent."""
+    """Clean and PGD-10 accuracy (linf 8/255, no random start) in percent."""
     with np.load(IMAGES) as stored:
         x = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 255
         y = torch.from_numpy(stored["labels"])
@@ -39,7 +39,7 @@ def measured(model):
 def test_a_released_model_repeats_its_figures(name):
     stored = json.loads((MODELS / "figures.json").read_text())[name]
     model = load_model(MODELS / name)
-    # one image may be at the boundary on another machine
+    # on another machine, one image may fall on the other side of the boundary
     assert measured(model) == pytest.approx(stored, abs=0.51)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(hubconf.load(name)(images), model(images))

@@ -10,7 +10,7 @@ from torch import nn
 import utils.training.collapse
 from sparse_core import Masking, MaskingConfig
 from tests import toy
-from tests.test_resume import only_run
+from tests.toy import only_run
 from utils.attacks import PGD, attack_draws, n_fgsm, pgd_attack
 from utils.evaluation.scores import Score
 from utils.execution.forward import Forward
@@ -28,7 +28,7 @@ from utils.training.weight_perturbation import perturbed_weights
 
 
 def two_layers():
-    """Logits of an image [a, b]: ReLU of a first layer, times a second; float64."""
+    """Two linear layers with a ReLU between them, for images of two pixels, in float64."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
     model.double()
     with torch.no_grad():
@@ -43,7 +43,7 @@ Y = torch.tensor([0])
 
 
 def by_hand(a, b):
-    """Probabilities of two logits."""
+    """Softmax of two logits."""
     return math.exp(a) / (math.exp(a) + math.exp(b)), math.exp(b) / (math.exp(a) + math.exp(b))
 
 
@@ -99,7 +99,7 @@ def test_weights_move_by_gamma_along_the_gradient_and_come_back_to_the_bit():
     for parameter, w, moved in zip(model.parameters(), before, inside, strict=True):
         assert torch.equal(parameter, w)
         assert not torch.equal(moved, w)
-    # The gradient is that at the moved weights.
+    # The gradient is taken at the moved weights.
     twin = two_layers()
     with torch.no_grad():
         for parameter, moved in zip(twin.parameters(), inside, strict=True):
@@ -120,7 +120,7 @@ def test_the_ascent_leaves_norms_biases_and_statistics_alone():
         assert int(model[1].num_batches_tracked) == 0
         F.cross_entropy(model(x), y).backward()
     assert int(model[1].num_batches_tracked) == 1
-    # The first layer moved, so the statistics are near those of an unmoved one, not the same.
+    # The first layer has moved, so its statistics are close to the unmoved ones, not equal.
     assert torch.allclose(model[1].running_mean, twin[1].running_mean, atol=1e-2)
 
 
@@ -150,7 +150,7 @@ def test_an_exponential_average_warms_up_and_takes_the_statistics_along():
                 expected[name] = d * expected[name] + (1 - d) * value
             else:
                 expected[name] = value.clone()
-    assert (1 + 5) / (10 + 5) > 0.3 > 3 / 12  # warm within these steps
+    assert (1 + 5) / (10 + 5) > 0.3 > 3 / 12  # the warm-up ends within these steps
     for name, value in average.model.state_dict().items():
         assert torch.allclose(value, expected[name], atol=1e-12, rtol=0), name
     assert not average.model.training
@@ -212,7 +212,7 @@ def test_an_average_over_epochs_is_the_mean_since_a_weight_grew():
     masks[2][lost] = False  # is dropped for the third
     seen = []
     for epoch, mask in enumerate(masks):
-        masking.masks = {**masking.masks, name: mask}  # as an update does, a new mapping
+        masking.masks = {**masking.masks, name: mask}  # a new mapping, as after an update
         average.after_step(model, masking)
         with torch.no_grad():
             masking.weights[name].normal_().mul_(mask)
@@ -399,8 +399,8 @@ ONE_STEP = [*toy.TOY_RUN, "--epochs", "3", "--train_attack", "fgsm-rs", "--fb", 
 
 @pytest.fixture
 def accuracies(monkeypatch):
-    """Makes the guard see given accuracies under (PGD-10, the one-step attack), look by look, and
-    remember the step sizes that it asked about."""
+    """``accuracies(*looks)`` makes the guard see these pairs of PGD-10 and one-step accuracy, and
+    returns the list of step sizes that it asks about."""
 
     def see(*looks):
         left, sizes = [value for look in looks for value in look], []
@@ -458,8 +458,8 @@ def test_a_collapse_before_a_checkpoint_cannot_be_rolled_back(run_adv, tmp_path,
     ("looks", "collapses"),
     [
         ([FINE, (21.0, 80.0)], False),  # no less than half of the best
-        ([FINE, (10.0, 12.0)], False),  # the one-step attack's fell too: another trouble
-        ([(12.0, 12.0), (5.0, 12.0)], False),  # by chance alone
+        ([FINE, (10.0, 12.0)], False),  # one-step accuracy fell too: another problem
+        ([(12.0, 12.0), (5.0, 12.0)], False),  # at chance level
         ([FINE, (15.0, 46.0)], True),
     ],
 )
@@ -468,12 +468,12 @@ def test_what_a_collapse_is(accuracies, looks, collapses):
     guard = CollapseGuard(PGD(8 / 255, 10 / 255, 1), toy.data(30), 1)
     guard._chance = 10.0
     forward = Forward(toy.network())
-    guard.look(forward, "epoch 1")
+    guard.check(forward, "epoch 1")
     if collapses:
         with pytest.raises(CollapseError, match="in epoch 2"):
-            guard.look(forward, "epoch 2")
+            guard.check(forward, "epoch 2")
     else:
-        guard.look(forward, "epoch 2")
+        guard.check(forward, "epoch 2")
 
 
 def test_training_by_many_steps_is_not_watched(run_adv, tmp_path):
@@ -498,8 +498,8 @@ def test_training_by_many_steps_is_not_watched(run_adv, tmp_path):
         ("--train_loss trades --no-train_randinit", "would attack nothing"),
         ("--awp_start 1", "no --awp"),
         ("--awp .01 --awp_start 2", "--awp_start 2 lies past the end of 2 epochs"),
-        ("--awp -1", "--awp lies in [0, 1)"),
-        ("--ema 1", "--ema lies in [0, 1)"),
+        ("--awp -1", "--awp must lie in [0, 1)"),
+        ("--ema 1", "--ema must lie in [0, 1)"),
         ("--ema .9 --swa 1", "choose one"),
         ("--swa 2", "--swa 2 lies past the end of 2 epochs"),
         ("--label_smoothing nan", "must be finite"),

@@ -1,4 +1,4 @@
-"""A run that is stopped, at any moment, ends as the run that was never stopped: to the bit."""
+"""A run stopped at any moment and resumed equals the uninterrupted run to the bit."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from main_adv import AdversarialRun
 from tests import toy
+from tests.toy import only_run
 from utils.errors import InputError, Stopped
 from utils.execution.interruption import Interruption
 from utils.settings.adversarial import AdversarialSettings
@@ -77,13 +78,8 @@ METHODS = {
 }
 
 
-def only_run(save_dir):
-    (root,) = save_dir.iterdir()
-    return RunPaths(root)
-
-
 def state(save_dir):
-    """Weights, momentum, batch norm and masks; metrics, best models and summary, but for times."""
+    """A run's tensors by name; its metrics, summary and other masking state, without times."""
     paths = only_run(save_dir)
     content = load_checkpoint(paths.checkpoint)
     tensors = {f"weight {name}": value for name, value in content["state_dict"].items()}
@@ -118,7 +114,19 @@ def assert_equal(one, other):
     (tensors, plain), (tensors2, plain2) = state(one), state(other)
     assert tensors.keys() == tensors2.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], tensors2[name])] == []
-    assert repr(plain) == repr(plain2)  # in which what was not measured (NaN) equals itself
+    assert repr(plain) == repr(plain2)  # as text, so that NaN (not measured) equals itself
+
+
+@pytest.fixture
+def whole(finished, tmp_path):
+    """Copies the finished run of a method to ``whole``, and returns that folder."""
+
+    def whole(method):
+        script = "train_eb" if method.startswith("rb") else "main_adv"
+        finished(*METHODS[method], to=tmp_path / "whole", script=script)
+        return tmp_path / "whole"
+
+    return whole
 
 
 @pytest.fixture
@@ -129,8 +137,8 @@ def run(run_adv, run_eb):
 
 
 def stop_at(monkeypatch, opportunity):
-    """Ask for a stop from some chance on, counted from 1: after a step, or within a test. None
-    never asks."""
+    """Ask for a stop at every opportunity (a step, a batch of a test) from this one on, counted
+    from 1; None never asks. Returns the list that counts them."""
     chances = []
 
     def asked(self):
@@ -143,8 +151,7 @@ def stop_at(monkeypatch, opportunity):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_again_and_again(run, tmp_path, monkeypatch, method):
-    """At each third chance from the start or the last stop, until the run is done; a test that was
-    cut begins anew."""
+    """At every third opportunity, until the run is done; an interrupted test starts over."""
     chances = stop_at(monkeypatch, None)
     assert run(method, "--save_dir", tmp_path / "whole").code == 0
     codes = []
@@ -159,7 +166,7 @@ def test_stopped_again_and_again(run, tmp_path, monkeypatch, method):
 
 
 def test_the_best_model_is_of_its_epoch_and_not_of_a_later_step(run, tmp_path, monkeypatch):
-    """Cut in the step after the best epoch and resumed: what lies there stays."""
+    """Interrupted in the step after the best epoch and resumed, the stored best model stays."""
     stop_at(monkeypatch, 8)  # four steps and three batches of tests are epoch 1
     assert run("dense", "--save_dir", tmp_path).code == 75
     paths = only_run(tmp_path)
@@ -170,10 +177,9 @@ def test_the_best_model_is_of_its_epoch_and_not_of_a_later_step(run, tmp_path, m
     assert paths.best_ra.read_bytes() == before
 
 
-def test_another_draw_is_another_run(run, tmp_path, monkeypatch):
-    """The negative control of these tests: one draw changed in one epoch after a stop, and the
-    comparison fails."""
-    assert run("fb", "--save_dir", tmp_path / "whole").code == 0
+def test_another_draw_is_another_run(run, whole, tmp_path, monkeypatch):
+    """Negative control: with one draw changed in one epoch after a stop, the comparison fails."""
+    whole("fb")
     stop_at(monkeypatch, 7)
     assert run("fb", "--save_dir", tmp_path / "cut").code == 75
     monkeypatch.undo()
@@ -211,7 +217,7 @@ def test_saving_within_an_epoch_changes_nothing(run, tmp_path, monkeypatch, flag
     assert_equal(tmp_path / "plain", tmp_path / "often")
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- who asks for a stop
 
 
 def start(*flags):
@@ -255,7 +261,7 @@ def test_a_second_ctrl_c_does_not_wait(run, tmp_path, monkeypatch):
         time.sleep(0.01)  # pragma: no cover - the second signal arrives before
 
     monkeypatch.setattr(Interruption, "asked", twice)
-    # tests in a shell's background are started without
+    # a shell's background jobs start with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     outcome = run("dense", "--save_dir", tmp_path)
     assert outcome.code == 130
@@ -263,8 +269,8 @@ def test_a_second_ctrl_c_does_not_wait(run, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_time_limit_saves_and_says_that_there_is_more(run, tmp_path):
-    assert run("fbp", "--save_dir", tmp_path / "whole").code == 0
+def test_a_time_limit_saves_and_says_that_there_is_more(run, whole, tmp_path):
+    whole("fbp")
     codes = []
     while not codes or codes[-1] == 75:
         outcome = run("fbp", "--save_dir", tmp_path / "cut", "--resume", "--time_limit", 0.2 / 60)
@@ -276,8 +282,7 @@ def test_a_time_limit_saves_and_says_that_there_is_more(run, tmp_path):
 
 
 def test_a_limit_that_is_over_at_once_still_gets_somewhere(run, tmp_path):
-    """One step or one test at a time: a test that was cut begins anew, and is then let to its
-    end."""
+    """One step or one test at a time: an interrupted test starts over and then runs to its end."""
     codes = []
     while not codes or codes[-1] == 75:
         codes.append(
@@ -296,8 +301,7 @@ def test_a_limit_that_is_over_at_once_still_gets_somewhere(run, tmp_path):
         )
         assert len(codes) < 40
     assert codes[-1] == 0
-    # the first test goes on into the fifth step; the second is cut from the summary, which then is
-    # made
+    # the first test and the fifth step share a call; the second test and the summary take one each
     assert len(codes) == 4 + 4 + 2
 
 
@@ -305,10 +309,10 @@ def test_another_run_that_may_have_been_meant_is_named(run, tmp_path):
     (tmp_path / "alien").mkdir()
     (tmp_path / "alien" / "config.json").write_text('{"settings": [1]}')
     alone = run("fb", "--save_dir", tmp_path, "--resume")
-    assert "nothing to resume there, this run starts anew\n" in alone.out
+    assert "nothing to resume there, starting from scratch\n" in alone.out
     (folder,) = tmp_path.glob("fb_*")
     assert (
-        f"this run starts anew; {folder} has --density 0.3\n"
+        f"starting from scratch; {folder} has --density 0.3\n"
         in run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume").out
     )
 
@@ -326,7 +330,7 @@ def test_where_a_run_goes_on_is_said(run, tmp_path, monkeypatch):
 
 
 def test_a_broken_network_is_not_saved_within_an_epoch(run_adv, tmp_path):
-    """One step and the loss is still finite; the weights are not."""
+    """After one step the loss is still finite, but the weights are not."""
     outcome = run_adv(
         *toy.TOY_RUN,
         "--lr",
@@ -355,24 +359,24 @@ def damage(path, how):
     elif how == "gone":
         path.unlink()
         return
-    else:  # a bit of a weight
+    else:  # flip a bit of a weight
         weights = (
             load_checkpoint(path)["state_dict"]["layer4.1.bn2.running_var"].numpy().tobytes()[:64]
         )
         place = bytes(content).find(weights)
         assert place > 0
         content[place + 5] ^= 1
-    path.unlink()  # the file may have a second name
+    path.unlink()  # the file may have another hard link
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "gone"])
 @pytest.mark.parametrize("by", ["--resume", "--resume_dir"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    run, run_adv, tmp_path, monkeypatch, how, by
+    run, run_adv, whole, tmp_path, monkeypatch, how, by
 ):
-    assert run("dense", "--save_dir", tmp_path / "whole").code == 0
-    stop_at(monkeypatch, 18)  # in the third epoch: two whole checkpoints lie there
+    whole("dense")
+    stop_at(monkeypatch, 18)  # in the third epoch, with two complete checkpoints
     assert run("dense", "--save_dir", tmp_path / "cut").code == 75
     monkeypatch.undo()
     paths = only_run(tmp_path / "cut")
@@ -384,14 +388,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     )
     assert outcome.code == 0, outcome.err
     assert "warning: " in outcome.out
-    assert "going on from checkpoint_previous.pth.tar, the one before" in outcome.out
+    assert "resuming from the previous checkpoint checkpoint_previous.pth.tar" in outcome.out
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_path, monkeypatch):
-    """The damaged checkpoint never takes the place of the good one, and a message names the good
-    one."""
-    assert run("dense", "--save_dir", tmp_path / "whole").code == 0
+def test_what_a_run_fell_back_to_stays_until_there_is_something_better(
+    run, whole, tmp_path, monkeypatch
+):
+    """The damaged checkpoint never replaces the good one, and messages name the good one."""
+    whole("dense")
     stop_at(monkeypatch, 18)
     assert run("dense", "--save_dir", tmp_path / "cut").code == 75
     monkeypatch.undo()
@@ -399,7 +404,7 @@ def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_
     damage(paths.checkpoint, "cut")
     replace = os.replace
 
-    # the moment of a kill: the new file is written and has no name yet
+    # as if killed when the new file is written but not yet renamed
     def refused(source, target):
         if Path(target) == paths.checkpoint:
             raise OSError(28, "No space left on device")
@@ -414,11 +419,11 @@ def test_what_a_run_fell_back_to_stays_until_there_is_something_better(run, tmp_
     ), outcome.err
     assert run("dense", "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
-    assert load_checkpoint(paths.previous)["epoch"] == 4  # the two good ones take turns again
+    assert load_checkpoint(paths.previous)["epoch"] == 4  # the two files alternate again
 
 
 def test_a_run_that_another_process_has_taken_further_is_left_alone(run, tmp_path, monkeypatch):
-    """Read before that, begun after it: going on would train over what the other has saved."""
+    """It read the checkpoint before the other finished; training would overwrite that work."""
     stop_at(monkeypatch, 6)
     assert run("dense", "--save_dir", tmp_path).code == 75
     monkeypatch.undo()
@@ -430,7 +435,7 @@ def test_a_run_that_another_process_has_taken_further_is_left_alone(run, tmp_pat
     before = paths.stamps(), paths.config.read_bytes()
     with pytest.raises(
         InputError,
-        match=r"another process has trained in .* in the meantime; --resume goes on from there",
+        match=r"another process has trained in .* in the meantime; --resume continues from there",
     ):
         slow.train()
     assert (paths.stamps(), paths.config.read_bytes()) == before
@@ -449,7 +454,7 @@ def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypat
         if by == "--resume"
         else run_adv("--resume_dir", paths.root)
     )
-    assert (outcome.code, "cannot be resumed; another --save_dir starts anew" in outcome.err) == (
+    assert (outcome.code, "cannot be resumed; another --save_dir starts" in outcome.err) == (
         2,
         True,
     )
@@ -470,10 +475,10 @@ def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monk
     assert not rest.exists()
 
 
-def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, whole, tmp_path, monkeypatch):
     import utils.storage.run_folder
 
-    assert run("fbp", "--save_dir", tmp_path / "whole").code == 0
+    whole("fbp")
     original = utils.storage.run_folder.save_checkpoint
 
     def full(path, content, keep=None):
@@ -495,9 +500,11 @@ def test_a_disk_that_is_full_for_a_while_costs_an_epoch(run, tmp_path, monkeypat
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_adv, tmp_path):
-    """It has lines of metrics and no checkpoint for the moment between the two."""
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(
+    run_adv, finished, tmp_path
+):
+    """For a moment, a run has metrics and no checkpoint yet."""
+    finished(*toy.TOY_RUN, to=tmp_path)
     paths = only_run(tmp_path)
     for path in (paths.checkpoint, paths.previous, paths.summary):
         path.unlink()
@@ -519,8 +526,7 @@ def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(run_
 
 @pytest.mark.parametrize("by", ["fb", "rb"])
 def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
-    """With milestones and schedules that do not hang on the length, it is the longer run from the
-    start."""
+    """If milestones and schedules do not depend on the length, it equals the longer run."""
     run, name = (run_eb, "--epochs2") if by == "rb" else (run_adv, "--epochs")
     flags = (
         [*toy.TOY_BIRD, *toy.EASY_TICKET]
@@ -545,7 +551,7 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
     }
     assert "is finished" in run("--resume_dir", root).out
     before = RunPaths(root).stamps(), RunPaths(root).config.read_bytes()
-    # its figures would be those of 4 epochs
+    # refused, since its figures would be those of 4 epochs
     shorter = run(*flags, name, 2, "--save_dir", tmp_path / "grown", "--resume")
     assert (shorter.code, f"has grown to {name} 4; --resume_dir resumes it" in shorter.err) == (
         2,
@@ -558,22 +564,22 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
 
 
 def killing_flags(kills):
-    """A run long enough that it is still at work when the last kill comes."""
+    """A run that is long enough to be still at work at the last kill."""
     epochs = 12 if kills <= 10 else 100
     return [*toy.TOY_RUN, *FBP, "--epochs", epochs, "--decreasing_lr", "0.5"]
 
 
 def killed_and_resumed(tmp_path, kills):
-    """Start, kill at a random moment, start again, for five minutes at most; then let it end.
+    """Start a run, kill it at random moments for five minutes at most, then let it end.
 
-    Returns how many kills met it at work, of how many."""
+    Returns how many kills hit it at work, and how many were tried."""
     flags = [*killing_flags(kills), "--save_every", "1", "--resume", "--save_dir", tmp_path / "cut"]
     moments, deadline = random.Random(1), time.monotonic() + 300
     done = tried = 0
     for _ in range(kills):
         tried += 1
         process = start(*flags)
-        # most of them while it trains, tests and saves; the others while it starts
+        # most kills hit training, tests and saves, the others the start
         if moments.random() < 0.9:
             for line in process.stdout:
                 if line.startswith("writing to"):
@@ -596,7 +602,7 @@ def killed_and_resumed(tmp_path, kills):
 def test_killed_at_random_moments(run_adv, tmp_path, kills):
     assert run_adv(*killing_flags(kills), "--save_dir", tmp_path / "whole").code == 0
     done, tried = killed_and_resumed(tmp_path, kills)
-    assert done >= 0.7 * tried >= 0.3 * kills  # a slow machine has not time for all of them
+    assert done >= 0.7 * tried >= 0.3 * kills  # a slow machine has no time for all kills
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -608,8 +614,8 @@ def test_what_schedulers_send_asks_to_stop(number):
     assert (str(stopped), stopped.code) == ("terminated", 128 + number)
 
 
-def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, tmp_path):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, finished, tmp_path):
+    finished(*toy.TOY_RUN, to=tmp_path)
     paths = only_run(tmp_path)
     (paths.root / ".Trash-1000").mkdir()
     theirs, ours = paths.root / ".notes-of-mine", paths.root / ".config.json-abc"
@@ -641,7 +647,7 @@ ODD_JSON = [
 
 
 def test_odd_neighbours_are_skipped(run, tmp_path):
-    """Their ``config.json`` may be anything: the one run that is like this one is still found."""
+    """Whatever their ``config.json`` holds, the one run that resembles this one is still found."""
     assert run("fb", "--save_dir", tmp_path).code == 0
     (like_it,) = tmp_path.iterdir()
     for number, content in enumerate(ODD_JSON):
@@ -652,7 +658,7 @@ def test_odd_neighbours_are_skipped(run, tmp_path):
     os.mkfifo(tmp_path / "pipe" / "config.json")
     outcome = run("fb", "--density", 0.4, "--save_dir", tmp_path, "--resume")
     assert outcome.code == 0, outcome.err
-    assert f"this run starts anew; {like_it} has --density 0.3\n" in outcome.out
+    assert f"starting from scratch; {like_it} has --density 0.3\n" in outcome.out
 
 
 def test_a_finished_run_with_an_odd_summary_is_one_line(

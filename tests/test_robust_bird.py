@@ -18,19 +18,14 @@ from models.flops import layer_costs, paper_inference, real_inference
 from models.loading import build_network
 from sparse_core import initial_masks
 from tests import toy
+from tests.toy import only_run
 from utils.early_bird import EarlyBird
 from utils.storage.checkpoint import load_checkpoint
-from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_epochs, read_summary
 
 ROOT = Path(__file__).parent.parent
 BIRD = [*toy.TOY_BIRD, *toy.EASY_TICKET]
 DEVICE = torch.device("cpu")
-
-
-def only_run(save_dir):
-    (root,) = save_dir.iterdir()
-    return RunPaths(root)
 
 
 def files(root):
@@ -54,10 +49,9 @@ def stage1_network(paths):
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("pruning", ["unstructured", "channel"])
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(("inside", "pruning"), [(True, "unstructured"), (False, "channel")])
 def test_the_scripts_run_from_their_folder_and_from_the_root(tmp_path, pruning, inside):
-    """The seed's command, small: a ticket and stage-2 results."""
+    """The original command at toy size gives a ticket and stage-2 results."""
     where, script = (
         (ROOT / "Robust-Bird", "train_eb.py") if inside else (ROOT, "Robust-Bird/train_eb.py")
     )
@@ -251,9 +245,9 @@ def test_other_networks_lose_channels_too(run_eb, tmp_path, image_tree, arch):
     assert read_summary(only_run(tmp_path / "runs"))["density"] < 0.6
 
 
-def test_a_layer_that_the_floor_helps_is_named(run_eb, run_adv, tmp_path):
-    """The last group's scales far below all others, as after a few epochs of clean training."""
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
+def test_a_layer_that_the_floor_helps_is_named(run_eb, finished, tmp_path):
+    """The last group's scales are far below all others, as after a few epochs of clean training."""
+    finished(*toy.TOY_RUN, to=tmp_path / "dense")
     state = load_checkpoint(only_run(tmp_path / "dense").checkpoint)["state_dict"]
     for name in ("bn.weight", "layer4.1.bn1.weight"):
         state[name] *= 1e-6
@@ -286,7 +280,7 @@ def test_no_ticket_in_time_is_a_warning_and_the_last_mask_is_taken(run_eb, tmp_p
     outcome = run_eb(*toy.TOY_BIRD, "--eb_window", 3, "--eb_tolerance", 0, "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
     assert (
-        "warning: no ticket emerged within --epochs1 4; going on with the mask of its last epoch"
+        "warning: no ticket emerged within --epochs1 4; continuing with the mask of its last epoch"
         in outcome.out
     )
     paths = only_run(tmp_path)
@@ -326,9 +320,9 @@ def test_density_one_prunes_nothing_and_says_so(run_eb, tmp_path, pruning):
     assert read_summary(only_run(tmp_path))["density"] == 1
 
 
-def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, tmp_path):
-    """Of a run of ours or a state dict alone; the file's content names the run, not its place."""
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
+def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, finished, tmp_path):
+    """From our checkpoint or a bare state dict; content, not path, determines the run's name."""
+    finished(*toy.TOY_RUN, to=tmp_path / "dense")
     path = only_run(tmp_path / "dense").checkpoint
     state = load_checkpoint(path)["state_dict"]
     torch.save(
@@ -421,7 +415,7 @@ RESUMED = {
 
 
 def state(save_dir):
-    """All that a run leaves, but for times and what it was told."""
+    """Everything that a run leaves, except times, settings and provenance."""
     paths = only_run(save_dir)
     content = load_checkpoint(paths.checkpoint)
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_epochs(paths)]
@@ -435,10 +429,10 @@ def state(save_dir):
     }, (content["network"], rows, summary)
 
 
-def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
-    """The flags as they are, and cut after some epochs and resumed; both must end alike. Returns
-    what the cut run said."""
-    assert run(*flags, "--save_dir", tmp_path / "whole").code == 0
+def cut_and_resume(run, finished, flags, tmp_path, monkeypatch, cut_after):
+    """Run ``flags`` whole, and interrupted after ``cut_after`` epochs and resumed: both must end
+    alike. Returns the output of the interrupted run."""
+    finished(*flags, to=tmp_path / "whole", script=run.module)
     original, calls = utils.training.run.Run.train_epoch, []
 
     def cut(self, epoch, title):
@@ -466,18 +460,19 @@ def cut_and_resume(run, flags, tmp_path, monkeypatch, cut_after):
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("cut_after", [1, 2, 3])
 def test_resume_equals_the_run_that_was_never_stopped(
-    run_eb, tmp_path, monkeypatch, kind, cut_after
+    run_eb, finished, tmp_path, monkeypatch, kind, cut_after
 ):
-    """Cut within stage 1, between the stages (the ticket drawn, nothing of stage 2 saved) and
-    within stage 2."""
-    said = cut_and_resume(run_eb, [*BIRD, *RESUMED[kind]], tmp_path, monkeypatch, cut_after)
+    """Interrupted in stage 1, between the stages (ticket drawn, nothing of stage 2 saved), and in
+    stage 2."""
+    said = cut_and_resume(
+        run_eb, finished, [*BIRD, *RESUMED[kind]], tmp_path, monkeypatch, cut_after
+    )
     assert f"(stage {1 if cut_after < 3 else 2}, epoch {cut_after if cut_after < 3 else 1})" in said
 
 
-def test_the_last_checkpoint_of_stage_1_may_be_damaged(run_eb, tmp_path, monkeypatch):
-    """The ticket was drawn; the checkpoint before it is resumed, finds its masks and draws the
-    same."""
-    assert run_eb(*BIRD, "--save_dir", tmp_path / "whole").code == 0
+def test_the_last_checkpoint_of_stage_1_may_be_damaged(run_eb, finished, tmp_path, monkeypatch):
+    """The run resumes from the checkpoint before the ticket, finds its masks and draws the same."""
+    finished(*BIRD, to=tmp_path / "whole", script="train_eb")
     monkeypatch.setattr(
         "utils.training.robust_bird.RobustBirdRun.adversarial_epoch",
         lambda self, *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
@@ -495,14 +490,14 @@ def test_the_last_checkpoint_of_stage_1_may_be_damaged(run_eb, tmp_path, monkeyp
     assert rest == rest2
 
 
-def test_the_base_script_resumes_too(run_base, tmp_path, monkeypatch):
-    cut_and_resume(run_base, toy.TOY_BIRD, tmp_path, monkeypatch, 2)
+def test_the_base_script_resumes_too(run_base, finished, tmp_path, monkeypatch):
+    cut_and_resume(run_base, finished, toy.TOY_BIRD, tmp_path, monkeypatch, 2)
 
 
 def test_a_pruned_network_resumes_without_the_file_it_came_from(
-    run_eb, run_adv, tmp_path, monkeypatch
+    run_eb, finished, tmp_path, monkeypatch
 ):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "dense").code == 0
+    finished(*toy.TOY_RUN, to=tmp_path / "dense")
     flags = (
         "--dataset digits --width 0.0625 --epochs2 3 --batch_size 25 --train_subset 100"
         " --test_subset 60 --train_step 1 --test_step 1"
@@ -511,6 +506,7 @@ def test_a_pruned_network_resumes_without_the_file_it_came_from(
     source.write_bytes(only_run(tmp_path / "dense").checkpoint.read_bytes())
     cut_and_resume(
         run_eb,
+        finished,
         [*flags.split(), "--stage1_pretrained", source, "--density", 0.3],
         tmp_path,
         monkeypatch,
@@ -597,7 +593,7 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
         "--density",
         0.5,
     )
-    assert (outcome.code, "is sparse already" in outcome.err) == (2, True)
+    assert (outcome.code, "is already sparse" in outcome.err) == (2, True)
     assert re.search(
         r"0\.(19|20)\d\d of its weights are not zero, fewer than --density 0\.5 keeps", outcome.err
     )
@@ -609,8 +605,10 @@ def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
 
 
 @pytest.mark.parametrize("network", ["resnet18", {"arch": "resnet18"}, {"channels": []}])
-def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv, tmp_path, network):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs").code == 0
+def test_checkpoints_that_do_not_say_what_they_hold_are_refused(
+    run_eb, run_adv, finished, tmp_path, network
+):
+    finished(*toy.TOY_RUN, to=tmp_path / "runs")
     content = load_checkpoint(only_run(tmp_path / "runs").checkpoint)
     content["network"] = (
         {**content["network"], **network} if network == {"channels": []} else network
@@ -635,7 +633,7 @@ def test_checkpoints_that_do_not_say_what_they_hold_are_refused(run_eb, run_adv,
 
 
 def test_eval_takes_what_it_needs_of_a_robust_bird_run(run_eb, run_adv, tmp_path):
-    """Its milestones make no sense in the epochs of main_adv.py, and are not asked for."""
+    """Its milestones make no sense in the epochs of main_adv.py, and are not checked."""
     assert (
         run_eb(*BIRD, "--decreasing_lr", "0.5,3", "--epochs2", 4, "--save_dir", tmp_path).code == 0
     )

@@ -82,8 +82,8 @@ def test_a_failing_disk_ends_the_run_with_one_error(folder, write, monkeypatch):
 
 
 def test_writing_behind_keeps_the_order_and_the_moment(folder, monkeypatch):
-    """A slow disk: what is saved is the network as it was, nothing overtakes, and memory is
-    bounded."""
+    """On a slow disk, each save holds the network of its moment, writes keep their order, and
+    memory is bounded."""
     written, waiting = [], []
 
     def slow(path, content, keep):
@@ -111,13 +111,12 @@ def test_writing_behind_keeps_the_order_and_the_moment(folder, monkeypatch):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_writing_behind_takes_one_thread(folder):
-    """A second team of OpenMP's threads would leave the training slow for good: measured, an epoch
-    of 6 s instead of 3."""
+    """A second OpenMP thread team would slow training for good: an epoch took 6 s instead of 3."""
     weights = {
         f"w{dtype}": torch.zeros(512, 512, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         for dtype in TYPES
     }
-    torch.zeros(2**22).add_(1)  # this thread has its team from here on
+    torch.zeros(2**22).add_(1)  # starts this thread's OpenMP team
     before = len(os.listdir("/proc/self/task"))
     with folder.settled():
         folder.save(folder.paths.checkpoint, {"state_dict": weights})
@@ -132,7 +131,7 @@ def test_after_a_failure_nothing_more_is_written_behind(folder, monkeypatch):
 
     monkeypatch.setattr(metrics, "save_checkpoint", full)
     held = threading.Event()
-    folder._writer.submit(held.wait)  # so that both are in the queue before the first is tried
+    folder._writer.submit(held.wait)  # so that both are queued before the first is tried
     folder.save(folder.paths.checkpoint, {})
     folder.append_epoch({"epoch": 1})
     held.set()
@@ -154,7 +153,7 @@ def test_one_process_at_a_time_trains_in_a_folder(folder):
 
 
 def test_a_released_lock_is_the_file_that_others_wait_for(folder):
-    """A lock file that was removed and made again would let two processes in."""
+    """Removing and recreating the lock file would let two processes in."""
     before = folder.paths.lock.stat().st_ino
     with folder.settled():
         pass
@@ -164,7 +163,7 @@ def test_a_released_lock_is_the_file_that_others_wait_for(folder):
 
 
 def test_a_killed_process_leaves_its_folder_unlocked(tmp_path):
-    """The lock file stays; what it stands for goes with the process."""
+    """The lock file stays; the lock itself ends with the process."""
     paths = RunPaths(tmp_path)
     held = "; ".join(
         (

@@ -51,8 +51,8 @@ def row(epoch, live, stage=None):
 
 
 def write_run(root, method, seed, ra=50.0, live=None, name=None, finished=True, flops=1.0, **flags):
-    """A made-up run of two epochs with best RA ``ra``, final RA ``ra - 5``, training RA 60, SA 80
-    and then 82."""
+    """Write a made-up run of two epochs: best RA ``ra``, final RA ``ra - 5``, training RA 60, best
+    SA 80, final SA 82."""
     kind = EarlyBirdSettings if method.startswith("rb") else AdversarialSettings
     settings = dataclasses.asdict(
         kind(**{"dataset": "cifar10", "seed": seed, **FLAGS[method], **flags})
@@ -239,7 +239,7 @@ def test_a_summary_without_method_or_settings_is_refused(tmp_path):
     folder = write_run(tmp_path, "fb", 1)
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "method": "unheard of"}))
-    with pytest.raises(InputError, match="no method of ours"):
+    with pytest.raises(InputError, match="unknown method"):
         FinishedRun.read(folder)
     (folder / "summary.json").write_text(json.dumps(summary))
     for settings in ({"density": 7.0}, {"density": "much"}, None):

@@ -36,7 +36,7 @@ def test_a_sound_network_passes_and_is_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda inner, x: inner(x).softmax(dim=1), "probabilities and not logits"),
+        (lambda inner, x: inner(x).softmax(dim=1), "probabilities instead of logits"),
         (lambda inner, x: inner(x).log_softmax(dim=1), "log-probabilities"),
         (lambda inner, x: inner(x) + torch.rand(1), "not deterministic"),
         (lambda inner, x: inner(x) - 5 * inner(x).mean(dim=0), "beside it"),
@@ -64,7 +64,7 @@ def test_training_mode_fires():
 
 
 def test_some_silent_images_are_a_warning():
-    """A network so sure of some images that float32 leaves no gradient."""
+    """A network so sure of some images that its gradient vanishes in float32."""
 
     def change(inner, x):
         sure = torch.nn.functional.one_hot(Y, 3) * 1e4

@@ -108,7 +108,7 @@ def test_autoattack_in_an_empty_ball_is_clean_accuracy(norm):
 
 @pytest.fixture
 def tf32_allowed():
-    # No monkeypatch: the switch cannot be deleted, which is how that would put it back.
+    # Not by monkeypatch, which would restore the switch by deleting it first; that fails.
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
@@ -149,8 +149,8 @@ def test_more_starts_never_find_less():
 
 
 class Sure(nn.Module):
-    """So sure of the first ``images`` of each batch that float32 leaves no gradient of the
-    cross-entropy."""
+    """So sure of the first ``images`` of each batch that the gradient of the cross-entropy vanishes
+    in float32."""
 
     def __init__(self, images=10**6, change=lambda logits: logits):
         super().__init__()
@@ -166,7 +166,7 @@ class Sure(nn.Module):
 )
 def test_an_attack_without_gradients_is_said_and_left_as_found(recwarn, images, told):
     model, split = Sure(images), toy.split(20)
-    # it is right everywhere
+    # the model classifies every image correctly
     split = dataclasses.replace(split, labels=model.eval()(to_float(split.images)).argmax(dim=1))
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,5 +1,5 @@
-"""The shell scripts of tables and figures: what they would run, at toy size what they leave, cut
-and gone on with, on a cluster."""
+"""The shell scripts of tables and figures: their plans, and at toy size their results, interrupted
+and resumed, and on a cluster."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def script(name, data, environment, *flags, **variables):
 
 
 def planned(result):
-    """Run folders named in a plan, by their first part."""
+    """Methods of the runs in a plan: the first parts of their folders' names."""
     return [name.split("_")[0] for name in names_in(result)]
 
 
@@ -78,7 +78,7 @@ def test_what_each_script_would_run(name, images, environment):
         SMOKE=1,
         DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "",
     )
-    expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # at toy size one density
+    expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # a single density at toy size
     assert planned(result) == expected
     assert len(set(names_in(result))) == len(expected)
     if name == "fig1":
@@ -117,8 +117,7 @@ def test_the_study_sets_sparsity_against_capacity(images, environment):
 
 
 def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
-    """Nothing is shortened where nobody asks for it: the names are those of the README's
-    commands."""
+    """Nothing is shortened unless asked: the run names are those of the README's commands."""
     from data import load_data
     from utils.settings.adversarial import AdversarialSettings
     from utils.settings.applied import placed
@@ -188,8 +187,8 @@ def test_a_table_from_nothing_again_and_after_a_kill(images, environment):
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(images, environment):
-    # A folder where the dense run's checkpoint should be cannot be resumed from, and Flying Bird
-    # does not mind.
+    # The dense run's folder has metrics and no checkpoint, so that run cannot be resumed; Flying
+    # Bird's is not affected.
     plan = script("fig1", images, environment, PLAN=1, SMOKE=1, METHODS="fb", DENSITIES="0.5")
     dense = Path(environment["OUT"]) / plan.stderr.split()[0]
     dense.mkdir(parents=True)
@@ -204,7 +203,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(images, environment):
 def test_a_time_limit_stops_the_script_and_the_next_call_goes_on(images, environment):
     cut = script("fb", images, environment, "--time_limit", "0.0001", SMOKE=1)
     assert cut.returncode == 75, cut.stderr
-    assert "the same command goes on" in cut.stderr
+    assert "the same command resumes" in cut.stderr
     assert script("fb", images, environment, SMOKE=1).returncode == 0
 
 
@@ -214,7 +213,7 @@ def test_a_time_limit_stops_the_script_and_the_next_call_goes_on(images, environ
 def test_a_signal_stops_the_script_once_its_runs_have_saved(
     images, environment, number, whole_group
 ):
-    """Ctrl-C reaches every process, kill the script alone."""
+    """Ctrl-C reaches every process, ``kill`` the script alone."""
     out, given = Path(environment["OUT"]), {**environment, "SMOKE": "1", "JOBS": "2"}
     command = ["bash", "scripts/table1.sh", str(images), "--train_step", "5"]
     process = subprocess.Popen(
@@ -232,7 +231,7 @@ def test_a_signal_stops_the_script_once_its_runs_have_saved(
     (os.killpg if whole_group else os.kill)(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    assert "the same command goes on" in error
+    assert "the same command resumes" in error
     assert not (out / "report").exists()
     assert subprocess.run(["pgrep", "-f", f"save_dir {out}"], capture_output=True).stdout == b""
 
@@ -400,7 +399,7 @@ def test_a_variable_of_another_name_is_told(environment):
 
 
 def test_setting_up_says_what_to_do_next(environment):
-    """By people called it does; by scripts it is quiet."""
+    """It does when called by hand; scripts call it with QUIET=1."""
     for quiet, said in (("", "source .venv/bin/activate"), ("1", "")):
         given = {**environment, "QUIET": quiet}
         result = subprocess.run(

@@ -204,10 +204,10 @@ def test_what_cannot_take_effect_is_refused(line, reason):
         ("--norm l2 --train_eps 0.5 --train_gamma 0.1", "give 127.5"),
         ("--norm l2 --train_eps 128 --train_gamma 0.1", "give 25.5"),
         ("--eval --pretrained x --test_eps 0.031", "give 7.905"),
-        ("--train_eps 300", r"lies in \[0, 255\]"),
+        ("--train_eps 300", r"must lie in \[0, 255\]"),
         (
             "--train_eps 8/256",
-            "--train_eps: '8/256' is no number; the unit is 1/255: give 8 for 8/255",
+            "--train_eps: '8/256' is not a number; the unit is 1/255: give 8 for 8/255",
         ),
         ("--train_eps 0.0314/255", "give 8.007"),
         ("--test_eps eight", "the unit is 1/255: give 8 for 8/255"),
@@ -269,7 +269,7 @@ def test_help_shows_groups_defaults_and_units(capsys):
         "with - for _",
     ):
         assert part in text
-    assert "--death-rate" not in text  # it works, and would double the text
+    assert "--death-rate" not in text  # it works too, but would double the text
 
 
 def test_help_fits_the_terminal(capsys, monkeypatch):
@@ -342,9 +342,9 @@ def test_a_choice_that_is_one_already_stays_as_it_is():
         ("--fb --sparsity most", "--density"),
         ("--workers 4", "there are no workers"),
         ("--num-workers 4", "there are no workers"),
-        ("--resume runs/RUN", "--resume_dir runs/RUN goes on with"),
-        ("--seed 2 --resume runs/RUN --fb", "--resume_dir runs/RUN goes on with"),
-        ("--resume=runs/RUN", "--resume_dir runs/RUN goes on with"),
+        ("--resume runs/RUN", "--resume_dir runs/RUN resumes"),
+        ("--seed 2 --resume runs/RUN --fb", "--resume_dir runs/RUN resumes"),
+        ("--resume=runs/RUN", "--resume_dir runs/RUN resumes"),
         ("--resume --densty 2", "did you mean --density"),
     ],
 )
@@ -390,7 +390,7 @@ def test_what_takes_effect_is_not_left_aside():
 
 
 def test_a_flag_left_aside_leaves_the_checkpoint_as_it_is():
-    """It is not the default that counts then, but what the checkpoint says."""
+    """The checkpoint's value counts then, not the default."""
     stored = {"dataset": "digits", "data": "theirs", "epochs": 3, "train_step": 0, "fb": False}
     settings = parse_settings(
         AdversarialSettings,
@@ -436,8 +436,7 @@ def test_masks_that_move_are_not_refused():
 
 
 def test_what_stays_idle_unasked_is_said():
-    """With --dynamic_fre and its default frequency no update falls into the second half of a short
-    run."""
+    """With --dynamic_fre and its default, a short run has no mask update in its second half."""
     line = (
         "--fbp --density 0.2 --dynamic_fre --epochs 12 --dynamic_epoch 0.5 --decreasing_lr 0.5,0.75"
         " --update_frequency 20"
@@ -446,7 +445,7 @@ def test_what_stays_idle_unasked_is_said():
     (caution,) = cautions(parse(line), 40)
     assert "the last mask update is at step 240 and Flying Bird+ adapts after step 240" in caution
     assert not cautions(parse(f"{line} --second_frequency 20"), 40)
-    # step 300 of 320
+    # the last update is at step 300 of 320, past epoch 16
     assert not cautions(
         parse("--epochs 20 --decreasing_lr 10 --update_frequency 100 --fbp --dynamic_epoch 16"), 16
     )
@@ -457,7 +456,7 @@ def test_what_stays_idle_unasked_is_said():
             parse("--fbp --epochs 2 --decreasing_lr 1 --dynamic_epoch 1 --update_frequency 2"), 4
         )[0]
     )
-    assert "never falls" in cautions(parse("--epochs 20"), 352)[0]
+    assert "is never lowered" in cautions(parse("--epochs 20"), 352)[0]
     fb = "--fb --epochs 3 --decreasing_lr 0.5 --dynamic_fre --update_frequency 4"
     assert "at step 12 of 24, so the masks stay in the second half" in cautions(parse(fb), 8)[0]
     assert not cautions(parse(f"{fb} --second_frequency 4"), 8)
@@ -502,7 +501,7 @@ def test_a_stored_run_fills_in_and_cannot_be_contradicted():
 
 
 def test_the_run_name_is_stable():
-    """A change here means that nobody's --resume finds its folder any more."""
+    """If it changes, --resume no longer finds the folders of existing runs."""
     assert AdversarialSettings().run_name() == "dense_resnet18_digits_e200_s1_44136fa3"
     settings = parse("--dataset cifar10 --density 0.1 --fbp --dynamic_fre --seed 3")
     assert settings.run_name() == "fbp_resnet18_cifar10_d0.1_e200_s3_d2634cf8"
@@ -534,7 +533,7 @@ def test_the_name_covers_what_changes_the_result_and_nothing_else():
 
 
 def test_what_auto_means_is_what_counts():
-    """And nothing is synchronized in one process, which may go on with what several began."""
+    """One process synchronizes no batch norm, yet may resume a run that several began."""
     cpu = torch.device("cpu")
     usual = best_precision(cpu)
     names = [

@@ -76,7 +76,7 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--eb_window 0", "at least 1"),
         ("--eb_tolerance 1.5", r"\[0, 1\]"),
         ("--eb_tolerance nan", "finite"),
-        ("--pruning channel --channel_floor 0.3", r"lies in \[0, --density 0.2\]"),
+        ("--pruning channel --channel_floor 0.3", r"must lie in \[0, --density 0.2\]"),
         ("--epochs1 0", "at least 1"),
         ("--epochs1 3 --eb_window 4", "no ticket could emerge"),
         ("--stage1_pretrained x --epochs1 3", "skips stage 1"),
@@ -109,7 +109,7 @@ def test_the_base_script_has_no_early_stop_to_set():
 
 def test_what_stays_idle_unasked_is_said():
     assert parse("").cautions() == []
-    assert "never falls" in parse("--epochs2 20").cautions()[0]
+    assert "is never lowered" in parse("--epochs2 20").cautions()[0]
     assert "no ticket can emerge" in parse("--epochs1 4").cautions()[0]
     assert "nothing is pruned" in parse("--density 1").cautions()[0]
     assert [line[:24] for line in parse("--norm l2").cautions()] == [
@@ -155,7 +155,7 @@ def test_the_floor_is_a_tenth_and_at_most_half_the_density():
 
 
 def test_the_run_name_is_stable():
-    """A change here means that nobody's --resume finds its folder any more."""
+    """If it changes, --resume no longer finds the folders of existing runs."""
     assert parse("").run_name() == "rb_resnet18_digits_d0.2_e200-200_s1_44136fa3"
     settings = parse(
         "--data data/cifar10 --density 0.1 --pruning channel --stage1 pgd --epochs1 50 --seed 3"

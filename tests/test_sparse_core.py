@@ -66,7 +66,7 @@ def test_erk_equals_the_oracle(golden):
 
 
 def test_er_by_hand():
-    # Weights (4+3)/12 and (10+64)/640 a position: one factor for both, 0.2 * 748 weights in all.
+    # Densities in proportion to (4+3)/12 and (10+64)/640, with 0.2 * 748 weights in all.
     shapes = {"a": (4, 3, 3, 3), "b": (10, 64)}
     ours = layer_densities(shapes, 0.2, "er")
     assert ours["a"] / ours["b"] == pytest.approx((7 / 12) / (74 / 640))
@@ -226,7 +226,7 @@ def test_other_schedules():
         [0.5, 0.2525, 0.005, 0.005]
     )
     assert DropFractionSchedule(0.5, 10, "constant").at(7) == 0.5
-    assert DropFractionSchedule(0.001, 10).at(10) == 0.001  # never above where it began
+    assert DropFractionSchedule(0.001, 10).at(10) == 0.001  # never rises above its start
 
 
 @pytest.mark.parametrize("arguments", [(0.0, 10), (1.5, 10), (0.5, 0), (0.5, 10, "sine")])
@@ -259,10 +259,10 @@ def test_a_verdict_needs_two_epochs():
     controller.observe(train_ra=30, val_ra=30, val_loss=2.0)
     assert controller.decide(1) == Verdict()
     controller.observe(train_ra=31, val_ra=30, val_loss=2.0)
-    assert controller.decide(2) == Verdict(prune=True, grow=True)  # a loss that stays did not fall
+    assert controller.decide(2) == Verdict(prune=True, grow=True)  # an equal loss did not fall
 
 
-# ---------------------------------------------------------------- first masks
+# ---------------------------------------------------------------- initial masks
 
 
 @pytest.mark.parametrize("method", SPARSE_INITS)
@@ -298,7 +298,7 @@ def test_magnitude_keeps_the_largest_over_all_layers():
 
 
 def linear_pair():
-    """y = (x W) with cross-entropy: gradients known in closed form."""
+    """A linear layer with inputs and labels: its cross-entropy gradients have a closed form."""
     layer = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.5, -1.0, 0.25], [1.0, 0.5, -0.5]]))
@@ -332,8 +332,8 @@ def test_grasp_by_hand():
 
 
 def test_synflow_keeps_the_strongest_path():
-    """Two linear layers: at 3 of 8 weights, what is left must be one path from input to output, and
-    a weight of the other output."""
+    """With 3 of 8 weights, two linear layers must keep one path from input to output and a
+    weight of the other output."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
@@ -368,7 +368,7 @@ def assert_dead_is_zero(model, optimizer, masking):
     for name, weight in prunable(model).items():
         dead = ~masking.masks[name]
         assert not weight[dead].any()
-        assert not torch.signbit(weight[dead]).any()  # one bit pattern for nothing
+        assert not torch.signbit(weight[dead]).any()  # no negative zeros
         assert not optimizer.state[weight]["momentum_buffer"][dead].any()
 
 
@@ -599,8 +599,7 @@ def test_other_optimizers_have_their_state_masked_too():
 
 
 def test_float64_trajectory_equals_the_oracle(golden):
-    """Attack, batch norm, optimizer, masks and two gradient-growth updates, 8 steps, digit for
-    digit."""
+    """Eight steps with attack, batch norm, optimizer, masks and two updates by gradient growth."""
     arrays = np.load(golden / "trajectory.npz")
 
     def part(prefix):
@@ -638,7 +637,7 @@ def test_float64_trajectory_equals_the_oracle(golden):
 
 
 def test_masks_that_would_never_move_are_said():
-    """As the command line refuses them; static masks are asked for with ``fixed``."""
+    """A warning here where the command line refuses; static masks need ``fixed``."""
     model = toy.network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.warns(UserWarning, match="no mask update falls into 100 steps"):
@@ -654,12 +653,12 @@ def test_an_optimizer_of_another_model_is_refused():
     model, other = toy.network(), toy.network()
     with pytest.raises(ValueError, match=r"the optimizer does not hold 0\.weight"):
         Masking(model, torch.optim.SGD(other.parameters(), 0.1), MaskingConfig(0.5, 900))
-    model[0].weight.requires_grad_(False)  # a layer that is not trained needs none
+    model[0].weight.requires_grad_(False)  # a frozen layer needs no optimizer
     Masking(model, torch.optim.SGD(model[5].parameters(), 0.1), MaskingConfig(0.5, 900))
 
 
 class Attentive(nn.Module):
-    """Every kind of layer that has a weight to mask, and what must be left alone."""
+    """Every kind of layer with a prunable weight, and parameters that must stay dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -779,7 +778,7 @@ def test_momentum_growth_without_momentum_is_refused_at_once(optimizer):
 
 
 class Foreign(torch.optim.Optimizer):
-    """Keeps one tensor of each weight, made of its gradient."""
+    """Keeps one tensor per parameter, computed from its gradient."""
 
     def __init__(self, parameters, key, kept, **defaults):
         super().__init__(parameters, defaults)
@@ -819,7 +818,7 @@ def test_momentum_that_is_not_like_the_weight_is_refused(key, kept, message):
 
 
 def test_a_state_that_is_not_in_floats_is_refused():
-    """The zero of a code of eight bits need not be the code of zero."""
+    """In a quantized state, byte 0 need not stand for the value zero."""
     model = nn.Sequential(nn.Linear(20, 20, bias=False))
     optimizer = Foreign(model.parameters(), "state1", lambda g: g.to(torch.uint8))
     masking = Masking(model, optimizer, MaskingConfig(0.2, 10, update_frequency=1))
@@ -830,7 +829,7 @@ def test_a_state_that_is_not_in_floats_is_refused():
 
 
 def test_momentum_growth_waits_for_the_first_step():
-    """A scaler skips the first ones, and then there is no momentum yet."""
+    """A gradient scaler may skip the first steps, which leaves no momentum yet."""
     model = nn.Sequential(nn.Linear(20, 20))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     masking = Masking(
@@ -848,8 +847,8 @@ def test_momentum_growth_waits_for_the_first_step():
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Wraps an optimizer and remembers slow weights: in its own state, nested, or in a list of its
-    own."""
+    """Wraps an optimizer and keeps slow weights: nested in its state, or in a list of tensors or
+    dicts of its own."""
 
     def __init__(self, optimizer, where):
         self.inner, self.where, self.slow = optimizer, where, []
@@ -992,7 +991,7 @@ def test_an_emptied_convolution_in_channels_last_is_given_a_weight():
 
 
 def by_index(mask, n):
-    """The mask with the first ``n`` dead positions."""
+    """The mask with its first ``n`` dead positions grown."""
     return grow_highest(torch.zeros(mask.shape), mask, n)
 
 
@@ -1005,7 +1004,7 @@ def test_ties_of_a_growth_are_drawn():
     assert first[3].all()
     assert (int(first.sum()), int(first.any(dim=1).sum())) == (30, 10)
     tied = torch.cat([torch.arange(30), torch.arange(40, 100)])
-    expected = tied[random_bits(1, tied).argsort()[:20]]  # of the position's number alone
+    expected = tied[random_bits(1, tied).argsort()[:20]]  # depends on the position's index alone
     assert set((first & (score == 0)).flatten().nonzero().squeeze(1).tolist()) == set(
         expected.tolist()
     )
@@ -1044,7 +1043,7 @@ def test_equal_scores_grow_where_the_seed_says(growth):
     before, after = grown(1)
     new = after & ~before
     assert int(after.sum()) == 160
-    # about 35 in 36 rows that were dead; by index they would lie in one
+    # spread over the 36 dead rows; chosen by index, they would lie in one at most
     assert int(new.any(dim=1).sum()) > 18
     assert torch.equal(after, grown(1)[1])
     assert not torch.equal(after, grown(2)[1])
@@ -1263,7 +1262,7 @@ def test_a_predicate_sees_the_layer_that_computes():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["head.weight_"], "prunable names head.weight_, which is no parameter"),
+        (["head.weight_"], "prunable names head.weight_, which is not a parameter"),
         (["head.bias"], r"head\.bias has the shape \(4,\)"),
         (
             ["normed.parametrizations.weight.original1"],
@@ -1304,7 +1303,7 @@ def test_choices_that_cannot_be_masked_are_refused(names, message):
 def test_a_parameter_of_another_model_is_refused_as_prunable():
     model, other = Chosen(), Chosen()
     with pytest.raises(
-        ValueError, match=r"prunable names head\.weight, which is no parameter of this model"
+        ValueError, match=r"prunable names head\.weight, which is not a parameter of this model"
     ):
         initial_masks(model, 0.5, prunable={"head.weight": other.head.weight})
 
@@ -1336,7 +1335,7 @@ def test_a_spectral_norm_on_an_attention_is_right_or_refused(leaf):
     ) == round(0.2 * 256)
     assert sum(masking.live_counts().values()) == round(0.2 * 256)
     older = nn.Sequential(attention(nn.utils.spectral_norm))
-    # whose forward, which computes the older norm, an attention does not call
+    # attention does not call the forward of out_proj, which computes the older norm
     if leaf == "out_proj":
         with pytest.raises(ValueError, match=r"^0\.out_proj has the older spectral_norm"):
             masking_of(older)
@@ -1371,6 +1370,6 @@ def test_scores_of_a_network_with_dropout_are_of_the_seed(method):
     )
     starts = []
     for _ in range(2):
-        torch.rand(3)  # whatever the host program draws
+        torch.rand(3)  # the host program may draw
         starts.append(initial_masks(model, 0.2, method, seed=1, batches=[toy.images()]))
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])

@@ -1,4 +1,4 @@
-"""Images that travel to a GPU, with streams that only take notes."""
+"""Images streamed to a GPU, with fake streams that record what they are asked to do."""
 
 import contextlib
 
@@ -44,7 +44,7 @@ def notes(monkeypatch):
     original = torch.Tensor.to
 
     def to(self, *arguments, **options):
-        """A copy to a GPU is in memory of its own."""
+        """A copy to a GPU has its own memory."""
         sent = options.get("non_blocking", False)
         return self.clone() if sent else original(self, *arguments, **options)
 

@@ -1,4 +1,4 @@
-"""What benchmarks and model hubs are given, loaded by loaders written from their documentation."""
+"""Submissions to benchmarks and model hubs, read by loaders written from their documentation."""
 
 import importlib
 import json
@@ -31,8 +31,8 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def run_folders(tmp_path_factory):
-    """Full-width ResNet-18s trained for a few steps at the benchmark's sparsities: of the weights
-    and of the channels."""
+    """Full-width ResNet-18s trained for a few steps at the benchmark's sparsities, of weights and
+    of channels."""
     root = tmp_path_factory.mktemp("submit")
     rng = np.random.RandomState(0)
     for part, count in (("train", 6), ("test", 1)):
@@ -61,7 +61,7 @@ def run_folders(tmp_path_factory):
 
 @pytest.fixture
 def balls(monkeypatch):
-    """The norm and radius of each AutoAttack, whose place two steps of PGD take, for time."""
+    """Replaces AutoAttack by two PGD steps, for speed; lists the norm and radius of each call."""
     seen = []
 
     def weak(model, attack, classes, device, seed):
@@ -78,7 +78,7 @@ def submit(balls, monkeypatch, capsys):
 
 
 class Block(nn.Module):
-    """A pre-activation block, named as in the benchmark's base network of Flying Bird."""
+    """A pre-activation block with the names of the benchmark's base network for Flying Bird."""
 
     def __init__(self, inner, outer, stride):
         super().__init__()
@@ -151,7 +151,7 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, balls, tmp_path, 
         assert f'_Model GDrive:_ "{key}" : ["", ".pt"]' in issue
     taxonomy = json.loads((out / "taxonomy.json").read_text())
     assert taxonomy["Type of Pipeline:"] == "D-Methods Pruning During Training"
-    assert bool(taxonomy["link_to_paper"]) == by_weights  # no paper has the other
+    assert bool(taxonomy["link_to_paper"]) == by_weights  # the channel method is in no paper
     assert taxonomy["D: Training step "] == "Adversarial Training (AT) PGD"
     criterion = {
         "weights": "Lowest Weight Magnitude LWM",
@@ -162,7 +162,7 @@ def test_a_pack_for_the_pruning_benchmark(run_folders, submit, balls, tmp_path, 
     assert removed == pytest.approx(rates, abs=0.5 if structure == "weights" else 4)
     again = submit(*folders, "--for", "ap-benchmark", "--out", out, *FMN)
     assert again.code == 2
-    assert "is there already" in again.err
+    assert "already exists" in again.err
 
 
 ELSEWHERE = """
@@ -176,7 +176,7 @@ with torch.no_grad():
 
 
 def test_an_entry_for_robustbench(run_folders, submit, balls, tmp_path):
-    """Its module is loaded where nothing of ours can be imported."""
+    """Its module loads where none of our code can be imported."""
     folder, out = run_folders["channels"][0], tmp_path / "entry"
     done = submit(folder, "--for", "robustbench", "--out", out, "--name", "Mine2026")
     assert done.code == 0, done.err
@@ -184,7 +184,7 @@ def test_an_entry_for_robustbench(run_folders, submit, balls, tmp_path):
     info = json.loads((out / "model_info" / "cifar10" / "Linf" / "Mine2026.json").read_text())
     assert info["eps"] == "8/255"
     assert info["architecture"] == "PreActResNet-18"
-    assert info["authors"] is None  # no paper has this method
+    assert info["authors"] is None  # the channel method is in no paper
     assert 0 <= float(info["autoattack_acc"]) <= float(info["clean_acc"]) <= 100
     images = torch.rand(4, 3, 32, 32)
     torch.save(images, out / "images.pt")
@@ -239,7 +239,7 @@ def test_a_released_model(run_folders, submit, tmp_path, structure):
     assert done.code == 0, done.err
     assert {path.name for path in out.iterdir()} == {"README.md", "model.pt"}
     assert (out / "README.md").read_text().startswith("# mine\n")
-    # a tenth of 11.2 million weights as float16 and their mask; a quarter of them
+    # in float16: a tenth of 11.2 million weights and their mask, or a quarter of them
     assert (out / "model.pt").stat().st_size < (4e6 if structure == "weights" else 6.2e6)
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_what_cannot_be_submitted_is_refused_before_any_work(
         ([weights[0], "--for", "robustbench", "--eval_attack", "pgd"], "benchmark's to choose"),
         ([weights[0], "--for", "robustbench", "--test-eps=2"], "--test-eps is the benchmark's"),
         ([weights[0], "--for", "robustbench", "--name", "class"], "the name of a class"),
-        ([weights[0], "--for", "release", "--name", "a/b"], "is no name of a file"),
+        ([weights[0], "--for", "release", "--name", "a/b"], "is not a file name"),
         ([weights[0], "--for", "release", "--fmn_steps", 7], "have no effect"),
     ):
         done = submit(*words, *out)

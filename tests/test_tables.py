@@ -2,8 +2,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -65,7 +63,7 @@ def test_the_end_of_a_run_names_every_figure():
         assert part in text
 
 
-# ---------------------------------------------------------------- beside the paper
+# ---------------------------------------------------------------- compared with the paper
 
 
 def groups_in(root):
@@ -166,7 +164,7 @@ def test_the_notes_say_where_the_paper_has_no_row_and_what_is_other(tmp_path):
         ),
         "Beyond that, Dense: 16 epochs (paper: 200).",
     ]
-    # without --paper there is nothing to lay beside
+    # without --paper there is nothing to compare with
     assert len(comparison_table(compared(tmp_path)).rows) == 3
 
 
@@ -271,7 +269,7 @@ def test_an_evaluation_of_a_network_that_was_trained_on_is_left_out(tmp_path):
 def test_a_file_that_is_no_evaluation_is_named(tmp_path):
     run = write_run(tmp_path, "fb", 1)
     write_evaluation(run, test_sa=None, images={})
-    with pytest.raises(InputError, match="no evaluation"):
+    with pytest.raises(InputError, match="not an evaluation"):
         strong_evaluations(groups_in(tmp_path))
     (run / "evaluations" / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json cannot be read"):
@@ -280,7 +278,7 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path):
 
 def test_autoattack_stands_among_the_benchmark(tmp_path):
     write_evaluation(write_run(tmp_path, "fb", 1, density=0.1), test_ra=46.0)
-    # a sparsity that the benchmark has not
+    # a sparsity that the benchmark does not have
     write_evaluation(write_run(tmp_path, "fb", 1, density=0.2))
     (table,) = benchmark_tables(strong_evaluations(groups_in(tmp_path)), None)
     assert "CIFAR-10, resnet18, 90 % of the weights pruned" in table.title
@@ -319,32 +317,31 @@ def test_the_benchmark_needs_its_ball_and_its_data(tmp_path):
 # ---------------------------------------------------------------- the script
 
 
-def report(*arguments):
-    return subprocess.run(
-        [sys.executable, "scripts/report.py", *map(str, arguments)], capture_output=True, text=True
-    )
+@pytest.fixture
+def report(monkeypatch, capsys):
+    return toy.Command("report", monkeypatch, capsys)
 
 
-def test_the_script_makes_a_table_and_a_picture(run_adv, tmp_path):
+def test_the_script_makes_a_table_and_a_picture(report, run_adv, tmp_path):
     for flags in ([], ["--fb", *toy.TOY_MASKS]):
         assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs", *flags).code == 0
     result = report(*(tmp_path / "runs").iterdir(), "--figure", tmp_path / "f.png")
-    assert result.returncode == 0, result.stderr
-    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == [
+    assert result.code == 0, result.err
+    assert [line.split("|")[1].strip() for line in result.out.splitlines()[2:4]] == [
         "Dense",
         "Flying Bird",
     ]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_script_refuses_what_is_no_run(tmp_path):
+def test_the_script_refuses_what_is_no_run(report, tmp_path):
     for argument in (tmp_path, tmp_path / "nowhere"):
         result = report(argument)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1
+        assert result.code == 2
+        assert len(result.err.strip().splitlines()) == 1
 
 
-def test_a_toy_report_of_two_seeds(run_adv, tmp_path):
+def test_a_toy_report_of_two_seeds(report, run_adv, tmp_path):
     for flags in ([], ["--fbp", "--dynamic_epoch", "1", *toy.TOY_MASKS]):
         for seed in (1, 2):
             assert (
@@ -352,9 +349,9 @@ def test_a_toy_report_of_two_seeds(run_adv, tmp_path):
                 == 0
             )
     result = report(tmp_path / "runs", "--out", tmp_path / "out", "--paper", "cifar10")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"page: {tmp_path / 'out' / 'index.html'}"
-    assert (tmp_path / "out" / "table.md").read_text() in result.stdout
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == f"page: {tmp_path / 'out' / 'index.html'}"
+    assert (tmp_path / "out" / "table.md").read_text() in result.out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     stems = ("curves", "sparsity", "gaps", "layer_densities_2_fbp")
     pictures = [f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")]
@@ -364,15 +361,15 @@ def test_a_toy_report_of_two_seeds(run_adv, tmp_path):
         json.loads(path.read_text()) for path in (tmp_path / "runs").glob("dense*/summary.json")
     ]
     assert float(dense["ra_final"]) == pytest.approx(sum(s["final"]["test_ra"] for s in stored) / 2)
-    # the toy's density is .3
+    # the toy runs have density 0.3, the paper's 0.2
     assert (dense["seeds"], dense["ra_best_paper"], fbp["ra_best_paper"]) == ("1 2", "51.1", "")
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_lines_that_are_not_comparable_are_told_apart(tmp_path):
+def test_lines_that_are_not_comparable_are_told_apart(report, tmp_path):
     for name, eps in (("a", 8.0), ("b", 32.0)):
         write_run(tmp_path, "dense", 1, name=name, train_eps=eps)
-    lines = report(tmp_path).stdout.splitlines()
+    lines = report(tmp_path).out.splitlines()
     at = lines.index("The lines differ in their settings:")
     assert [line.split(": ")[1] for line in lines[at + 1 :]] == [
         str(tmp_path / "a"),
@@ -382,19 +379,19 @@ def test_lines_that_are_not_comparable_are_told_apart(tmp_path):
         re.match(rf"  {n}  Dense \(.*{eps}.*\): ", lines[at + n]) for n, eps in ((1, 8), (2, 32))
     )
     write_run(tmp_path, "fb", 1, name="c")
-    assert "differ in their settings" not in report(tmp_path / "a", tmp_path / "c").stdout
+    assert "differ in their settings" not in report(tmp_path / "a", tmp_path / "c").out
 
 
-def test_several_seeds_are_compared_on_the_terminal_too(tmp_path):
+def test_several_seeds_are_compared_on_the_terminal_too(report, tmp_path):
     for seed in (1, 2):
         write_run(tmp_path, "fb", seed)
     write_run(tmp_path, "fb", 3, name="cut", finished=False)
     result = report(tmp_path)
-    assert "50.00 ± 0.00" in result.stdout
-    assert result.stderr == "note: left out, as they are not finished: cut\n"
+    assert "50.00 ± 0.00" in result.out
+    assert result.err == "note: left out, as they are not finished: cut\n"
 
 
-def test_the_script_refuses_where_it_cannot_write_and_what_has_no_effect(tmp_path):
+def test_the_script_refuses_where_it_cannot_write_and_what_has_no_effect(report, tmp_path):
     run = write_run(tmp_path / "runs", "fb", 1)
     (tmp_path / "file").write_text("")
     for arguments, words in (
@@ -404,6 +401,6 @@ def test_the_script_refuses_where_it_cannot_write_and_what_has_no_effect(tmp_pat
         ([run, "--figure", tmp_path / "c.txt"], "written as PNG"),
     ):
         result = report(*arguments)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert words in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+        assert (result.code, result.out) == (2, "")
+        assert words in result.err
+        assert len(result.err.strip().splitlines()) == 1

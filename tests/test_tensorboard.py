@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import toy
-from tests.toy import TOY_BIRD, TOY_MASKS, TOY_RUN
+from tests.toy import TOY_BIRD, TOY_MASKS, TOY_RUN, only_run
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import RunFolder, read_epochs
 from utils.storage.tensorboard import flattened
@@ -28,7 +28,7 @@ ROW = {
 
 
 def events_of(run):
-    """Everything TensorBoard would show of a run, nothing thinned out or purged."""
+    """All events of a run as TensorBoard reads them, none sampled away or purged."""
     folder = RunPaths(run).tensorboard
     assert len(list(folder.iterdir())) == 1
     read = EventAccumulator(
@@ -39,11 +39,6 @@ def events_of(run):
 
 def scalars(run, tag):
     return [(event.step, event.value) for event in events_of(run).Scalars(tag)]
-
-
-def only_run(folder):
-    (run,) = folder.iterdir()
-    return run
 
 
 def test_a_line_without_nesting():
@@ -60,7 +55,7 @@ def test_a_line_without_nesting():
 
 def test_every_figure_of_every_epoch_and_the_picture(run_adv, tmp_path):
     assert run_adv(*TOY_RUN, "--fb", *TOY_MASKS, "--save_dir", tmp_path, "--tensorboard").code == 0
-    run = only_run(tmp_path)
+    run = only_run(tmp_path).root
     rows, shown = read_epochs(RunPaths(run)), events_of(run).Tags()
     assert scalars(run, "accuracy/test_ra") == [
         (row["epoch"], pytest.approx(row["test_ra"])) for row in rows
@@ -77,11 +72,10 @@ def test_every_figure_of_every_epoch_and_the_picture(run_adv, tmp_path):
 
 
 def test_a_resumed_run_has_every_step_once(run_adv, tmp_path):
-    """Begun without events and gone on with them, then for longer: the flag need not be given
-    again."""
+    """Begun without events, resumed with them, then extended: the flag need not be repeated."""
     common = ["--save_dir", tmp_path]
     assert run_adv(*TOY_RUN, *common).code == 0
-    run = only_run(tmp_path)
+    run = only_run(tmp_path).root
     assert not RunPaths(run).tensorboard.exists()
     for epochs, flags in ((3, ["--tensorboard"]), (4, [])):
         assert run_adv("--resume_dir", run, "--epochs", epochs, *flags).code == 0
@@ -90,7 +84,7 @@ def test_a_resumed_run_has_every_step_once(run_adv, tmp_path):
 
 def test_both_stages_of_robust_bird_share_one_axis(run_eb, tmp_path):
     assert run_eb(*TOY_BIRD, *toy.EASY_TICKET, "--save_dir", tmp_path, "--tensorboard").code == 0
-    run = only_run(tmp_path)
+    run = only_run(tmp_path).root
     assert scalars(run, "run/stage") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
     assert set(events_of(run).Tags()["images"]) == {"net_train", "mask_distances"}
 
@@ -119,7 +113,7 @@ def test_a_failing_disk_is_a_failed_run(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_in_the_library_s_own_thread_is_only_our_line(tmp_path):
-    """Its traceback stood beside the error; other threads' are still printed."""
+    """The library's traceback is suppressed; those of other threads are still printed."""
     script = """
 import errno, sys, threading
 from pathlib import Path
@@ -160,15 +154,13 @@ def metrics_csv(monkeypatch, capsys):
     return toy.Command("metrics_csv", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("to_file", [False, True])
-def test_the_csv_has_a_line_an_epoch(run_eb, metrics_csv, tmp_path, to_file):
-    assert run_eb(*TOY_BIRD, *toy.EASY_TICKET, "--save_dir", tmp_path / "runs").code == 0
-    run = only_run(tmp_path / "runs")
-    outcome = metrics_csv(run, *(["--out", tmp_path / "m.csv"] if to_file else []))
+def test_the_csv_has_a_line_an_epoch(finished, metrics_csv, tmp_path):
+    run = finished(*TOY_BIRD, *toy.EASY_TICKET, to=tmp_path / "runs", script="train_eb")
+    outcome = metrics_csv(run)
     assert outcome.code == 0, outcome.err
-    table = list(
-        csv.DictReader(io.StringIO((tmp_path / "m.csv").read_text() if to_file else outcome.out))
-    )
+    assert metrics_csv(run, "--out", tmp_path / "m.csv").code == 0
+    assert (tmp_path / "m.csv").read_text() == outcome.out
+    table = list(csv.DictReader(io.StringIO(outcome.out)))
     rows = read_epochs(RunPaths(run))
     assert len(table) == len(rows) == 4
     assert float(table[-1]["test_ra"]) == rows[-1]["test_ra"]

@@ -23,7 +23,7 @@ class Cut(Exception):
 
 
 def fitted(classes=5, n=12):
-    """A linear network that knows its images, so that there is something to break."""
+    """A linear network fitted to its images, so that attacks have something to break."""
     torch.manual_seed(0)
     model, split = (
         nn.Sequential(nn.Flatten(), nn.Linear(192, classes)),
@@ -63,7 +63,7 @@ def test_the_first_start_is_that_of_evaluate_and_later_ones_spare_what_is_broken
     shown = outcomes.predicted(trials[1]) != Outcomes.NOT_SHOWN
     assert torch.equal(shown, right[0])
     assert torch.equal(right[2], right[0] & right[1] & right[2])
-    # Start 3 is shown only what withstood both before.
+    # Start 3 sees only the images that withstood the first two.
     assert torch.equal(outcomes.predicted(trials[2]) != Outcomes.NOT_SHOWN, right[0] & right[1])
     assert outcomes.accuracy(trials[2]) == evaluate(model, split, attack, restarts=3).accuracy
 
@@ -74,8 +74,8 @@ def test_restarts_need_a_random_start():
 
 
 def cut_and_continued(model, split, trials, rounds):
-    """The same trials, stopped after every ``rounds`` batches and gone on with from what a file
-    would hold."""
+    """The same trials, interrupted after every ``rounds`` batches and resumed from the state that a
+    file would hold; returns the outcomes and the number of interruptions."""
     labels = {"test": split.labels[split.indices]}
     state, cuts = Outcomes(labels).state_dict(), 0
     while True:

@@ -1,5 +1,5 @@
-"""Projected gradient descent in pixel space (Madry et al., 2018), linf and l2, and its one-step
-relatives."""
+"""Projected gradient descent in pixel space (Madry et al., 2018) for linf and l2, and its one-step
+variants."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from utils.seeding import random_bits, stream, uniform
 
 NORMS = ("linf", "l2")
 STARTS = ("uniform", "gaussian", "wide")
-_GAUSSIAN = 1e-3  # standard deviation of that start, by TRADES' own code
+_GAUSSIAN = 1e-3  # standard deviation of the gaussian start, from TRADES' code
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-_LEAST_STEP = 1e-3  # of a pixel's value that is no rounding; 8-bit images have steps of 1/255
-# networks whose images lay in [0, 1] at their first attack
-_passes_per_test_image: WeakSet[nn.Module] = WeakSet()
+_RANGE_TOLERANCE = 1e-3  # more than rounding, less than the 1/255 between pixel values
+# networks whose images were found to be in [0, 1] at their first attack
+_range_checked: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
 class PGD:
-    """The settings of one attack, in pixel units of [0, 1].
+    """The settings of one attack, in pixel units of [0, 1]; bad ones raise ``ValueError``.
 
     Attributes:
-        eps: radius of the ball; step_size: length of one step; steps: how many (0 leaves the
-            start).
+        eps: radius of the ball.
+        step_size: length of one step.
+        steps: number of steps; with 0 the attack ends at its start.
         norm: ``linf`` or ``l2``.
-        random_start: start at a random place instead of at the image.
-        loss: ``ce`` (cross-entropy), ``margin`` (Carlini and Wagner's) or ``kl`` (the divergence
-            from what the network answers to the clean images, as in TRADES), summed over the batch.
-        start: where: ``uniform`` in the ball; ``gaussian``, .001 N(0, 1) from the image (TRADES);
-            ``wide``, uniform in twice the radius, and then nothing is projected to the ball
-            (N-FGSM; linf alone).
+        random_start: start at a random point instead of at the image.
+        loss: ``ce`` (cross-entropy), ``margin`` (Carlini and Wagner's) or ``kl`` (divergence from
+            the network's output for the clean images, as in TRADES), summed over the batch.
+        start: the random start: ``uniform`` in the ball; ``gaussian``, 0.001 N(0, 1) around the
+            image (TRADES); ``wide``, uniform in twice the radius, without projection to the ball
+            afterwards (N-FGSM; linf only).
     """
 
     eps: float
@@ -50,7 +51,7 @@ class PGD:
 
     @property
     def is_one_step(self) -> bool:
-        """Whether a single step goes to the edge of the ball or past it."""
+        """Whether the attack is a single step that reaches the edge of the ball."""
         return self.steps == 1 and self.step_size >= self.eps > 0
 
     def __post_init__(self) -> None:
@@ -68,8 +69,8 @@ class PGD:
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """The standard ensemble of Croce and Hein (2020), whose four attacks have no settings but the
-    ball (``eps`` in [0, 1])."""
+    """The standard ensemble of Croce and Hein (2020). Its four attacks have no settings but the
+    ball (``eps`` in pixel units of [0, 1])."""
 
     eps: float
     norm: str = "linf"
@@ -92,7 +93,7 @@ def n_fgsm(eps: float) -> PGD:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Summed over the batch, so that an image's perturbation does not depend on the batch size."""
+    """Cross-entropy summed over the batch: an image's attack does not depend on the batch size."""
     return F.cross_entropy(logits, y, reduction="sum")
 
 
@@ -105,13 +106,13 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(p || q) of each image ``[N]``, p by the logits ``reference`` and q by ``logits``."""
+    """KL(p || q) per image, ``[N]``, with p from the logits ``reference`` and q from ``logits``."""
     p, q = reference.log_softmax(dim=1), logits.log_softmax(dim=1)
     return (p.exp() * (p - q)).sum(dim=1)
 
 
 def summed_divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """From the logits of the clean images, summed (TRADES)."""
+    """KL divergence from the logits of the clean images, summed over the batch (TRADES)."""
     return kl_divergence(logits, clean).sum()
 
 
@@ -132,27 +133,27 @@ def pgd_attack(
     """Adversarial images for ``x``.
 
     Args:
-        model: maps images to logits. Parameters get no gradient, flags and modes are left as found;
-            in train mode its batch-norm statistics move, as in any forward pass.
+        model: maps images to logits. Parameters get no gradient, and their flags and the mode are
+            restored. In train mode batch-norm statistics change, as in any forward pass.
         x: images ``[N, C, H, W]``, or inputs of any other shape ``[N, ...]``; floating, in [0, 1].
         y: labels ``[N]``, int64.
         attack: the settings.
         training: craft in train mode (as the paper's training does) instead of eval mode.
-        draws: what ``attack_draws`` gave; needed if and only if ``attack.random_start``.
-        forward: how the model's logits are computed (``utils.execution.forward.Forward``), if not
-            by calling it.
-        targets: classes ``[N]``, int64, that the images shall be taken for: the attack descends the
-            loss of these instead of ascending that of ``y`` (the targeted form).
+        draws: from ``attack_draws``; required if and only if ``attack.random_start``.
+        forward: computes the model's logits (``utils.execution.forward.Forward``); by default the
+            model is called.
+        targets: classes ``[N]``, int64, of a targeted attack, which descends their loss instead of
+            ascending that of ``y``.
 
     Returns:
-        Detached images like ``x``, in [0, 1] and within ``eps`` of it (3 ``eps`` from a wide
-        start).
+        Detached images like ``x``, in [0, 1] and within ``eps`` of it (from a ``wide`` start within
+        ``2 eps + steps * step_size``).
 
     Raises:
         ValueError: draws that do not fit ``attack.random_start``; targets with the loss ``kl``,
-            which needs no labels; a call under
-            ``torch.inference_mode``, which has no gradients; images that are not floating, or lie
-            outside of [0, 1] at a network's first attack: later ones are not looked at.
+            which uses no labels; a call under ``torch.inference_mode``, which records no gradients;
+            images that are not floating, or not in [0, 1] at a network's first attack (later ones
+            are not checked).
     """
     _refuse_odd_calls(x, attack, draws, targets)
     x = x.detach()
@@ -189,29 +190,30 @@ def _refuse_odd_calls(x: Tensor, attack: PGD, draws: Tensor | None, targets: Ten
 
 
 def _refuse_other_ranges(model: nn.Module, x: Tensor) -> None:
-    """Once for each network, because the look waits for the device; never while a graph is compiled
-    or captured."""
+    """Check dtype and pixel range; the range only once per network, because that waits for the
+    device, and never while a graph is compiled or captured."""
     advice = "divide 0..255 by 255, and let the model itself normalize"
     if not x.is_floating_point():
         raise ValueError(f"pgd_attack takes floating images in [0, 1], not {x.dtype}; {advice}")
-    if torch.compiler.is_compiling() or model in _passes_per_test_image or not x.numel():
+    if torch.compiler.is_compiling() or model in _range_checked or not x.numel():
         return
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     low, high = torch.stack(x.aminmax()).tolist()
-    if not (low >= -_LEAST_STEP and high <= 1 + _LEAST_STEP):  # also of NaN
+    # also refuses NaN, for which no comparison holds
+    if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
         raise ValueError(
             f"pgd_attack takes images in [0, 1], and these are from {low:.4g} to {high:.4g};"
             f" {advice}"
         )
-    _passes_per_test_image.add(model)
+    _range_checked.add(model)
 
 
 def attack_draws(
     attack: PGD, indices: Tensor, image_shape: torch.Size, *key: int | str
 ) -> Tensor | None:
-    """Uniform draws in (0, 1) for the random start, ``[N, C H W]`` (one more column for l2); None
-    without one.
+    """Uniform draws in (0, 1) for the random start, float32: ``[N, *image_shape]`` for linf, flat
+    with one more column for l2; None without a random start.
 
     A pure function of ``key`` (seed, purpose, epoch) and each image's index in its data set, so
     neither the batch size nor the number of processes changes an image's start.

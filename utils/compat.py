@@ -1,4 +1,4 @@
-"""Libraries that need a hand before they import; the one place for such work-arounds.
+"""Workarounds for libraries that do not import as they are; the only place for such code.
 
 ``torchvision`` beside a CPU build of torch cannot load its compiled operators and fails while it
 registers shape functions for two of them. ``advertorch`` 0.2.3 imports a function that newer torch
@@ -17,13 +17,13 @@ _TORCHVISION_OPERATORS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-# a Library that is collected takes its definitions along
+# kept alive: a garbage-collected Library takes its definitions along
 _libraries: list[torch.library.Library] = []
 
 
 def import_torchvision(submodule: str = "") -> ModuleType:
-    """``torchvision`` (or ``torchvision.<submodule>``); data sets, transforms and models work,
-    detection ops need not."""
+    """``torchvision`` (or ``torchvision.<submodule>``). Data sets, transforms and models work;
+    detection operators may not."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -36,7 +36,7 @@ def import_torchvision(submodule: str = "") -> ModuleType:
 
 
 def import_advertorch(submodule: str = "attacks") -> ModuleType:
-    """``advertorch.<submodule>``: the independent yardstick for tests and benchmarks."""
+    """``advertorch.<submodule>``, an independent reference for tests and benchmarks."""
     import_torchvision()  # advertorch imports it
     importlib.import_module("torch.autograd.gradcheck")
     # The attribute torch.autograd.gradcheck is a function that hides the module of that name.

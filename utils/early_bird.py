@@ -1,7 +1,7 @@
-"""When a ticket has emerged: masks of successive epochs that hardly differ (You et al., "Drawing
+"""Detects that a ticket has emerged: masks of successive epochs hardly differ (You et al., "Drawing
 Early-Bird Tickets", 2020).
 
-The paper's Robust Bird draws it by cheap standard training (docs/algorithms.md).
+The paper's Robust Bird draws its ticket in cheap standard training (docs/algorithms.md).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ TOLERANCES = {"unstructured": 0.08, "channel": 0.1}
 class EarlyBird:
     """Watches a network in training and says when its ticket has emerged.
 
-    After each epoch the mask that pruning would draw is remembered. The ticket has emerged when
+    After each epoch it records the mask that pruning would draw. The ticket has emerged when
     ``window`` masks exist and the newest differs from each of the ``window - 1`` before it in at
-    most ``tolerance`` of the positions.
+    most ``tolerance`` of the positions. Bad arguments raise ``ValueError``.
 
     Args:
         density: kept fraction of the weights or channels, in (0, 1].
         window: masks compared, the newest included; at 1 the first mask is the ticket.
-        tolerance: largest fraction of differing positions; the paper's for ``kind`` by default.
-        kind: ``unstructured`` looks at |w| of all convolutions together, ``channel`` at |scale| of
-            all batch norms.
+        tolerance: largest fraction of differing positions; by default the paper's for ``kind``.
+        kind: ``unstructured`` ranks |w| of all convolutions together, ``channel`` |scale| of all
+            batch norms.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EarlyBird:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of ticket {kind!r}; known: {', '.join(KINDS)}")
         if not 0.0 < density <= 1.0:
-            raise ValueError(f"density is the kept fraction and lies in (0, 1], not {density}")
+            raise ValueError(f"density is the kept fraction and must lie in (0, 1], not {density}")
         if window < 1:
             raise ValueError(f"the window counts masks and is at least 1, not {window}")
         tolerance = TOLERANCES[kind] if tolerance is None else tolerance
@@ -53,10 +53,10 @@ class EarlyBird:
         self.tolerance = tolerance
         self.kind = kind
         self._distances: list[list[float]] = []
-        self._masks: list[Tensor] = []  # one an epoch, eight positions to a byte
+        self._masks: list[Tensor] = []  # one per epoch, eight positions per byte
 
     def observe(self, model: nn.Module) -> bool:
-        """Take in the network after one more epoch; True once its ticket has emerged."""
+        """Record the network's mask after one more epoch; True if its ticket has emerged."""
         mask = ticket_mask(model, self.density, self.kind)
         packed = _pack(mask)
         self._distances.append(
@@ -68,7 +68,7 @@ class EarlyBird:
         )
 
     def recent(self) -> list[float]:
-        """How far the newest mask is from those before it in the window, as many as there are."""
+        """Distances of the newest mask to the earlier ones in its window, as far as they exist."""
         return (
             self._distances[-1][-(self.window - 1) :] if self._distances and self.window > 1 else []
         )
@@ -93,8 +93,8 @@ class EarlyBird:
 def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
     """The flat mask (bool, on the CPU) that pruning to ``density`` would draw now.
 
-    The threshold is the sorted value at ``int(n * (1 - density))``; kept is what lies strictly
-    above it.
+    The threshold is the sorted score at ``int(n * (1 - density))``; scores strictly above it are
+    kept. Raises ``ValueError`` for a network without layers of this ``kind``.
     """
     scores = torch.cat([score.detach().abs().reshape(-1) for score in _scores(model, kind)])
     threshold = scores.sort().values[min(int(scores.numel() * (1 - density)), scores.numel() - 1)]
@@ -115,7 +115,7 @@ def _scores(model: nn.Module, kind: str) -> list[Tensor]:
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """uint8 ``[ceil(n / 8)]``."""
+    """Pack a mask ``[n]`` into bits, uint8 ``[ceil(n / 8)]``."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(
         math.ceil(mask.numel() / 8), 8
     )

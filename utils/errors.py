@@ -1,7 +1,7 @@
-"""The two ways a command ends early, each one line on stderr and an exit code.
+"""How a command ends early: exceptions that become one line on stderr and an exit code.
 
 ``InputError`` (exit 2): the request cannot be carried out as given; nothing was written.
-``RunError`` (exit 3): a run that had begun cannot go on; what it saved stays.
+``RunError`` (exit 3): a run that had begun cannot continue; what it saved stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class InputError(Exception):
 
 
 class BrokenCheckpointError(InputError):
-    """A checkpoint file that is damaged: cut, flipped, or never one."""
+    """A checkpoint file that is truncated, corrupted, or not a checkpoint at all."""
 
 
 class RunError(Exception):
@@ -29,12 +29,12 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop and has saved where it stands, or that ends because another
-    process of it does.
+    """A run that was asked to stop and has saved its state, or that ends because another of its
+    processes does.
 
     Args:
-        why: for stderr; nothing where another process says it.
-        code: exit code, which says who asked.
+        why: message for stderr; empty if another process prints it.
+        code: exit code, which tells the reason.
     """
 
     def __init__(self, why: str, code: int) -> None:
@@ -43,8 +43,8 @@ class Stopped(Exception):
 
 
 class _CtrlC:
-    """Handler of SIGINT: the first is a ``KeyboardInterrupt``, those after it do not disturb what
-    it ends."""
+    """Handler of SIGINT: the first raises ``KeyboardInterrupt``; later ones are ignored, so that
+    they do not disturb its cleanup."""
 
     was_raised = False
 
@@ -56,13 +56,13 @@ class _CtrlC:
 
 def run_command(command: Callable[[], None]) -> int:
     """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130
-    (Ctrl-C), 141 (closed pipe), 143.
+    (Ctrl-C), 141 (closed pipe), 143 (SIGTERM).
 
-    The process ends after it: Ctrl-C does nothing from here on, and warnings are one line.
+    The process must end after it: it leaves Ctrl-C without effect, and warnings as one line.
     """
     warnings.formatwarning = _warning_line
     ctrl_c = _CtrlC()
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
         signal.signal(signal.SIGINT, ctrl_c)
     try:
         code = _code_of(command)

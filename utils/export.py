@@ -1,10 +1,9 @@
-"""Trained networks as files that other programs read (ONNX, safetensors, ``torch.export``, a plain
-state dict), and as small checkpoints for a release.
+"""Export of trained networks to files that other programs read (ONNX, safetensors,
+``torch.export``, a plain state dict), and to small checkpoints for a release.
 
-Every file takes images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits ``[N,
-classes]``: normalization is inside. Narrow networks stay narrow, but for the plain state dict,
-which has their full size. A file takes its name only after what was written has been read again
-and has computed what the network does.
+Every exported network maps images ``[N, C, H, W]``, float32 pixels in [0, 1], any N, to logits
+``[N, classes]``: normalization is inside. Narrow networks stay narrow, except in the plain state
+dict, which is full-size. A file is kept only if it, read back, gives the network's logits.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from utils.storage.packing import compact_network
 from utils.storage.safetensors import SUFFIX, safetensors_bytes
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a fraction of the largest logit
-_BATCHES = (1, 5)  # that every file is tried on
+_BATCHES = (1, 5)  # batch sizes on which every file is checked
 _OPSET = 18  # of ONNX: what every torch from 2.11 on writes without converting
 _CHECKPOINT_SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt", SUFFIX)
-# the same of weights in float16
+# the same for weights in float16
 _ROUNDED = 1e-2
-# of a checkpoint: how good the network is, and what an evaluation takes from its run
+# kept of a checkpoint: the network's scores, and what an evaluation needs of its run
 _KEPT = ("script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged")
-# by a checkpoint or by safetensors of one
+# metadata in a checkpoint, or in safetensors made of one
 _TOLD = ("method", "dataset", "seed", "script", "epoch", "val_ra", "val_sa")
 _CPU = torch.device("cpu")
 
@@ -49,12 +48,12 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """The network in a file.
+    """A trained network read from a file.
 
     Attributes:
         model: in eval mode, on the CPU.
         spec: what ``models.loading.build_network`` needs.
-        content: of the file.
+        content: everything in the file.
     """
 
     model: nn.Module
@@ -63,8 +62,8 @@ class Trained:
 
     @classmethod
     def read(cls, path: str | Path, **given: Any) -> Trained:
-        """From a checkpoint or one of the files described in ``models.loading.stored_network``;
-        raises ``InputError``."""
+        """Read a checkpoint or another file that ``models.loading.stored_network`` takes; raises
+        ``InputError``."""
         content, spec = stored_network(path, **given)
         return cls(network_of(content, path, spec, _CPU).eval(), spec, content)
 
@@ -74,19 +73,18 @@ class Trained:
 
     @property
     def density(self) -> float:
-        """Weights of convolutions and linear layers that are not zero, as a fraction of the full
-        network's."""
+        """Nonzero prunable weights as a fraction of the full-size network's prunable weights."""
         live = sum(int(weight.count_nonzero()) for weight in prunable(self.model).values())
         return live / sum(weight.numel() for weight in prunable(self.full_size()).values())
 
     def full_size(self) -> nn.Module:
-        """A fresh network, no channel removed."""
+        """A newly initialized network without removed channels."""
         return build_network(full_size(self.spec), _CPU)
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is known of it beside its description: method, density, and what a checkpoint of
-        ours says of its training."""
+        """Metadata beyond its description: density, and what a checkpoint of ours says of its
+        training (method, data set, seed, epoch, accuracies)."""
         known = {name: self.content[name] for name in _TOLD if name in self.content}
         settings = _settings_in(self.content)
         if settings is not None:
@@ -94,7 +92,7 @@ class Trained:
         return {**known, "density": self.density}
 
     def images(self, n: int) -> Tensor:
-        """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, the same every time."""
+        """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, always the same ones."""
         with seeded(stream(1, "export", n)):
             return torch.rand(
                 n, len(self.spec["mean"]), self.spec["image_size"], self.spec["image_size"]
@@ -102,7 +100,7 @@ class Trained:
 
 
 def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
-    """The settings of the run that a checkpoint is of, None where it holds none that this version
+    """The settings of the run that a checkpoint is of; None if it has none that this version
     reads."""
     kind = SETTINGS_OF.get(str(content.get("script")))
     if kind is None:
@@ -115,8 +113,8 @@ def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its suffix, how a network becomes its content, and how the file becomes
-    something to call."""
+    """A file format: its suffix, how a network becomes its content, how the file becomes a
+    callable, and the tolerance of that round trip."""
 
     suffix: str
     content: Callable[[Trained], bytes]
@@ -127,20 +125,20 @@ class Format:
 def export(
     checkpoint: str | Path, kind: str, out: str | Path | None = None, **given: Any
 ) -> tuple[Path, float]:
-    """Write the network of a checkpoint as another file, whole or not at all.
+    """Export the network of a checkpoint to another file, atomically.
 
     Args:
-        checkpoint: what ``Trained.read`` reads, with ``given``.
+        checkpoint: a file that ``Trained.read`` reads, with ``given``.
         kind: one of ``FORMATS``.
-        out: the file to write; beside the checkpoint with another suffix by default.
+        out: the file to write; by default beside the checkpoint with the format's suffix.
 
     Returns:
-        The file, and the largest difference of its logits from the network's as a fraction of the
+        Its path, and the largest difference of its logits from the network's as a fraction of the
         largest logit.
 
     Raises:
         InputError: a file that cannot be read or written.
-        RunError: what was written does not compute what the network does; no file was left.
+        RunError: the file's logits differ from the network's by too much; it was not kept.
     """
     form = FORMATS[kind]
     path = default_path(Path(checkpoint), kind) if out is None else Path(out)
@@ -184,7 +182,7 @@ def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
     if not path.parent.is_dir():
         raise InputError(f"no such folder: {path.parent}")
     own = FORMATS[kind].suffix
-    # What torch.load reads, a checkpoint or a state dict, goes by several suffixes.
+    # Files that torch.load reads (checkpoints, state dicts) have one of several suffixes.
     loaded = (".tar", ".pth", ".pt")
     others = [(form.suffix,) for form in FORMATS.values() if form.suffix not in loaded]
     formats = [loaded, *others]
@@ -197,8 +195,8 @@ def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
 
 @torch.no_grad()
 def largest_difference(network: Network, trained: Trained) -> float:
-    """Between the logits of ``network`` and of ``trained`` on random images, as a fraction of the
-    largest logit; nan stays nan."""
+    """Largest difference between the logits of ``network`` and ``trained`` on random images, as a
+    fraction of the largest logit; NaN stays NaN."""
     differences = []
     for n in _BATCHES:
         images = trained.images(n)
@@ -213,11 +211,11 @@ def largest_difference(network: Network, trained: Trained) -> float:
 
 
 def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
-    """An ONNX model with input ``images`` and output ``logits``, the batch dynamic.
+    """An ONNX model with input ``images``, output ``logits`` and a dynamic batch size.
 
     Args:
         model: in eval mode.
-        images: two or more, as an example.
+        images: an example batch ``[N, C, H, W]``, N at least 2.
     """
     options: dict[str, Any] = {
         "opset_version": _OPSET,
@@ -225,7 +223,7 @@ def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
         "output_names": ["logits"],
         "verbose": False,
     }
-    with warnings.catch_warnings():  # of libraries about each other
+    with warnings.catch_warnings():  # which libraries give about each other
         warnings.simplefilter("ignore")
         options |= {"dynamo": True, "dynamic_shapes": _dynamic_batch()}
         program = torch.onnx.export(model, (images,), **options)
@@ -234,8 +232,8 @@ def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
 
 
 def onnx_session(content: bytes | str, threads: int | None = None) -> Any:
-    """onnxruntime on the CPU, of a model's bytes or a file's path, with as many threads as torch
-    has by default."""
+    """An onnxruntime session on the CPU for a model's bytes or a file's path; by default with as
+    many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -268,8 +266,8 @@ def _dynamic_batch() -> tuple[dict[int, torch.export.Dim], ...]:
 
 
 def _state_bytes(trained: Trained) -> bytes:
-    """A flat state dict of the full-size network, as loaders of the Adversarial Pruning Benchmark
-    and RobustBench take it."""
+    """A flat state dict of the full-size network, as the loaders of the Adversarial Pruning
+    Benchmark and of RobustBench expect it."""
     plain = full_size_state(trained.spec, trained.state)
     buffer = io.BytesIO()
     torch.save({name: value.contiguous() for name, value in plain.items()}, buffer)

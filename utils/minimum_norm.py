@@ -1,6 +1,6 @@
-"""The smallest perturbation that changes a network's answer, in linf: FMN (Pintor et al., "Fast
-minimum-norm adversarial attacks through adaptive norm constraints", 2021), its settings searched
-for each network as the Adversarial Pruning Benchmark asks (HO-FMN)."""
+"""The smallest linf perturbation that changes a network's prediction: FMN (Pintor et al., "Fast
+minimum-norm adversarial attacks through adaptive norm constraints", 2021), with its settings
+searched for each network as in the Adversarial Pruning Benchmark (HO-FMN)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.modes import in_mode, without_parameter_gradients
 
-# of the search: length of a step, in l2 over an image's pixels, and momentum
+# ranges searched: step size, in the l2 norm of an image's pixels, and momentum
 _STEP_SIZES, _MOMENTA = (0.1, 30.0), (0.0, 0.95)
 _GAMMAS = (0.05, 1e-3)  # change of the radius at the first and the last step
 _LAST_STEP = 0.01  # length of the last step as a fraction of the first
@@ -21,11 +21,11 @@ _LAST_STEP = 0.01  # length of the last step as a fraction of the first
 
 @dataclass(frozen=True)
 class FMN:
-    """The settings of one attack.
+    """The settings of one attack; bad ones raise ``ValueError``.
 
     Attributes:
-        steps: gradients taken.
-        step_size: of the first step, in the l2 norm of an image's pixels; it falls by a cosine.
+        steps: number of gradient steps.
+        step_size: of the first step, in the l2 norm of an image's pixels; it falls as a cosine.
         momentum: of the normalized gradients.
     """
 
@@ -39,7 +39,7 @@ class FMN:
 
 
 def minimum_norm(model: nn.Module, x: Tensor, y: Tensor, attack: FMN) -> tuple[Tensor, Tensor]:
-    """The smallest adversarial perturbations found.
+    """Search for the smallest adversarial perturbations.
 
     Args:
         model: maps images to logits; attacked in eval mode, left as it was found.
@@ -48,9 +48,9 @@ def minimum_norm(model: nn.Module, x: Tensor, y: Tensor, attack: FMN) -> tuple[T
         attack: the settings.
 
     Returns:
-        The images that are closest to ``x`` among those taken for another class (``x`` where none
-        was found), and their linf distances ``[N]``: 0 of images misclassified as they are, inf
-        where none was found.
+        The misclassified images closest to ``x`` that were found (``x`` where none was), and their
+        linf distances ``[N]``: 0 for images misclassified without an attack, inf where none was
+        found.
     """
     x = x.detach()
     closest, distance = x.clone(), torch.full_like(x[:, 0, 0, 0], math.inf)
@@ -82,16 +82,16 @@ def minimum_norm(model: nn.Module, x: Tensor, y: Tensor, attack: FMN) -> tuple[T
 def _next_radius(
     lead: Tensor, gradient: Tensor, size: Tensor, radius: Tensor, best: Tensor, gamma: float
 ) -> Tensor:
-    """To the boundary, as the gradient sees it, until an image was fooled; then closer while it is,
-    and wider while it is not."""
+    """The next radius ``[N]``: the linearized distance to the boundary until an image is first
+    misclassified; from then on smaller while it is, larger while it is not."""
     to_boundary = size + lead / _norm(gradient, 1)
     wider = torch.where(best.isinf(), to_boundary, radius * (1 + gamma))
     return torch.where(lead <= 0, torch.minimum(radius * (1 - gamma), best), wider)
 
 
 def _lead(model: nn.Module, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the true logit leads ``[N]``, as the DLR loss measures it (Croce and Hein, 2020), and
-    its gradient by the images. It is positive where an image is classified correctly."""
+    """The lead of the true logit ``[N]``, which is minus the DLR loss (Croce and Hein, 2020), and
+    its gradient at the images. It is positive where an image is classified correctly."""
     images = images.detach().requires_grad_()
     logits = model(images)
     true = logits.gather(1, y[:, None]).squeeze(1)
@@ -113,7 +113,7 @@ def _linf(offset: Tensor) -> Tensor:
 
 
 def _norm(gradient: Tensor, order: int) -> Tensor:
-    """Never 0, so that an image without a gradient does not become NaN."""
+    """Norms ``[N]``, never 0, so that an image without a gradient does not become NaN."""
     norm = torch.linalg.vector_norm(gradient.flatten(1), ord=order, dim=1)
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
@@ -132,18 +132,17 @@ def tuned(
     steps: int = 100,
     on_trial: Callable[[], None] = lambda: None,
 ) -> FMN:
-    """The settings with the smallest median distance on those of some images that the network
-    classifies correctly.
+    """Search for the settings with the smallest median distance on correctly classified images.
 
     The benchmark searches by Bayesian optimization; here the trials are a Sobol sequence, which
     covers two dimensions evenly and is the same for every network.
 
     Args:
         model, x, y: as for ``minimum_norm``.
-        seed: of the sequence.
-        trials: settings tried.
+        seed: of the Sobol sequence.
+        trials: number of settings tried.
         steps: of each trial, and of the settings returned.
-        on_trial: called after each.
+        on_trial: called after each trial.
     """
     with torch.no_grad(), in_mode(model, False):
         right = model(x).argmax(dim=1) == y

@@ -1,8 +1,8 @@
-"""Randomness without history: every draw is a pure function of a key and a counter.
+"""Stateless randomness: every draw is a pure function of a key and a counter.
 
 The draws are those of ``sparse_core``, the same on every device and in every batch split, so a
-resumed run, a run on another number of processes, and a run on a GPU all see the same. For code
-that only knows global generators, those are lent states.
+resumed run, a run in another number of processes and a run on a GPU all see the same. Global
+generators are seeded only for code that knows no others, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from sparse_core import random_bits, stream, uniform
 
 __all__ = [
-    "host_draws",
-    "lent_generators",
+    "cpu_generator_states",
     "permutation",
+    "preserved_generators",
     "random_bits",
     "seeded",
     "stream",
@@ -36,21 +36,20 @@ def permutation(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Give code that only knows the global generators (weight initialization) states of their own;
-    those of GPUs are left alone."""
-    with lent_generators(torch.device("cpu")) as seed:
+    """Seed the CPU's global generators for code that knows no others (weight initialization), and
+    restore them on exit."""
+    with preserved_generators(torch.device("cpu")) as seed:
         seed(key)
         yield
 
 
 @contextlib.contextmanager
-def lent_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
+def preserved_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
     """Lend the global generators of torch (the CPU's and that of ``device``), numpy and Python to
-    code that draws by them, such as
-    dropout: what comes with it gives all of them states by a key, and afterwards they are as they
-    were found.
+    code that draws from them, such as dropout. Yields a function that seeds all of them with a key;
+    on exit their states are restored.
     """
-    # Not torch.manual_seed, which reseeds every GPU's generator of the host program too.
+    # Not torch.manual_seed, which would also reseed the generators of all other GPUs.
     generators = [torch.default_generator, *_of_gpu(device)]
     before = (
         [generator.get_state() for generator in generators],
@@ -73,9 +72,9 @@ def lent_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
         random.setstate(before[2])
 
 
-def host_draws() -> tuple[bytes, str, tuple[Any, ...]]:
-    """The states of the CPU's global generators, to see whether something has drawn by one:
-    torch's, numpy's and Python's."""
+def cpu_generator_states() -> tuple[bytes, str, tuple[Any, ...]]:
+    """The states of the CPU's global generators (torch's, numpy's and Python's), to tell whether
+    something has drawn from one."""
     return (
         torch.default_generator.get_state().numpy().tobytes(),
         repr(np.random.get_state()),
@@ -86,7 +85,7 @@ def host_draws() -> tuple[bytes, str, tuple[Any, ...]]:
 def _of_gpu(device: torch.device) -> list[torch.Generator]:
     if device.type != "cuda":
         return []
-    torch.cuda.init()  # before it there are none
+    torch.cuda.init()  # creates the generators
     return [
         torch.cuda.default_generators[
             torch.cuda.current_device() if device.index is None else device.index

@@ -1,5 +1,5 @@
-"""``main_adv.py --eval``: a checkpoint under an attack, image by image; a cut evaluation goes on
-where it was."""
+"""``main_adv.py --eval``: evaluates a checkpoint under an attack and saves the answer for each
+image, so an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.loading import network_of, refuse_other_classes, spec_in
 from models.modes import in_mode
 from utils.errors import InputError, RunError, Stopped, require
 from utils.evaluation import gradient_masking
-from utils.evaluation.sanity import LOOKED_AT, check_network
+from utils.evaluation.sanity import CHECKED_IMAGES, check_network
 from utils.evaluation.trials import (
     Outcomes,
     Trial,
@@ -53,33 +53,35 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 
 def stored_settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings in the checkpoint that the flags point to, if it has any."""
+    """The settings stored in the checkpoint or run that the flags name, empty if there are none."""
     if given.get("eval") and given.get("pretrained"):
         content = read_checkpoint(given["pretrained"])
         return evaluation_settings(content.get("script"), settings_in(content, given["pretrained"]))
     return resumed_settings(AdversarialSettings.script, given)
 
 
-def network_and_data(settings: AdversarialSettings, device: torch.device) -> tuple[Judged, Data]:
-    """What ``--pretrained`` holds and its data, classes numbered as it does; raises ``InputError``
-    if they do not fit."""
+def network_and_data(
+    settings: AdversarialSettings, device: torch.device
+) -> tuple[EvaluatedNetwork, Data]:
+    """The network in ``--pretrained`` and the data, with the classes in the network's order; raises
+    ``InputError`` if the two do not fit, and warns if the classes had to be renumbered."""
     data = load_data_for(settings, device)
     assert settings.pretrained is not None
-    judged = network_for(settings.pretrained, settings, data, device)
-    if judged.classes == data.classes:
-        return judged, data
+    evaluated = network_for(settings.pretrained, settings, data, device)
+    if evaluated.classes == data.classes:
+        return evaluated, data
     warnings.warn(
         f"{settings.pretrained} numbers the classes in another order than the data: they are"
         " matched by name",
         stacklevel=2,
     )
-    return judged, data.numbered(judged.classes)
+    return evaluated, data.numbered(evaluated.classes)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A network from a checkpoint: its classes in their order, and which network of its run it
-    is."""
+class EvaluatedNetwork:
+    """A network from a checkpoint, its class names in order, and the epoch and validation RA stored
+    with it."""
 
     model: nn.Module
     classes: list[str]
@@ -88,19 +90,19 @@ class Judged:
 
     @cached_property
     def weights(self) -> str:
-        """A checksum of its state."""
+        """Checksum of the state dict."""
         return checksum(self.model.state_dict())
 
 
 def network_for(
     path: str, settings: AdversarialSettings, data: Data, device: torch.device
-) -> Judged:
-    """The network in a checkpoint, for these images; raises ``InputError`` if they do not fit."""
+) -> EvaluatedNetwork:
+    """Load the network in a checkpoint; raises ``InputError`` if it does not fit the data."""
     content = read_checkpoint(path)
     spec = spec_in(content, path) or network_spec(settings, data)
     if spec["num_classes"] != len(data.classes):
         raise InputError(
-            f"{path} knows {spec['num_classes']} classes and the data has {len(data.classes)}"
+            f"{path} has {spec['num_classes']} classes but the data has {len(data.classes)}"
         )
     if len(spec["mean"]) != data.image_shape[0]:
         raise InputError(
@@ -108,16 +110,16 @@ def network_for(
         )
     refuse_other_classes(path, spec, data.classes)
     model = network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device)
-    return Judged(
+    return EvaluatedNetwork(
         model, spec.get("classes") or data.classes, content.get("epoch"), content.get("val_ra")
     )
 
 
 def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
-    """Measure ``--pretrained`` under ``--eval_attack``, from where that was cut before, and say
-    what came out."""
+    """Evaluate ``--pretrained`` under ``--eval_attack``, resuming an interrupted evaluation, and
+    print the result."""
     evaluation = world.agree(lambda: Evaluation(settings, device, world), in_turn=True)
-    # Each may have found other answers on disk, or none.
+    # The processes may have read different answers from disk.
     evaluation.outcomes.load_state_dict(world.from_first(evaluation.outcomes.state_dict))
     evaluation.run()
     if world.is_first:
@@ -126,8 +128,8 @@ def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, wor
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What an evaluation does: its ``title``, its trials in order, and those at whose end the worst
-    case is known."""
+    """An evaluation's ``title``, its trials in order, and the two trials whose accuracies are
+    reported as test RA and training RA."""
 
     title: str
     trials: Sequence[Trial]
@@ -136,22 +138,22 @@ class EvaluationPlan:
 
 
 class Evaluation:
-    """One evaluation of one checkpoint. Its files: ``<checkpoint>_<attack>_<hash>.json`` and
-    ``.pth.tar``, the answers by image."""
+    """One evaluation of one checkpoint. Writes ``<checkpoint>_<attack>_<hash>.json``, the summary,
+    and ``.pth.tar``, the answer for each image."""
 
     def __init__(self, settings: AdversarialSettings, device: torch.device, world: World) -> None:
-        """Load everything and check it; raises ``InputError``. Nothing is written but an empty
+        """Load and check everything; raises ``InputError``. Writes nothing, but creates the output
         folder."""
         self.settings, self.device, self.world = settings, device, world
         self.attack = settings.test_attack
         if settings.eval_attack == "cw":
             self.attack = dataclasses.replace(self.attack, loss="margin")
-        self.judged, self.data = network_and_data(settings, device)
-        self.model = self.judged.model
+        self.evaluated, self.data = network_and_data(settings, device)
+        self.model = self.evaluated.model
         self.source = None if settings.source is None else self._source(settings.source)
-        self.asked = self._asked()
+        self.plan = self._plan()
         self.splits = {"test": self.data.test, "train": self.data.train}
-        self.warnings = self._look_at_network()
+        self.warnings = self._check_network()
         self.folder = self._folder()
         self.outcomes = Outcomes(
             {name: split.labels[split.indices].cpu() for name, split in self.splits.items()}
@@ -159,7 +161,7 @@ class Evaluation:
         self.saved_at = time.monotonic()
         self.began_at = ""
         if self.answers.exists():
-            self._go_on()
+            self._resume()
 
     def _source(self, path: str) -> nn.Module:
         source = network_for(path, self.settings, self.data, self.device)
@@ -170,9 +172,9 @@ class Evaluation:
         require(source.classes == self.data.classes, other)
         return source.model
 
-    # ---- what is asked
+    # ---- the plan
 
-    def _asked(self) -> EvaluationPlan:
+    def _plan(self) -> EvaluationPlan:
         settings, model, attack = self.settings, self.model, self.attack
         if settings.eval_attack == "autoattack":
             trials = autoattack_trials(
@@ -204,9 +206,9 @@ class Evaluation:
             title, [clean_trial(), *test, *train], test[-1], train[-1] if train else None
         )
 
-    def _look_at_network(self) -> list[str]:
+    def _check_network(self) -> list[str]:
         split = self.data.test
-        indices = split.spread(LOOKED_AT)
+        indices = split.spread(CHECKED_IMAGES)
         warnings = []
         for model in (self.model, self.source):
             if model is not None:
@@ -230,20 +232,20 @@ class Evaluation:
 
     def _path(self, suffix: str) -> Path:
         stem = Path(self.settings.pretrained or "").name.split(".")[0]
-        attack = re.sub(r"[^a-z0-9]+", "-", self.asked.title.lower()).strip("-")[:40]
+        attack = re.sub(r"[^a-z0-9]+", "-", self.plan.title.lower()).strip("-")[:40]
         return self.folder / f"{stem}_{attack}_{self.key[:8]}{suffix}"
 
     @property
     def answers(self) -> Path:
-        """The answers by image."""
+        """The file with the answer for each image."""
         return self._path(".pth.tar")
 
     @cached_property
     def key(self) -> str:
-        """A digest of what decides the answers: networks, attack, images."""
+        """Digest of everything that determines the answers: networks, attack, seed, images."""
         settings = self.settings
         source = None if self.source is None else checksum(self.source.state_dict())
-        parts: list[Any] = [self.judged.weights, source, dataclasses.asdict(self.attack)]
+        parts: list[Any] = [self.evaluated.weights, source, dataclasses.asdict(self.attack)]
         parts += [
             settings.eval_attack,
             settings.restarts,
@@ -251,24 +253,24 @@ class Evaluation:
             *(_digest_of_rows(split) for split in self.splits.values()),
         ]
         parts += [self.data.digest]
-        parts += [(trial.name, trial.batch) for trial in self.asked.trials]
+        parts += [(trial.name, trial.batch) for trial in self.plan.trials]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         content = load_checkpoint(self.answers)
         if content.get("key") != self.key:
             raise InputError(
-                f"{self.answers} is of another evaluation; move it away, or --eval_dir elsewhere"
+                f"{self.answers} belongs to another evaluation; move it away, or --eval_dir"
+                " elsewhere"
             )
         self.outcomes.load_state_dict(content["outcomes"])
-        done = sum(self.outcomes.batches_done(trial) > 0 for trial in self.asked.trials)
+        done = sum(self.outcomes.batches_done(trial) > 0 for trial in self.plan.trials)
         self.began_at = (
-            f"going on from {self.answers} ({done} of {len(self.asked.trials)} trials begun or"
-            " done)"
+            f"resuming from {self.answers} ({done} of {len(self.plan.trials)} trials begun or done)"
         )
 
     def save(self) -> None:
-        """Write the answers by image so far."""
+        """Save the answers found so far."""
         self.saved_at = time.monotonic()
         if not self.world.is_first:
             return
@@ -286,7 +288,7 @@ class Evaluation:
     # ---- work
 
     def run(self) -> None:
-        """All trials; asked to stop, by a signal or ``--time_limit``, it saves and leaves."""
+        """Run all trials; on a signal or at ``--time_limit``, save and raise ``Stopped``."""
         if self.world.is_first:
             own_steps = self.settings.eval_attack == "autoattack"
             notes = [
@@ -310,7 +312,7 @@ class Evaluation:
                     self.save()
                 if code:
                     why = (
-                        f"{stopped}; the same command goes on from {self.answers}"
+                        f"{stopped}; the same command resumes from {self.answers}"
                         if stopped and self.world.is_first
                         else ""
                     )
@@ -319,7 +321,7 @@ class Evaluation:
             run_trials(
                 self.model,
                 self.splits,
-                self.asked.trials,
+                self.plan.trials,
                 self.outcomes,
                 world=self.world,
                 on_round=on_round,
@@ -328,14 +330,14 @@ class Evaluation:
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[_Progress]:
-        progress = _Progress(self.asked.trials, self.outcomes, quiet=not self.world.is_first)
+        progress = _Progress(self.plan.trials, self.outcomes, quiet=not self.world.is_first)
         try:
             yield progress
         finally:
             progress.close()
 
     def finish(self) -> None:
-        """Write the summary and say it."""
+        """Write the summary and print the result."""
         result = self.result()
         picture: Figure | None = None
         lines = [self._headline(result)]
@@ -350,7 +352,7 @@ class Evaluation:
         elif self.settings.eval_attack == "autoattack":
             lines.append(
                 "after "
-                + ", ".join(f"{t.name} {result['trials'][t.name]:.2f}" for t in self.asked.trials)
+                + ", ".join(f"{t.name} {result['trials'][t.name]:.2f}" for t in self.plan.trials)
             )
         summary = self._path(".json")
         try:
@@ -363,10 +365,10 @@ class Evaluation:
         print("\n".join([*lines, f"by image: {self.answers}"]))
 
     def result(self) -> dict[str, Any]:
-        """What came out, for the summary; accuracies in percent."""
-        accuracies = {trial.name: self.outcomes.accuracy(trial) for trial in self.asked.trials}
-        ra = accuracies[self.asked.test.name]
-        train_ra = None if self.asked.train is None else accuracies[self.asked.train.name]
+        """The summary; accuracies in percent, radius and step size in 1/255."""
+        accuracies = {trial.name: self.outcomes.accuracy(trial) for trial in self.plan.trials}
+        ra = accuracies[self.plan.test.name]
+        train_ra = None if self.plan.train is None else accuracies[self.plan.train.name]
         attack, kind = (
             self.attack,
             "transfer" if self.source is not None else self.settings.eval_attack,
@@ -374,16 +376,16 @@ class Evaluation:
         return {
             "checkpoint": Path(self.settings.pretrained or "").name,
             "network": {
-                "weights": self.judged.weights,
-                "epoch": self.judged.epoch,
-                "val_ra": self.judged.val_ra,
+                "weights": self.evaluated.weights,
+                "epoch": self.evaluated.epoch,
+                "val_ra": self.evaluated.val_ra,
             },
             "attack": kind,
-            "title": self.asked.title,
+            "title": self.plan.title,
             "norm": attack.norm,
             "eps": attack.eps * 255,
-            # AutoAttack has its own steps, and the signs of gradient masking are of many attacks,
-            # RA being PGD-20's.
+            # AutoAttack chooses its own steps. The check for gradient masking runs many attacks and
+            # reports the RA of PGD-20.
             "step_size": None if kind == "autoattack" else attack.step_size * 255,
             "steps": {"autoattack": None, "masking": 20}.get(kind, attack.steps),
             "restarts": None if kind == "autoattack" else self.settings.restarts,
@@ -391,7 +393,7 @@ class Evaluation:
             "seed": self.settings.seed,
             "images": {
                 part: len(self.splits[part])
-                for part in {trial.part: None for trial in self.asked.trials}
+                for part in {trial.part: None for trial in self.plan.trials}
             },
             "test_sa": accuracies["clean"],
             "test_ra": ra,
@@ -420,8 +422,8 @@ class Evaluation:
 
 
 class _Progress:
-    """A bar for each trial with the running estimate on a terminal, a line at the end of each
-    elsewhere."""
+    """On a terminal, a progress bar with the running estimate for each trial; elsewhere, a line for
+    each finished trial."""
 
     def __init__(self, trials: Sequence[Trial], outcomes: Outcomes, quiet: bool) -> None:
         self._trials, self._outcomes = trials, outcomes
@@ -431,7 +433,7 @@ class _Progress:
         self._bar: Any = None
 
     def advance(self, trial: Trial, images: int) -> None:
-        """After some images of a trial."""
+        """Record that ``images`` more images of a trial are done."""
         if trial is not self._trial:
             self.close()
             self._trial = trial
@@ -470,5 +472,5 @@ def _short(path: str) -> str:
 
 
 def _digest_of_rows(split: Split) -> str:
-    """Which images of a data set, and their labels."""
+    """Digest of a split's image indices and labels."""
     return checksum({"indices": split.indices, "labels": split.labels[split.indices]})

@@ -1,8 +1,6 @@
-"""Why a network answers as it does, and how flat its loss is: Grad-CAM, input saliency, the loss
-around its weights.
+"""Explains predictions by Grad-CAM and input saliency, and maps the loss around the weights.
 
-Functions of networks, images and a seed. A network's weights, gradients, flags and modes are left
-as found.
+All functions leave the network's weights, gradients, ``requires_grad`` flags and modes as found.
 """
 
 from __future__ import annotations
@@ -22,25 +20,25 @@ from utils.attacks import PGD, attack_draws, pgd_attack
 from utils.errors import InputError
 from utils.seeding import permutation, stream, uniform
 
-# over which the losses around a network are averaged; all where there are fewer
+# images over which the loss surface is averaged; all if a split has fewer
 LANDSCAPE_IMAGES = 256
-_NO_EVIDENCE = 1e-30  # far below any evidence and above what ``_ACTIVE`` adds up to
-_ACTIVE = torch.finfo(torch.float32).tiny  # counts as zero, and yet a ReLU passes its gradient
+_NO_EVIDENCE = 1e-30  # far below real evidence, above what ``_ACTIVE`` adds up to
+_ACTIVE = torch.finfo(torch.float32).tiny  # practically zero, yet a ReLU passes its gradient
 
-Direction = Mapping[str, Tensor]  # of each parameter, by name
+Direction = Mapping[str, Tensor]  # one tensor per parameter, by name
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found out about a network.
+    """Explanations of a network's predictions and the loss around its weights.
 
     Attributes:
-        indices, y: of the images looked at, in their data set, and their classes; int64 ``[N]`` on
-            the CPU.
-        clean, attacked: how the network sees them.
-        stage: where Grad-CAM looked.
-        losses: float64 ``[2, grid, grid]``, clean and robust, see ``loss_surface``; over
-            ``loss_images`` images.
+        indices, y: indices of the explained images in their data set, and their classes; int64
+            ``[N]`` on the CPU.
+        clean, attacked: predictions and explanations for the clean and the adversarial images.
+        stage: the stage that Grad-CAM used.
+        losses: float64 ``[2, grid, grid]``, clean and robust loss averaged over ``loss_images``
+            images; see ``loss_surface``.
     """
 
     indices: Tensor
@@ -52,7 +50,7 @@ class Explanation:
     loss_images: int
 
     def figures(self, classes: Sequence[str]) -> dict[str, Any]:
-        """All of it as plain values; ``classes`` are names."""
+        """The results as JSON values; ``classes`` are the class names."""
         clean, attacked = (
             self.clean.answers(self.y, classes),
             self.attacked.answers(self.y, classes),
@@ -83,13 +81,13 @@ def explain(
     seed: int,
     on_point: Callable[[], object] = lambda: None,
 ) -> Explanation:
-    """Look at a network with some images of a split, clean and under an attack crafted once, with
-    the starts of an evaluation.
+    """Explain a network on images of a split, clean and attacked; the attack is crafted once, with
+    the random starts of an evaluation.
 
     Args:
-        images: how many are shown; at most the split has.
-        grid: points a side of the loss surface; odd, at least 3.
-        seed: of every draw.
+        images: number of images shown; at most the size of the split.
+        grid: points per side of the loss surface; odd, at least 3.
+        seed: of all random draws.
         on_point: called after each of the ``grid ** 2`` points.
     """
     shown, averaged = (
@@ -126,11 +124,11 @@ def _attacked(model: nn.Module, batch: Batch, attack: PGD, seed: int) -> Tensor:
 
 
 def spread_images(split: Split, n: int, seed: int) -> Batch:
-    """``n`` images of a split, as many of each class as can be (one more of some): a pure function
-    of ``seed``.
+    """``n`` images of a split, spread as evenly as possible over the classes; a pure function of
+    the split and ``seed``.
 
     Raises:
-        ValueError: the split has fewer images.
+        ValueError: ``n`` is below 1 or above the size of the split.
     """
     if not 1 <= n <= len(split):
         raise ValueError(f"cannot choose {n} of {len(split)} images")
@@ -138,7 +136,7 @@ def spread_images(split: Split, n: int, seed: int) -> Batch:
         permutation(len(split), stream(seed, "explain", "images"), split.device)
     ]
     members = F.one_hot(split.labels[indices])
-    turn = ((members.cumsum(dim=0) - 1) * members).sum(dim=1)  # the how manieth of its class
+    turn = ((members.cumsum(dim=0) - 1) * members).sum(dim=1)  # rank of the image within its class
     class_order = permutation(members.shape[1], stream(seed, "explain", "classes"), split.device)
     chosen = torch.argsort(
         turn * members.shape[1] + class_order[split.labels[indices]], stable=True
@@ -146,17 +144,17 @@ def spread_images(split: Split, n: int, seed: int) -> Batch:
     return next(plain_batches(split.subset(indices[chosen]), n))
 
 
-# ---------------------------------------------------------------- at images
+# ---------------------------------------------------------------- predictions explained
 
 
 @dataclass(frozen=True)
 class View:
-    """Some images as the network sees them, on the CPU.
+    """A network's predictions on some images and their explanations, on the CPU.
 
     Attributes:
         images: float32 ``[N, C, H, W]`` in [0, 1].
-        probabilities: of each class, float32 ``[N, classes]``.
-        cam, saliency: of the true class, float32 ``[N, H, W]``; see ``grad_cam`` and
+        probabilities: softmax outputs, float32 ``[N, classes]``.
+        cam, saliency: maps for the true class, float32 ``[N, H, W]``; see ``grad_cam`` and
             ``input_saliency``.
     """
 
@@ -166,8 +164,8 @@ class View:
     saliency: Tensor
 
     def answers(self, y: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """For each image the predicted class, its probability and the true one's; ``classes`` are
-        names."""
+        """For each image, the predicted class, its probability and that of the true class;
+        ``classes`` are the class names."""
         true = self.probabilities.gather(1, y[:, None]).squeeze(1).tolist()
         best = self.probabilities.max(dim=1)
         rows = zip(best.indices.tolist(), best.values.tolist(), true, strict=True)
@@ -178,8 +176,7 @@ class View:
 
 
 def view(model: nn.Module, x: Tensor, y: Tensor) -> View:
-    """How the network sees images ``[N, C, H, W]`` in [0, 1] of the classes ``y``, int64
-    ``[N]``."""
+    """Predict and explain images ``[N, C, H, W]`` in [0, 1] with labels ``y``, int64 ``[N]``."""
     with in_mode(model, False), torch.no_grad():
         probabilities = model(x).softmax(dim=1)
     return View(
@@ -188,20 +185,19 @@ def view(model: nn.Module, x: Tensor, y: Tensor) -> View:
 
 
 def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Where the network finds a class (Selvaraju et al., "Grad-CAM", 2017), at ``cam_stage``; by
-    captum.
+    """Grad-CAM (Selvaraju et al., 2017) of a class at the stage ``cam_stage`` picks, by captum.
 
     Args:
-        model: a network of this project; seen in eval mode.
+        model: a network of this project; run in eval mode.
         x: images ``[N, C, H, W]`` in [0, 1].
-        classes: the class looked for in each, int64 ``[N]``.
+        classes: the class to locate in each image, int64 ``[N]``.
 
     Returns:
-        Float32 ``[N, H, W]``, bilinear from the stage's map: 1 at the image's highest point, 0
-        where nothing speaks for the class.
+        Float32 ``[N, H, W]``, upsampled bilinearly from the stage's map and scaled so that each
+        image's maximum is 1; 0 where there is no evidence for the class.
 
     Raises:
-        ValueError: a network whose stages are not known.
+        ValueError: the stages of the network are not known.
         InputError: captum is not installed.
     """
     stage = _stages(model)[cam_stage(model, x).name]
@@ -220,11 +216,10 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
 
 
 def input_saliency(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """How much each pixel moves the logit of ``classes``: the gradient's size, the largest of the
-    channels, float32 ``[N, H, W]``.
+    """Absolute gradient of the logit of ``classes``, maximum over channels; float32 ``[N, H, W]``.
 
-    Arguments as for ``grad_cam`` (Simonyan, Vedaldi and Zisserman, "Deep Inside Convolutional
-    Networks", 2014); by captum.
+    Takes the arguments of ``grad_cam``; by captum (Simonyan, Vedaldi and Zisserman, "Deep Inside
+    Convolutional Networks", 2014). Raises ``InputError`` if captum is not installed.
     """
     with _gradients_of_images(model):
         gradient = (
@@ -248,8 +243,8 @@ def captum_methods() -> Any:
 
 @dataclass(frozen=True)
 class CamStage:
-    """Where Grad-CAM looks: a stage's ``name``, the ``size`` of its map, and the deeper stages
-    whose map is a single line or point."""
+    """The stage that Grad-CAM uses: its ``name``, the (height, width) of its map, and the deeper
+    stages, whose maps are ``too_small``: a single line or point."""
 
     name: str
     size: tuple[int, int]
@@ -257,8 +252,8 @@ class CamStage:
 
 
 def cam_stage(model: nn.Module, x: Tensor) -> CamStage:
-    """The last convolutional stage whose map of images ``x`` has at least 2x2 points: a smaller one
-    has no places to compare."""
+    """The deepest convolutional stage whose map of images ``x`` has at least 2x2 points; a smaller
+    map cannot locate anything."""
     with in_mode(model, False), torch.no_grad(), _recorded(_stages(model)) as maps:
         model(x[:1])
     name, names = _deepest_with_area(maps), list(maps)
@@ -267,11 +262,10 @@ def cam_stage(model: nn.Module, x: Tensor) -> CamStage:
 
 
 def _stages(model: nn.Module) -> dict[str, nn.Module]:
-    """Which module gives a stage's feature map, by the stage's name and in order.
+    """The module whose output is each stage's feature map, by the stage's name, in order.
 
-    A VGG's stages are its last ReLUs before each pool. In the pre-activation ResNets it is the norm
-    that reads the stage's sum, whose
-    ReLU is a function and no module: see ``_activated``.
+    In a VGG it is the last ReLU before each pool. In a pre-activation ResNet it is the batch norm
+    that reads the stage's sum; its ReLU is a function, not a module, so ``_activated`` applies it.
     """
     if isinstance(layers := getattr(model, "features", None), nn.Sequential):
         followed = zip(layers, list(layers)[1:], strict=False)
@@ -302,7 +296,7 @@ def _deepest_with_area(maps: Mapping[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of modules, by name, once the network has run within."""
+    """A dict that a forward pass within the block fills with the modules' outputs, by name."""
     outputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -318,12 +312,11 @@ def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _activated(stage: nn.Module) -> Iterator[None]:
-    """The module's output is the map after its ReLU, for hooks that come later; the network
-    computes what it did."""
+    """Apply the ReLU to the module's output for later hooks, without a change to the logits."""
 
     def activate(module: nn.Module, given: object, output: Tensor) -> Tensor:
-        # Not zero: the ReLU that follows a norm would pass no gradient to what lies there, and
-        # Grad-CAM averages over the whole map.
+        # Clamped above zero: Grad-CAM averages gradients over the whole map, and where a value is
+        # zero the ReLU that follows would pass none.
         return output.clamp_min(_ACTIVE)
 
     hook = stage.register_forward_hook(activate)
@@ -335,29 +328,29 @@ def _activated(stage: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gradients_of_images(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and gradients of images alone."""
+    """Eval mode, with gradients for the images only."""
     with in_mode(model, False), without_parameter_gradients(model), torch.enable_grad():
         yield
 
 
-# ---------------------------------------------------------------- around the weights
+# ---------------------------------------------------------------- loss around the weights
 
 
 def filter_normalized_direction(model: nn.Module, seed: int, number: int) -> dict[str, Tensor]:
-    """A random direction in weight space on the scale of each filter (Li et al., "Visualizing the
+    """A random direction in weight space, scaled to each filter's norm (Li et al., "Visualizing the
     Loss Landscape of Neural Nets", 2018).
 
-    Without that scale a network would look flatter merely because its weights, which batch norm
-    undoes, are larger.
+    Without the scaling, larger weights would make a network look flatter, although batch norm
+    cancels their scale.
 
     Args:
         model: not changed.
         seed, number: the Gaussian draws are a pure function of both and of the parameter's name.
 
     Returns:
-        For each parameter a tensor like it. Each filter of a convolution, and each row of a linear
-        layer, has the norm of the network's own; zero are biases, batch norms, and masked (zero)
-        weights, so that a sparse network keeps its masks.
+        A tensor like each parameter, by name. Each convolution filter and each row of a linear
+        layer has the norm of the network's own. Entries for biases, batch norms and masked (zero)
+        weights are zero, so a sparse network keeps its masks.
     """
     return {
         name: _filter_normalized(p.detach(), stream(seed, "landscape", number, name))
@@ -378,7 +371,8 @@ def _filter_normalized(weight: Tensor, key: int) -> Tensor:
 
 
 def grid_coordinates(grid: int) -> Tensor:
-    """``grid`` (odd) even steps over [-1, 1], exactly zero in the middle; float64."""
+    """Float64 ``[grid]``, evenly spaced over [-1, 1] with an exact zero in the middle; raises
+    ``ValueError`` unless ``grid`` is odd and at least 3."""
     if grid < 3 or grid % 2 == 0:
         raise ValueError(
             f"a grid with a centre has an odd number of points, at least 3, and not {grid}"
@@ -394,14 +388,14 @@ def loss_surface(
     grid: int,
     on_point: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Mean cross-entropy around a network, in eval mode with its stored batch-norm statistics.
+    """Mean cross-entropy on a plane through a network's weights, in eval mode.
 
     Args:
-        model: its weights move along the way, and are restored to the bit.
+        model: its weights change during the call and are restored exactly.
         image_sets: each ``[N, C, H, W]`` in [0, 1], of the same classes.
         y: the classes, int64 ``[N]``.
-        directions: two of ``filter_normalized_direction``.
-        grid: points a side, see ``grid_coordinates``.
+        directions: two results of ``filter_normalized_direction``.
+        grid: points per side; see ``grid_coordinates``.
         on_point: called after each of the ``grid ** 2`` points.
 
     Returns:
@@ -414,8 +408,8 @@ def loss_surface(
         for i, first in enumerate(coordinates):
             for j, second in enumerate(coordinates):
                 for name, parameter in model.named_parameters():
-                    # From the copy each time, so that no rounding adds up and the centre is the
-                    # network itself.
+                    # Start from the copy each time: rounding does not accumulate, and the centre is
+                    # the network itself.
                     parameter.copy_(
                         weights[name] + first * directions[0][name] + second * directions[1][name]
                     )
@@ -428,7 +422,7 @@ def loss_surface(
 
 @contextlib.contextmanager
 def _weights_put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Copies of the parameters, by name, from which they are restored in the end."""
+    """Copies of the parameters, by name; the parameters are restored from them on exit."""
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     try:
         yield weights

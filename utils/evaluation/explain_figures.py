@@ -1,5 +1,4 @@
-"""Pictures of what ``utils.evaluation.explain`` finds. Functions of its values; nothing here writes
-files."""
+"""Figures of the results of ``utils.evaluation.explain``; nothing here writes files."""
 
 from __future__ import annotations
 
@@ -17,20 +16,20 @@ from utils.evaluation.explain import CamStage, Explanation, View, grid_coordinat
 
 _CAM_OPACITY = 0.5  # of the overlay
 _LEVELS = 16  # contour lines
-_SMALLEST_LOSS = 1e-4  # below it a loss is drawn as none
+_SMALLEST_LOSS = 1e-4  # smaller losses are drawn as this
 _LOSS_FORMAT = "%.3g"
 _COORDINATE_TICKS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 def saliency_figure(found: Explanation, classes: Sequence[str], attack: str, title: str) -> Figure:
-    """A row an image: as it is and attacked, each with Grad-CAM, saliency and the answer; and the
+    """One row per image: clean and attacked, each with Grad-CAM, saliency and prediction, and the
     perturbation.
 
     Args:
-        found: of the network; the two saliencies of an image share one scale.
-        classes: their names.
-        attack: its short name.
-        title: the first line.
+        found: the explanations; the two saliency maps of an image share one scale.
+        classes: the class names.
+        attack: short name of the attack.
+        title: first line of the figure's title.
     """
     clean, attacked, y = found.clean, found.attacked, found.y
     n = len(y)
@@ -62,8 +61,7 @@ def saliency_figure(found: Explanation, classes: Sequence[str], attack: str, tit
 def _draw_half(
     row: Sequence[Axes], view: View, i: int, y: int, classes: Sequence[str], brightest: float
 ) -> None:
-    """Image ``i`` of a view: itself, its Grad-CAM overlay under the network's answer, its
-    saliency."""
+    """Draw image ``i`` of a view, its Grad-CAM overlay titled with the prediction, its saliency."""
     pixels = _pixels(view.images[i])
     row[0].imshow(pixels)
     row[1].imshow(pixels)
@@ -92,18 +90,18 @@ def _where(stage: CamStage) -> str:
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """``[H, W, 3]`` in [0, 1] of an image ``[C, H, W]``, C = 1 or 3."""
+    """An image ``[C, H, W]``, C = 1 or 3, as ``[H, W, 3]`` clipped to [0, 1]."""
     return image.clamp(0.0, 1.0).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def landscape_figure(found: Explanation, attack: str, title: str) -> Figure:
-    """Contours of the clean and the robust loss around a network on one scale, and the cuts through
-    it.
+    """Contours of the clean and the robust loss around a network on one scale, and cuts through the
+    network along both directions.
 
     Args:
-        found: of the network.
-        attack: the short name of the attack.
-        title: the first line.
+        found: the explanations.
+        attack: short name of the attack.
+        title: of the figure.
     """
     names = ("clean loss", f"robust loss ({attack})")
     shown = found.losses.clamp_min(_SMALLEST_LOSS)

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = (10, 20, 50, 100)
-STEP_SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of eps
-RADII = (0.5, 2.0, 4.0, 16.0)  # of eps
+STEP_SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # in units of eps
+RADII = (0.5, 2.0, 4.0, 16.0)  # in units of eps
 _SURFACE_IMAGES = 64
 _SURFACE_POINTS = 9  # from the image to the surface of the ball
-_TOLERANCE = 2.0  # points of RA that two attacks of one kind may differ by
-_LARGE_BALL_RA = 10.0  # percent that may withstand 16 eps, where no image should
-_LOW_RISE = 0.5  # of what the gradient promises, below which the loss is too curved for it
+_TOLERANCE = 2.0  # points of RA by which two attacks of one kind may differ
+_LARGE_BALL_RA = 10.0  # percent of images that may withstand 16 eps; none should
+_LOW_RISE = 0.5  # rise of the loss, relative to its linearization, below which it is too curved
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One question, its answer in figures, and whether it points to gradient masking."""
+    """A question, its answer in figures, and whether that points to gradient masking."""
 
     question: str
     answer: str
@@ -45,16 +45,16 @@ class Sign:
 
 @dataclass(frozen=True)
 class Signs:
-    """All of them, and the mean loss ``surface`` [i][j] over images, i along the gradient's sign
-    and j along random signs, from 0 to eps (``SURFACE_POINTS`` each way)."""
+    """All signs, and the mean loss ``surface[i][j]`` over images: i steps along the gradient and j
+    along a random direction, from the image to the surface of the ball."""
 
     found: Sequence[Sign]
     surface: Sequence[Sequence[float]]
 
 
 def trials(model: nn.Module, attack: PGD, seed: int) -> list[Trial]:
-    """Noise, one step, and PGD with other steps, step sizes and radii than ``attack``; each looks
-    at every image."""
+    """Trials with noise, one step, and PGD with other steps, step sizes and radii than ``attack``;
+    each runs on every image."""
     eps, size = attack.eps, attack.step_size
     one_step = dataclasses.replace(attack, steps=1, step_size=eps, random_start=False)
     attacks = {"one step": one_step}
@@ -80,7 +80,7 @@ def trials(model: nn.Module, attack: PGD, seed: int) -> list[Trial]:
 
 
 def _noise(batch: Batch, attack: PGD, seed: int) -> Tensor:
-    """Images moved at random to the surface of the ball: the control that knows no gradient."""
+    """Move images at random to the surface of the ball: the control without gradients."""
     draws = attack_draws(
         dataclasses.replace(attack, random_start=True),
         batch.indices,
@@ -100,7 +100,7 @@ def _noise(batch: Batch, attack: PGD, seed: int) -> Tensor:
 def signs(
     model: nn.Module, split: Split, attack: PGD, seed: int, accuracies: Mapping[str, float]
 ) -> Signs:
-    """What the accuracies (percent, by trial) and the loss around some images of the split say."""
+    """Judge the accuracies (percent, by trial) and the loss around some images of the split."""
     clean, noise, pgd, most = (
         accuracies[name] for name in ("clean", "noise", "PGD-20", f"PGD-{STEPS[-1]}")
     )
@@ -117,7 +117,7 @@ def signs(
             one_step < most - 0.5 * _TOLERANCE,
         ),
         Sign(
-            "do more steps go on finding?",
+            "do more steps keep finding more?",
             f"PGD-20 {pgd:.2f}, {last} {most:.2f}",
             pgd - most > _TOLERANCE,
         ),
@@ -127,7 +127,7 @@ def signs(
             pgd - best_size > _TOLERANCE,
         ),
         Sign(
-            "does a large ball leave images right?",
+            "does any image survive a large ball?",
             f"{RADII[-1]:g} eps leaves {widest:.2f}",
             widest > _LARGE_BALL_RA,
         ),
@@ -146,10 +146,8 @@ def signs(
 
 
 def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Tensor, float, float]:
-    """Mean loss ``[points, points]`` over some images; the rise along the gradient as a share of
-    what the gradient at the image promises (for the median image); the share of images whose loss
-    rises at every point of the way.
-    """
+    """Mean loss ``[points, points]`` over some images; the median rise along the gradient, relative
+    to the linearized loss; the share of images whose loss rises at every point on the way."""
     indices = split.spread(_SURFACE_IMAGES)
     x, y = to_float(split.rows(indices)), split.labels[indices]
     with in_mode(model, False), full_precision():
@@ -178,7 +176,7 @@ def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Te
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    # Not clipped to [0, 1]: clipping would bend the surface that is looked at.
+    # Images are not clipped to [0, 1], which would bend the surface.
     return F.cross_entropy(model(x), y, reduction="none")
 
 
@@ -188,7 +186,7 @@ def _random_signs(x: Tensor, indices: Tensor, seed: int) -> Tensor:
 
 
 def _to_surface(direction: Tensor, attack: PGD) -> Tensor:
-    """The step from an image to the surface of the ball."""
+    """The step along ``direction`` from an image to the surface of the ball."""
     if attack.norm == "linf":
         return attack.eps * direction.sign()
     norm = torch.linalg.vector_norm(
@@ -198,7 +196,7 @@ def _to_surface(direction: Tensor, attack: PGD) -> Tensor:
 
 
 def text(signs: Signs) -> list[str]:
-    """The signs in lines for the terminal, and what they come to."""
+    """The signs as lines for the terminal, with a verdict."""
     lines = [
         f"{'SUSPICIOUS' if sign.suspicious else 'fine':<10}  {sign.question:<40}  {sign.answer}"
         for sign in signs.found

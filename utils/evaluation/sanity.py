@@ -1,5 +1,5 @@
-"""What must hold of a network before a strong evaluation of it means anything (Carlini et al., "On
-Evaluating Adversarial Robustness", 2019; the checks that AutoAttack and RobustBench make)."""
+"""Checks that a network must pass for a strong evaluation to mean anything (Carlini et al., "On
+Evaluating Adversarial Robustness", 2019); AutoAttack and RobustBench make them too."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from utils.attacks import Loss, cross_entropy
 from utils.errors import InputError
 
 _ROUNDING = 1e-3  # relative; kernels for one image and for a batch round differently
-LOOKED_AT = 32  # images, before a strong evaluation begins
-SILENT_SHARE = 0.1  # of images without a gradient, from which the user is told
+CHECKED_IMAGES = 32  # images checked before a strong evaluation
+MAX_ZERO_GRADIENT_SHARE = 0.1  # share of images without a gradient above which the user is warned
 
 
 def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Look at a network as it will be evaluated, on some images ``[N, C, H, W]`` with labels
-    ``[N]``; N is at least 2.
+    """Check a network, as it will be evaluated, on images ``[N, C, H, W]`` with labels ``[N]``,
+    where N is at least 2.
 
     Returns:
-        Warnings, a line each.
+        Warnings, one line each.
 
     Raises:
-        InputError: it answers with probabilities instead of logits, is not in eval mode, gives
-            other answers the second time or beside other images, answers with numbers that are not
-            finite, or has no gradient at any image.
+        InputError: the network is not in eval mode, outputs (log-)probabilities instead of logits,
+            is not deterministic, depends on the other images of a batch, or has logits or gradients
+            that are not finite, or no gradient at any image.
     """
     if training := [
         name or "the network itself" for name, module in model.named_modules() if module.training
@@ -39,8 +39,8 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def check_answers(model: nn.Module, x: Tensor) -> None:
-    """What ``check_network`` asks of a network's logits, which also holds of one that was never
-    trained."""
+    """The checks of ``check_network`` on the logits alone, which an untrained network passes too;
+    raises ``InputError``."""
     with torch.no_grad():
         logits, again, alone = model(x), model(x), model(x[:1])
     if not bool(logits.isfinite().all()):
@@ -65,7 +65,7 @@ def _look_at_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
             f"the gradient is zero at all {silent} images looked at, so attacks by gradient say"
             " nothing"
         )
-    if silent > SILENT_SHARE * len(x):
+    if silent > MAX_ZERO_GRADIENT_SHARE * len(x):
         return [
             f"the cross-entropy has no gradient at {silent} of {len(x)} images: PGD is weak there,"
             " see --eval_attack cw or autoattack"
@@ -77,28 +77,29 @@ def _refuse_probabilities(logits: Tensor) -> None:
     sums, log_sums = logits.sum(dim=1), logits.logsumexp(dim=1)
     if bool((logits >= 0).all() and (logits <= 1).all()) and close(sums, torch.ones_like(sums)):
         raise InputError(
-            "the network gives probabilities and not logits: their softmax hides its gradients from"
+            "the network gives probabilities instead of logits: their softmax hides its"
+            " gradients from"
             " attacks"
         )
     if bool((log_sums.abs() < 1e-4).all()):
         raise InputError(
-            "the network gives log-probabilities and not logits; leave its last log_softmax out"
+            "the network gives log-probabilities instead of logits; remove its last log_softmax"
         )
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """Whether two answers differ by rounding alone."""
+    """Whether two outputs differ only by rounding."""
     return bool((one - other).abs().max() <= _ROUNDING * other.abs().max().clamp_min(1e-6))
 
 
 def images_without_gradient(
     model: nn.Module, x: Tensor, y: Tensor, loss: Loss = cross_entropy
 ) -> int:
-    """At how many of some images ``[N, C, H, W]`` with labels ``[N]`` a loss has no gradient, in
-    the network's present mode.
+    """Count the images ``[N, C, H, W]`` with labels ``[N]`` at which a loss has a zero gradient, in
+    the network's current mode.
 
     Raises:
-        InputError: the network passes none on to its images, or one that is not finite.
+        InputError: the network passes no gradient to its images, or one that is not finite.
     """
     x = x.detach().clone().requires_grad_()
     with without_parameter_gradients(model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Accuracy on clean and on attacked images, and the figures that end a run."""
+"""Accuracy on clean and attacked images, after each epoch and at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data import Batch, Data, Split, plain_batches
 from data.augment import to_float
 from models.modes import in_mode
 from utils.attacks import LOSSES, PGD, AutoAttack, attack_draws
-from utils.evaluation.sanity import LOOKED_AT, SILENT_SHARE, images_without_gradient
+from utils.evaluation.sanity import CHECKED_IMAGES, MAX_ZERO_GRADIENT_SHARE, images_without_gradient
 from utils.evaluation.trials import (
     EVAL_BATCH,
     autoattack_trials,
@@ -63,45 +63,46 @@ def evaluate(
 ) -> Score:
     """Accuracy in eval mode on a split, clean or attacked; the network's modes are left as found.
 
-    The random start of each image depends on ``seed`` and its index alone, so the same network has
-    the same score in every epoch and at the end. Several processes share the batches, and have the
-    score of one process to the bit.
+    The random start of each image depends only on ``seed`` and its index, so a network gets the
+    same score in every epoch and at the end. Several processes share the batches and get exactly
+    the score of one process.
 
     Args:
-        attack: one PGD attack, or the whole of AutoAttack, which is always computed in float32.
-        restarts: random starts of PGD; an image counts as right if it withstands them all. More
-            than one is computed in float32.
-        forward: how the network is computed, and by which processes; plainly in float32 and alone
-            by default.
-        on_batch: called after each batch, of several processes after each round of batches, with
-            the images in it.
+        attack: one PGD attack, or all of AutoAttack, which always runs in float32; None for clean
+            images.
+        restarts: random starts of PGD; an image counts as correct if it withstands all of them.
+            More than one runs in float32.
+        forward: how and by which processes the network is computed; by default in float32, not
+            compiled, by this process.
+        on_batch: called with the number of images after each batch, or each round of batches of
+            several processes.
 
     Warns:
-        UserWarning: PGD's loss has no gradient at many of some images, so that the accuracy says
-            little of the network's robustness.
+        UserWarning: PGD's loss has no gradient at many of the images checked, so the accuracy says
+            little about robustness.
 
     Raises:
-        InputError: the network passes no gradient to its images or one that is not finite, and PGD
-            needs it; AutoAttack of fewer than four classes.
-        ValueError: restarts without PGD.
+        InputError: PGD gets no gradient or one that is not finite; AutoAttack gets fewer than four
+            classes.
+        ValueError: ``restarts`` above 1 for anything but PGD with a random start.
     """
     forward = Forward(model) if forward is None else forward
-    # in which the attack says what is wrong
+    # in inference mode the attack itself reports what is wrong
     if isinstance(attack, PGD) and attack.steps and not torch.is_inference_mode_enabled():
-        _look_at_gradients(forward, split, attack)
+        _check_gradients(forward, split, attack)
     return score(forward, split, attack, seed=seed, restarts=restarts, on_batch=on_batch)
 
 
-def _look_at_gradients(forward: Forward, split: Split, attack: PGD) -> None:
-    if attack.loss == "kl":  # which has none at the image itself, where this looks
+def _check_gradients(forward: Forward, split: Split, attack: PGD) -> None:
+    if attack.loss == "kl":  # KL has no gradient at the clean image
         return
-    indices = split.spread(LOOKED_AT)
+    indices = split.spread(CHECKED_IMAGES)
     with in_mode(forward.model, False), full_precision():
         images = to_float(split.rows(indices))
         silent = images_without_gradient(
             forward.model, images, split.labels[indices], LOSSES[attack.loss]
         )
-    if silent > SILENT_SHARE * len(indices) and forward.world.is_first:
+    if silent > MAX_ZERO_GRADIENT_SHARE * len(indices) and forward.world.is_first:
         counted = (
             f"the attack's loss ({attack.loss}) has no gradient at {silent} of {len(indices)}"
             " images looked at"
@@ -122,8 +123,7 @@ def score(
     restarts: int = 1,
     on_batch: OnBatch = lambda images: None,
 ) -> Score:
-    """``evaluate`` without its look at the network, for a training, which measures after every
-    epoch."""
+    """``evaluate`` without the gradient check, for training, which measures after every epoch."""
     if isinstance(attack, AutoAttack) or restarts > 1:
         return _worst_case(forward, split, attack, seed, restarts, on_batch)
     world = forward.world
@@ -138,8 +138,8 @@ def score(
                     forward, batch, attack, seed
                 )
             on_batch(min(len(split), (first + world.size) * EVAL_BATCH) - first * EVAL_BATCH)
-    # A column is of one process, so the sum over processes adds zeros: it is exact, and then in the
-    # order of one process.
+    # Each column is filled by one process, so the sum over processes only adds zeros and is exact;
+    # the columns are then summed in the order of a single process.
     right, loss = world.total(right_and_loss).sum(dim=1).tolist()
     return Score(100.0 * right / len(split), loss / len(split), len(split))
 
@@ -181,7 +181,7 @@ def _classes(model: nn.Module, split: Split) -> int:
 
 
 def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: int) -> Tensor:
-    """Right answers and summed cross-entropy on one batch, float64 ``[2]``."""
+    """Number of correct answers and summed cross-entropy on a batch, float64 ``[2]``."""
     x = batch.x
     if attack is not None:
         draws = attack_draws(attack, batch.indices, x.shape[1:], seed, "evaluate")
@@ -201,12 +201,11 @@ def epoch_scores(
     forward: Forward | None = None,
     on_batch: OnBatch = lambda images: None,
 ) -> dict[str, float]:
-    """What is measured after an epoch, by the names it has in ``metrics.jsonl``: ``val_sa``,
-    ``val_ra``, ``val_loss`` (the mean robust loss), ``test_sa`` and ``test_ra``; accuracies in
-    percent.
+    """The scores after an epoch, by their names in ``metrics.jsonl``: ``val_sa``, ``val_ra``,
+    ``val_loss`` (the mean robust loss), ``test_sa`` and ``test_ra``; accuracies in percent.
 
     Args:
-        parts: ``val``, ``test`` or both.
+        parts: splits to measure: ``val``, ``test`` or both.
     """
     forward = Forward(model) if forward is None else forward
     scores: dict[str, float] = {}
@@ -228,8 +227,8 @@ def final_scores(
     world: World = ALONE,
     on_batch: OnBatch = lambda images: None,
 ) -> FinalScores:
-    """The reported figures, in full float32, with the RA of the training images in ``train`` (all
-    by default); several processes share the work."""
+    """The reported figures, in full float32; training RA is measured on ``train`` (by default all
+    training images). Several processes share the work."""
     forward = Forward(model, Execution(world=world))
     with full_precision():
         test_sa = score(forward, data.test).accuracy

@@ -1,8 +1,8 @@
-"""Strong evaluation: what a network answers under each of several attacks, image by image, so that
-it can be cut and go on.
+"""Strong evaluation: runs several attacks and records the prediction for each image, so an
+interrupted evaluation can resume.
 
-An evaluation is a list of trials. Each shows the network the images of a split as its attack leaves
-them; one that asks for the worst case looks only at images that the trials before it left right.
+An evaluation is a list of trials. Each shows the network the images of a split after one attack;
+a worst-case trial only attacks images that are still classified correctly after earlier trials.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from utils.errors import InputError
 from utils.execution.distributed import ALONE, World
 from utils.execution.hardware import full_precision
 
-EVAL_BATCH = 256  # fixed, so that a saved model gives the same digits whatever it was trained with
+EVAL_BATCH = 256  # fixed, so a saved model scores the same whatever batch size it was trained with
 _AUTOATTACK_CLASSES = 4
-# A batch of AutoAttack is thousands of passes, and what a cut loses: on a CPU an hour for 256
-# images of a ResNet-18.
+# An interruption loses the current batch, which under AutoAttack is thousands of passes: on a CPU
+# an hour for 256 images and a ResNet-18.
 _AUTOATTACK_BATCH = {"cpu": 32}
 
 Craft = Callable[[Batch], Tensor]
@@ -34,15 +34,15 @@ Craft = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """One look at a split.
+    """One pass over the images of a split, clean or attacked.
 
     Attributes:
-        name: of its result, unique in an evaluation.
-        craft: what the network is shown instead of a batch's images, ``[N, C, H, W]``.
-        part: the split.
-        spares: earlier trials; an image that one of them got wrong is not looked at again and
+        name: unique within an evaluation.
+        craft: maps a batch to the images ``[N, C, H, W]`` that the network is shown.
+        part: name of the split.
+        spares: names of earlier trials; an image misclassified in one of them is skipped and
             counts as wrong.
-        batch: images at a time.
+        batch: images per batch.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Trial:
 
 
 class Outcomes:
-    """The predicted class of every image in every trial: what a cut evaluation goes on from.
+    """The predicted class of every image in every trial; an interrupted evaluation resumes from it.
 
     Args:
         labels: the true classes by split, int64 ``[N]`` on the CPU.
@@ -67,8 +67,8 @@ class Outcomes:
         self._batches: dict[str, int] = {}
 
     def predicted(self, trial: Trial) -> Tensor:
-        """Classes, int16 ``[N]`` in the order of the split; ``NOT_SHOWN`` where the trial has not
-        looked."""
+        """Predicted classes, int16 ``[N]`` in the order of the split; ``NOT_SHOWN`` for images the
+        trial has not reached."""
         if trial.name not in self._predicted:
             self._predicted[trial.name] = torch.full_like(
                 self.labels[trial.part], self.NOT_SHOWN, dtype=torch.int16
@@ -76,16 +76,16 @@ class Outcomes:
         return self._predicted[trial.name]
 
     def right(self, trial: Trial) -> Tensor:
-        """Bool ``[N]``: shown and answered rightly."""
+        """Bool ``[N]``: shown and classified correctly."""
         return self.predicted(trial) == self.labels[trial.part]
 
     def accuracy(self, trial: Trial) -> float:
-        """Percent of all images of the split; for a trial that spares images that is the worst case
-        so far."""
+        """Percent of all images of the split; the worst case so far for a trial that spares
+        images."""
         return 100.0 * self.right(trial).double().mean().item()
 
     def rows(self, trial: Trial, trials: Sequence[Trial]) -> Tensor:
-        """Positions in the split that the trial is about, int64."""
+        """Positions in the split of the images that the trial does not skip, int64."""
         alive = torch.ones_like(self.labels[trial.part], dtype=torch.bool)
         for earlier in trials:
             if earlier.name in trial.spares:
@@ -93,8 +93,8 @@ class Outcomes:
         return alive.nonzero().squeeze(1)
 
     def estimate(self, trial: Trial, rows: Tensor) -> float:
-        """Accuracy in percent as far as the trial has come: of the images shown, or an upper bound
-        where images are spared."""
+        """Accuracy in percent so far: over the images shown, or an upper bound if the trial spares
+        images."""
         shown = self.predicted(trial)[rows] != self.NOT_SHOWN
         wrong = int((shown & ~self.right(trial)[rows]).sum())
         if trial.spares:
@@ -105,7 +105,7 @@ class Outcomes:
         return self._batches.get(trial.name, 0)
 
     def add(self, trial: Trial, rows: Tensor, predicted: Tensor, batches: int) -> None:
-        """Take in the answers (int16) at ``rows``, which came in so many batches."""
+        """Record the predictions (int16) for ``rows``, made in ``batches`` batches."""
         self.predicted(trial)[rows] = predicted
         self._batches[trial.name] = self.batches_done(trial) + batches
 
@@ -131,17 +131,17 @@ def run_trials(
     world: World = ALONE,
     on_round: OnRound = lambda trial, images: None,
 ) -> Outcomes:
-    """Every trial from where ``outcomes`` stands, in eval mode and full float32; the network's
-    modes are left as found.
+    """Run all trials in eval mode and full float32, resuming from ``outcomes``; the network's modes
+    are left as found.
 
-    Batches are cut alike whether or not the evaluation was, and random draws depend on the image or
-    the batch alone, so an evaluation that was cut ends like one that was not.
+    Batch boundaries do not depend on interruptions, and random draws depend only on the image or
+    the batch, so a resumed evaluation gives the results of an uninterrupted one.
 
     Args:
-        splits: by name, as the trials call them.
+        splits: by the names that trials use as ``part``.
         world: processes that share the batches; all of them end with the whole result.
-        on_round: called after each batch (of several processes, round of batches) with the images
-            in it; may raise to leave.
+        on_round: called with the trial and the number of images after each batch, or each round of
+            batches of several processes; may raise to stop.
     """
     outcomes = (
         Outcomes({name: split.labels[split.indices].cpu() for name, split in splits.items()})
@@ -178,7 +178,7 @@ def _answers(model: nn.Module, split: Split, trial: Trial, rows: Tensor) -> Tens
 
 
 def clean_trial(part: str = "test") -> Trial:
-    """The images as they are."""
+    """The trial on clean images."""
     return Trial("clean" if part == "test" else f"clean, {part}", lambda batch: batch.x, part)
 
 
@@ -192,10 +192,10 @@ def pgd_trials(
     name: str = "pgd",
     source: nn.Module | None = None,
 ) -> list[Trial]:
-    """PGD with ``restarts`` random starts: the worst case for each image.
+    """PGD with ``restarts`` random starts, which find the worst case for each image.
 
-    The first start is that of ``evaluate``; later ones look only at images that withstood those
-    before.
+    The first start is the one of ``evaluate``; later ones only attack images that withstood all
+    earlier ones. Raises ``ValueError`` for restarts without a random start.
 
     Args:
         source: the network on which the images are crafted, if not ``model`` itself.
@@ -224,11 +224,11 @@ def autoattack_trials(
     model: nn.Module, attack: PGD | AutoAttack, classes: int, device: torch.device, seed: int
 ) -> list[Trial]:
     """The standard AutoAttack (Croce and Hein, 2020) within ``attack``'s ball, by pyautoattack: its
-    four attacks one after the other, each on the images that withstood those before. Comes after
+    four attacks in sequence, each on the images that withstood all earlier ones. They must follow
     ``clean_trial()``.
 
     Raises:
-        InputError: fewer than four classes, which its targeted loss needs.
+        InputError: there are fewer than the four classes that its targeted loss needs.
     """
     from pyautoattack import AutoAttack as Library
 
@@ -242,7 +242,7 @@ def autoattack_trials(
         model, norm=norm, eps=attack.eps, version="standard", seed=seed, device=device
     )
     library.fab.targeted, library.fab.n_restarts = True, 1
-    # Its nine targets a class assume ten classes.
+    # Its default of nine target classes assumes ten classes.
     library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
     attacks = {
         "apgd-ce": library.apgd,
@@ -253,9 +253,9 @@ def autoattack_trials(
 
     def craft(part: Any) -> Craft:
         def adversarial(batch: Batch) -> Tensor:
-            with _own_generators():  # the library seeds torch's global ones
+            with _own_generators():  # the library seeds torch's global generators
                 found = part.perturb(batch.x.contiguous(), batch.y).detach()
-            # Its last step rounds: an image must not leave the ball by it.
+            # Rounding in its last step must not move an image out of the ball.
             if attack.norm == "linf":
                 found = torch.clamp(found, batch.x - attack.eps, batch.x + attack.eps)
             return found.clamp(0.0, 1.0)
@@ -272,7 +272,7 @@ def autoattack_trials(
 
 @contextlib.contextmanager
 def _own_generators() -> Iterator[None]:
-    # The library seeds the generators of all GPUs, whichever it computes on.
+    # The library seeds the generators of all GPUs, whichever one it runs on.
     with torch.random.fork_rng(
         devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     ):

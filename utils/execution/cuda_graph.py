@@ -1,7 +1,7 @@
-"""Work on a GPU as one CUDA graph: captured once for a batch size, then replayed without the host.
+"""Attacks and updates as CUDA graphs: captured once per batch shape, replayed as a single launch.
 
-A graph computes where its tensors lie: weights and statistics may change in place between replays,
-and inputs are copied into tensors of its own.
+A graph uses fixed memory addresses: weights and statistics may change in place between replays, and
+inputs are copied into tensors of its own.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import RunError, one_line
-from utils.seeding import host_draws
+from utils.seeding import cpu_generator_states
 
 AttackOnce = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 StepOnce = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 Inputs = Sequence[Tensor | None]
-_WARM_UPS = 3  # libraries choose their kernels and allocate in these
+_WARM_UPS = 3  # in these, libraries choose kernels and allocate memory
 
 
 class UncapturedError(Exception):
-    """Work that cannot become a graph, found before anything was captured: go on without."""
+    """Raised before any capture if work cannot become a graph; it can still run without one."""
 
 
 class GraphMemory:
-    """What graphs that never run at the same time share: a pool, and the stream of its blocks,
-    which no other stream may reuse."""
+    """The memory pool of graphs that never run at the same time, and the stream that owns its
+    blocks, which no other stream may reuse."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,10 +37,10 @@ class GraphMemory:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """Work on the stream, after all that was begun before and before all that comes later."""
+        """Run work on the stream, between earlier and later work of the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            # which puts the usual stream back, whatever a failed capture leaves
+            # restores the current stream even after a failed capture
             with torch.cuda.stream(self.stream):
                 yield
         finally:
@@ -48,7 +48,7 @@ class GraphMemory:
 
 
 class Captured:
-    """What ``work`` does with tensors that stay where they are, to be done again."""
+    """A captured graph of ``work``, whose tensors must keep their addresses."""
 
     def __init__(self, work: Callable[[], Any], memory: GraphMemory) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -58,38 +58,39 @@ class Captured:
             self.outputs = work()
 
     def replay(self) -> None:
-        """Do it again, into the same ``outputs``."""
+        """Run the graph once more, into the same ``outputs``."""
         self._graph.replay()
 
 
 def may_capture(device: torch.device) -> bool:
-    """Whether there are graphs on this device."""
+    """Whether the device supports CUDA graphs."""
     return device.type == "cuda"
 
 
 def _capture(work: Callable[[], Any], memory: GraphMemory) -> Captured:
-    """After a failed capture the allocator may still count on it, so the process does not go on."""
+    """Capture ``work``; a failure leaves the allocator in an unknown state, so it ends the run."""
     try:
         return Captured(work, memory)
     except RuntimeError as error:
         raise RunError(
             f"a CUDA graph could not be captured ({one_line(error)[:200]}); nothing is lost:"
-            " --resume --cuda_graphs off goes on without"
+            " --resume --cuda_graphs off continues without"
         ) from error
 
 
 class GraphedAttack:
-    """``attack_once`` on batches of one shape.
+    """``attack_once`` as a CUDA graph for batches of one shape.
 
     Args:
-        model: whose statistics an attack in train mode moves; the capture leaves them as they are,
-            also when it fails.
-        attack_once: images, labels and draws to adversarial images, without a look at any value.
+        model: the attacked network; its buffers, which an attack in train mode changes, are
+            restored after the capture, even if it fails.
+        attack_once: maps images, labels and draws to adversarial images, reading no values on the
+            host.
         inputs: images, labels and draws of a first batch, on the GPU.
-        memory: shared with the other graphs of one network.
+        memory: shared with the other graphs of the network.
 
     Raises:
-        UncapturedError: there is not enough memory for it, or the network draws on the host.
+        UncapturedError: not enough memory, or the network draws random numbers on the host.
         RunError: the capture failed.
     """
 
@@ -115,7 +116,7 @@ class GraphedAttack:
                     buffer.copy_(value)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """Adversarial images, in memory that the next call writes to."""
+        """Adversarial images, in memory that the next call overwrites."""
         _fill(self._inputs, inputs)
         self._captured.replay()
         adversarial: Tensor = self._captured.outputs
@@ -123,16 +124,16 @@ class GraphedAttack:
 
 
 class GraphedStep:
-    """A whole update (attack, forward, backward, optimizer) on batches of one shape.
+    """A whole update (attack, forward, backward, optimizer) as a graph for batches of one shape.
 
-    The first updates are done as usual, on the graph's stream: they give the optimizer its momentum
-    and the libraries their kernels. What is captured is not run, but replayed at once.
+    The first updates run eagerly on the graph's stream, which creates the optimizer's momentum and
+    lets libraries choose kernels. Capturing runs nothing, so the graph is replayed right after it.
 
     Args:
-        optimizer: SGD of one group. Its learning rate is read at each call.
-        step_once: images, labels and draws to the loss, the correct answers and the attacked
-            images.
-        memory: shared with the other graphs of one network.
+        optimizer: SGD with one parameter group; its learning rate is read at each call.
+        step_once: maps images, labels and draws to the loss, the number of correct predictions and
+            the adversarial images.
+        memory: shared with the other graphs of the network.
     """
 
     def __init__(
@@ -151,8 +152,8 @@ class GraphedStep:
         return self._captured is not None
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Loss, correct answers and attacked images; the last in memory that the next call writes
-        to."""
+        """Loss, number of correct predictions and adversarial images, whose memory the next call
+        overwrites."""
         if self._captured is None and self._done < _WARM_UPS:
             self._done += 1
             x, y, draws = inputs
@@ -167,7 +168,7 @@ class GraphedStep:
         self._rate.fill_(self._group["lr"])
         self._captured.replay()
         for parameter, gradient in zip(self._group["params"], self._gradients, strict=True):
-            parameter.grad = gradient  # a step outside of the graph leaves others
+            parameter.grad = gradient  # an eager step may have replaced it
         loss, right, attacked = self._captured.outputs
         return loss.clone(), right.clone(), attacked
 
@@ -178,28 +179,28 @@ class GraphedStep:
         assert y is not None
         rate = self._group["lr"]
         self._group["lr"] = self._rate
-        drawn = host_draws()
+        drawn = cpu_generator_states()
         try:
             with self._memory.beside():
                 self._captured = _capture(lambda: self._step_once(x, y, draws), self._memory)
         finally:
             self._group["lr"] = rate
-        if host_draws() != drawn:
+        if cpu_generator_states() != drawn:
             raise RunError(
                 "the network draws on the host, which a CUDA graph would not repeat; --resume"
-                " --cuda_graphs auto goes on"
+                " --cuda_graphs auto continues"
             )
         self._gradients = [parameter.grad for parameter in self._group["params"]]
 
 
 def _warm_up(work: Callable[[], object]) -> None:
-    before = host_draws()
+    before = cpu_generator_states()
     try:
         for _ in range(_WARM_UPS):
             work()
     except torch.cuda.OutOfMemoryError as error:
         raise UncapturedError(one_line(error)[:200]) from error
-    if host_draws() != before:
+    if cpu_generator_states() != before:
         raise UncapturedError("the network draws on the host, which a graph would not repeat")
 
 

@@ -1,8 +1,8 @@
-"""Several processes of one run, started by ``torchrun``: who they are, and what they must agree on.
+"""Data-parallel training: the processes of one run, started by ``torchrun``, and their agreement.
 
-Each holds the whole network, its masks and all images. A step's batch is divided between them and
-the gradients are averaged by torch's DistributedDataParallel, so all of them take the same
-decisions; the first alone writes and speaks.
+Each process holds the whole network, its masks and all images. Each batch is divided among them
+and torch's DistributedDataParallel averages the gradients, so that all make the same decisions.
+Only the first process writes files and prints.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from utils.errors import InputError, RunError, Stopped, one_line
 
-# A process that ends is noticed at once; this is for one that hangs, or that decodes a large data
-# set before the others.
+# Timeout for a process that hangs, or decodes a large data set before the others. One that ends is
+# noticed at once.
 _PATIENCE = datetime.timedelta(hours=1)
 
 T = TypeVar("T")
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run as one of them sees them. Alone, by default: then everything here
-    costs and does nothing.
+    """The processes of a run, as seen by one of them. By default there is only one, and no method
+    communicates.
 
     Attributes:
-        rank: of this process, from 0; the first one writes.
-        size: how many there are.
-        local_rank: of this process on its machine, from 0.
+        rank: rank of this process, from 0; only the first writes.
+        size: number of processes.
+        local_rank: rank of this process on its machine, from 0.
     """
 
     rank: int = 0
@@ -54,19 +54,19 @@ class World:
 
     @property
     def name(self) -> str:
-        """What goes before a message that only this process can give."""
+        """Prefix of messages about this process; empty if there is only one."""
         return "" if self.size == 1 else f"process {self.rank} of {self.size}: "
 
     # ---- decisions
 
     def agree(self, work: Callable[[], T], *, in_turn: bool = False) -> T:
-        """``work`` done by every process, or the same failure in all of them: ``InputError`` and
-        the like in the first, which says it, and a silent ``Stopped`` in the others.
+        """Run ``work`` in every process, and fail in all if it fails in any: the first raises
+        ``InputError`` or ``RunError``, the others a silent ``Stopped``.
 
         Args:
-            work: must not talk to the other processes itself.
-            in_turn: the first of each machine goes first, so that what it downloads or decodes is
-                there for the others.
+            work: must not communicate with the other processes itself.
+            in_turn: run it on the first process of each machine first, so that the others find
+                what it has downloaded or decoded.
         """
         if self.size == 1:
             return work()
@@ -88,7 +88,7 @@ class World:
         return done[0]
 
     def _fail_together(self, mine: tuple[bool, str] | None) -> None:
-        """Raise the failure of the lowest rank that has one, if any has."""
+        """Raise the failure of the lowest rank that failed, if any did."""
         failures: list[Any] = [None] * self.size
         dist.all_gather_object(failures, mine)
         found = [(rank, *failure) for rank, failure in enumerate(failures) if failure is not None]
@@ -98,12 +98,12 @@ class World:
             self.fail(InputError(text) if is_input else RunError(text))
 
     def fail(self, error: InputError | RunError) -> None:
-        """End every process by an error that all of them have met at the same point; the first says
+        """End all processes on an error that they met at the same point; only the first reports
         it."""
         raise error if self.is_first else Stopped("", 2 if isinstance(error, InputError) else 3)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives the first process, in all of them."""
+        """Run ``make`` in the first process and return its result in all."""
         if self.size == 1:
             return make()
         made = self.agree(lambda: [make()] if self.is_first else [])
@@ -112,7 +112,7 @@ class World:
         return box[0]
 
     def highest(self, number: int) -> int:
-        """The highest ``number`` that a process has."""
+        """The maximum of ``number`` over the processes."""
         if self.size == 1:
             return number
         numbers = torch.tensor([number])
@@ -120,7 +120,7 @@ class World:
         return int(numbers.item())
 
     def require_equal(self, number: int, what: str) -> None:
-        """``RunError`` if the processes do not have the same ``number`` (a signed 64-bit one)."""
+        """Raise ``RunError`` unless all processes have the same ``number`` (signed 64-bit)."""
         if self.size == 1:
             return
         numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -131,20 +131,20 @@ class World:
     # ---- tensors
 
     def total(self, values: Tensor) -> Tensor:
-        """Summed over the processes, in place and on its device."""
+        """Sum ``values`` over the processes, in place and on their device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def replica(self, model: nn.Module, device: torch.device, has_idle: bool = False) -> nn.Module:
-        """The network as one whose gradients are averaged in backward; all start with the weights
-        of the first. ``has_idle``: some parameters may have none, for which each step is
-        searched."""
+        """Wrap the network so that backward averages gradients over the processes; all start with
+        the first one's weights. With ``has_idle``, each step searches for parameters that got no
+        gradient."""
         if self.size == 1:
             return model
         parallel: Any = nn.parallel.DistributedDataParallel
-        # Buffers are handed round by ``share_buffers``, after a step: an attack in eval mode needs
-        # them before the next.
+        # ``share_buffers`` broadcasts buffers after each step. DDP would do so in its next forward
+        # pass, too late for an attack in eval mode.
         names = ("forward_sync_buffers", "broadcast_buffers")  # since torch 2.13, and before
         name = next(name for name in names if name in inspect.signature(parallel).parameters)
         options = {name: False, "find_unused_parameters": has_idle}
@@ -154,8 +154,8 @@ class World:
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's batch-norm statistics, so that after each step all
-        hold the same network."""
+        """Broadcast the first process's batch-norm statistics, so that all hold the same network
+        after each step."""
         if self.size == 1:
             return
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -173,8 +173,8 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The processes that ``torchrun`` started, or this one alone; raises ``RunError`` if they do
-    not find each other."""
+    """Join the processes that ``torchrun`` started, if it did; ``RunError`` if they cannot connect
+    or if another one ends early."""
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
         yield ALONE
@@ -182,7 +182,7 @@ def joined() -> Iterator[World]:
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     _import_before_the_group()
     try:
-        # Small things that the hosts decide go by gloo in any case: they never wait for a device.
+        # Decisions made on the host always use gloo, so that they never wait for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes do not find each other ({one_line(error)})") from error
@@ -198,23 +198,23 @@ def joined() -> Iterator[World]:
             raise RunError(f"{world.name}another process of this run has ended") from error
         raise
     finally:
-        if not gpus or sys.exc_info()[0] is None:  # NCCL may wait for a process that will not come
+        if not gpus or sys.exc_info()[0] is None:  # else NCCL may wait for ever
             dist.destroy_process_group()
 
 
 def _import_before_the_group() -> None:
-    # DDP imports it, and it keeps the group of that moment as default arguments: here there is none
-    # yet.
+    # DDP imports this module, whose default arguments keep the group of that moment alive. Now
+    # there is none yet.
     importlib.import_module("torch.distributed.nn.functional")
 
 
 def _release_group_at_exit() -> None:
-    """See that the exchange's threads end before Python does: one that then still asks for the
-    interpreter aborts the process.
+    """Make the group's threads end before Python does: one that still needs the GIL then aborts
+    the process.
 
-    Who drops the group last waits for them, and of its holders the Python object alone lets them
-    have the interpreter meanwhile; DDP's would wait for ever. So that one is held until DDP, and
-    what holds it in cycles, is gone.
+    Dropping the last reference to the group waits for its threads, and only the Python object
+    releases the GIL meanwhile; DDP's reference would deadlock. So the Python object is held until
+    DDP, and any cycle that holds it, is collected.
     """
     held = [dist.group.WORLD]
 
@@ -226,19 +226,19 @@ def _release_group_at_exit() -> None:
 
 
 def _leave(world: World, together: bool) -> None:
-    """torchrun kills what is left once a process has failed, and the first may still be writing: it
-    leaves first."""
+    """Let the first process, which may still be writing, exit first: once one has failed, torchrun
+    kills the others."""
     store = dist.distributed_c10d._get_default_store()
     with contextlib.suppress(RuntimeError):  # the store may be gone with its process
         if world.is_first:
             store.set("the first leaves", "1")
         elif together:
             store.wait(["the first leaves"], _PATIENCE)
-            time.sleep(1.0)  # it still has its last line to say
+            time.sleep(1.0)  # for the first one's last message
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether a failed exchange says that another process is gone."""
+    """Whether an error in communication means that another process has ended."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "NCCL", "onnection", "Broken pipe")
@@ -249,17 +249,17 @@ def lost_another(error: RuntimeError) -> bool:
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:
-    """Make every batch norm one of torch's SyncBatchNorm, in place: statistics over the whole batch
-    of all processes.
+    """Turn every batch norm into a SyncBatchNorm in place, with statistics over the whole batch of
+    all processes.
 
-    Each stays what else it is, a ``BatchNorm2d``, say, whose channels can be removed.
+    Each also stays an instance of its own class, such as ``BatchNorm2d``.
     """
     norms = [
         m
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.SyncBatchNorm)
     ]
-    # torch's own batch norms go on to the next class, which is torch's too
+    # torch's BatchNorm classes define no forward themselves, so SyncBatchNorm's is used
     kinds = {
         kind: type(f"Sync{kind.__name__}", (kind, nn.SyncBatchNorm), {"process_group": None})
         for kind in {type(m) for m in norms}

@@ -1,8 +1,8 @@
-"""How a network is computed while it trains and is tested: in which precision, compiled or not, by
-how many processes.
+"""Running networks in training and tests: precision, ``torch.compile``, CUDA graphs, DDP.
 
-bf16 is torch's autocast: convolutions and products in bfloat16; weights, batch-norm statistics,
-losses and masks in float32. ``torch.compile`` fuses what lies between the convolutions.
+bf16 is torch's autocast: convolutions and matrix products in bfloat16; weights, batch-norm
+statistics, losses and masks in float32. ``torch.compile`` fuses the operations between
+convolutions.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from utils.execution.cuda_graph import (
 )
 from utils.execution.distributed import ALONE, World
 from utils.execution.hardware import PRECISIONS
-from utils.seeding import lent_generators
+from utils.seeding import preserved_generators
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How every network of a run is computed.
+    """How a run executes its networks.
 
     Attributes:
         precision: one of ``PRECISIONS``.
-        compile: whether networks are compiled; None where it pays for the length of a training.
-        graphs: what is captured as a CUDA graph on a GPU: ``auto`` each attack, ``full`` each
-            update with its attack, ``off`` nothing.
+        compile: whether to compile networks; None compiles if the training is long enough.
+        graphs: what a GPU captures as a CUDA graph: ``auto`` each attack, ``full`` each update
+            with its attack, ``off`` nothing.
         world: the processes that train together.
     """
 
@@ -57,7 +57,7 @@ class Execution:
             )
 
     def for_training(self, flops: float, device: torch.device) -> Execution:
-        """The same with ``compile`` decided for a training of so many FLOPs."""
+        """Return a copy with ``compile`` decided for a training of ``flops`` FLOPs."""
         if self.compile is not None:
             return self
         return dataclasses.replace(
@@ -66,20 +66,20 @@ class Execution:
 
 
 PLAIN = Execution()
-# FLOPs of a training from which compiling pays: on a CPU (2 cores, 350 GFLOP/s) it takes 100 s and
-# gains 5 %, so after 40 minutes; for GPUs an estimate, not measured.
+# FLOPs of a training above which compiling pays. On a CPU (2 cores, 350 GFLOP/s) it takes 100 s and
+# gains 5 %, so it pays after 40 minutes. The value for GPUs is an estimate, not measured.
 _PAYS_TO_COMPILE = {"cpu": 1e15, "cuda": 1e17}
 
 
 class Forward:
-    """Images to float32 logits through a network that stays what it is.
+    """Executes a network: float32 logits, attacks and updates.
 
     Args:
-        model: used as it is at each call: weights, mode and masks are its own.
-        execution: how.
-        sizes: images in the batches worth compiling and capturing for; others are computed without.
-        has_idle: whether some trained parameters take no part in an update, which several processes
-            must know.
+        model: used with the weights, mode and masks that it has at each call.
+        execution: precision, compilation, graphs and processes.
+        sizes: batch sizes worth compiling and capturing for; others run eagerly.
+        has_idle: whether some trained parameters may get no gradient in an update, which DDP must
+            know.
     """
 
     def __init__(
@@ -107,24 +107,23 @@ class Forward:
         self._notes: list[str] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits ``[N, classes]`` of images ``[N, C, H, W]``; other processes are not asked."""
+        """Logits ``[N, classes]`` of images ``[N, C, H, W]``; processes do not communicate."""
         return self._logits(self.model, x)
 
     def plainly(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Logits of another network in the same precision, not compiled; other processes are not
-        asked."""
+        """Logits of another network in the same precision, not compiled; no communication."""
         return self._logits(model, x)
 
     def reset(self) -> None:
-        """Forget what was compiled, captured and replicated: the network's tensors are others."""
+        """Drop compiled code, graphs and the DDP replica, once the network has new tensors."""
         self._attacks, self._updates, self._uncaptured = {}, {}, set()
         if self._compiled is not None:
             torch.compiler.reset()
         self._compiled = self._replica = None
 
     def averaged(self, x: Tensor) -> Tensor:
-        """The same, with the parameters' gradients averaged over the processes in backward."""
-        if self._replica is None:  # not before: DDP asks the other processes
+        """Logits whose backward pass averages parameter gradients over the processes."""
+        if self._replica is None:  # lazily, since creating DDP communicates
             self._replica = self.world.replica(self.model, x.device, self._has_idle)
         try:
             return self._logits(self._replica, x)
@@ -140,7 +139,7 @@ class Forward:
     def attack(
         self, x: Tensor, y: Tensor, attack: PGD, *, training: bool, draws: Tensor | None
     ) -> Tensor:
-        """``pgd_attack`` on this network; on CUDA as one graph for batches of the usual sizes."""
+        """``pgd_attack`` on this network, on CUDA as one graph for batches of ``sizes``."""
 
         def once(x: Tensor, y: Tensor, draws: Tensor | None) -> Tensor:
             return pgd_attack(
@@ -168,14 +167,14 @@ class Forward:
         optimizer: torch.optim.Optimizer,
         key: Hashable,
     ) -> tuple[Tensor, ...]:
-        """``once(x, y, draws)``, an update by ``optimizer``: as one graph for batches of the usual
-        sizes where graphs are ``full``. ``key`` holds whatever else ``once`` depends on."""
+        """Run ``once(x, y, draws)``, an update by ``optimizer``; with ``full`` graphs, as one graph
+        for batches of ``sizes``. ``key`` must identify whatever else ``once`` depends on."""
         if self._wanted != "full" or not self._is_graphed(x) or self.world.size > 1:
             return once(x, y, draws)
         whole = (key, x.shape)
         if whole not in self._updates:
             self._updates[whole] = GraphedStep(optimizer, once, self._memory(x.device))
-        self._is_capturing = True  # the attack within is a part of the graph
+        self._is_capturing = True  # the attack within becomes part of the graph
         try:
             return self._updates[whole](x, y, draws)
         finally:
@@ -198,42 +197,41 @@ class Forward:
     ) -> None:
         device = inputs[0].device
         try:
-            with lent_generators(device):  # the step draws as one that captures nothing
+            with preserved_generators(device):  # capturing must not change the step's draws
                 self._attacks[key] = GraphedAttack(self.model, once, inputs, self._memory(device))
         except UncapturedError as error:
             self._uncaptured.add(key)
-            self._notes.append(f"warning: no CUDA graph of the attack ({error}); going on without")
+            note = f"warning: no CUDA graph of the attack ({error}); continuing without it"
+            self._notes.append(note)
 
     @property
     def graphs(self) -> int:
-        """Attacks and updates that have been captured."""
+        """Number of captured attacks and updates."""
         return len(self._attacks) + sum(step.is_captured for step in self._updates.values())
 
     def notes(self) -> list[str]:
-        """What is to be said of it since the last call."""
+        """Messages for the log since the last call."""
         told, self._notes = self._notes, []
         return told
 
     def prepare(self, x: Tensor, attacked: bool, training: bool, tested: int = 0) -> str:
-        """Compile for training on batches like these images ``x`` and for tests; returns what to
-        say of it. What fails to compile is computed without.
+        """Compile for training and tests, or fall back to eager execution; returns a log message.
 
         Args:
-            attacked: whether images are attacked before an update and in tests; each way to compute
-                compiles once more.
-            training: the mode of the attack.
-            tested: images in a batch of a test, 0 where none is that large.
+            x: images of a training batch.
+            attacked: whether images are attacked in training and tests, which compiles more passes.
+            training: whether the training attack runs in train mode.
+            tested: batch size of tests; 0 if no test fills a batch.
         """
         start, failure = time.perf_counter(), None
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        # of an earlier stage's network, whose graphs count towards the same limit
+        # compiled code of an earlier stage's network counts towards the same limit
         torch.compiler.reset()
         try:
-            with lent_generators(x.device):
+            with preserved_generators(x.device):
                 self._warm_up(x, attacked, training, tested)
         except Exception as error:
-            # a missing compiler, a network that it cannot take: in as many ways as there are layers
-            # below
+            # a missing compiler or an unsupported network: any layer below may raise its own error
             failure = one_line(error).split(". ")[0][:200]
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -242,8 +240,8 @@ class Forward:
         if self.world.highest(failure is not None):
             self._sizes = frozenset()
             return (
-                f"warning: torch.compile failed ({failure or 'in another process'}); going on"
-                " without"
+                f"warning: torch.compile failed ({failure or 'in another process'}); continuing"
+                " without it"
             )
         return f"compiled in {time.perf_counter() - start:.0f} s"
 
@@ -261,19 +259,19 @@ class Forward:
                 self._forward_backward_to_input(images, False)
 
     def _forward_backward_to_input(self, x: Tensor, training: bool) -> None:
-        """What a step of an attack computes."""
+        """The passes of one attack step: forward, and backward to the images."""
         with in_mode(self.model, training), without_parameter_gradients(self.model):
             self(x.detach().requires_grad_()).sum().backward()
 
     def _logits(self, module: Any, x: Tensor) -> Tensor:
-        # DDP's own pass is not compiled: should that fail in one process, the others would wait for
-        # its gradients.
+        # DDP's pass is not compiled: if that failed in one process, the others would wait for its
+        # gradients.
         if module is self.model and len(x) in self._sizes:
-            # no "or": a compiled network asks the network for its length, which few have
+            # not "or", which asks a compiled network for its length, and few networks have one
             if self._compiled is None:
                 self._compiled = torch.compile(module, dynamic=False)
             module = self._compiled
-            # whose strides may be written in two ways, and each would be compiled for
+            # one channel has two equivalent strides, each of which would be compiled
             if x.shape[1] == 1:
                 x = x.reshape(-1).view(x.shape)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocast):

@@ -1,4 +1,4 @@
-"""Precisions and kernels of the hardware."""
+"""Precision and kernel settings for the hardware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GRAPHS = ("auto", "off", "full")  # what a GPU captures (``utils.execution.forwa
 
 
 def best_precision(device: torch.device) -> str:
-    """``bf16`` where the hardware multiplies in it, else ``float32``."""
+    """``bf16`` if the hardware multiplies in it natively, else ``float32``."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -22,8 +22,8 @@ def best_precision(device: torch.device) -> str:
 
 
 def use_fast_kernels(device: torch.device) -> None:
-    """On CUDA: the fastest convolution for each shape, and TF32 for what is float32;
-    ``evaluate.full_precision`` undoes both."""
+    """On CUDA, choose the fastest convolution for each shape and allow TF32 for float32;
+    ``full_precision`` suspends both."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -31,8 +31,7 @@ def use_fast_kernels(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 without TF32, and the same kernels every time, for a while; whatever the training
-    used."""
+    """Within the context, compute float32 without TF32 and with deterministic cuDNN kernels."""
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps: a signal or a time limit asks, the run saves and leaves."""
+"""Stopping a run between two steps, on a signal or a time limit, so that it can save and exit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 
 from utils.errors import Stopped
 
-# EX_TEMPFAIL of sysexits.h: a shell loop or a scheduler starts such a run again
+# EX_TEMPFAIL of sysexits.h, on which a shell loop or a scheduler starts the run again
 TIME_LIMIT_CODE = 75
-# Schedulers warn by the last three, and a terminal that closes by SIGHUP.
+# Schedulers warn with the last three; a closing terminal sends SIGHUP.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
 class Interruption:
-    """Whether somebody asked this process to stop: Ctrl-C, SIGTERM or its like, ``minutes`` since
-    it was made, or the end of the process that started it and its like (``parent``), which could
-    start them once more.
+    """Tells whether this process should stop: on a signal, a time limit or the end of its parent.
 
-    While entered, the first signal is remembered instead of ending the process. A second Ctrl-C is
-    a ``KeyboardInterrupt`` again, for those who do not want to wait for the step to end.
+    Within the context, a signal is recorded instead of ending the process. A second Ctrl-C raises
+    ``KeyboardInterrupt`` as usual, for users who do not want to wait for the step to end.
+
+    Args:
+        minutes: time limit, counted from construction.
+        parent: process id of torchrun; once it has ended, a new one may start the run again.
     """
 
     def __init__(self, minutes: float | None = None, parent: int | None = None) -> None:
@@ -34,7 +36,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        # elsewhere Python allows no handlers
+        # Python allows no handlers in other threads
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         return self
@@ -51,11 +53,11 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         if number == signal.SIGINT:
-            before = self._before.get(number)  # which ignores it in a shell's background
+            before = self._before.get(number)  # SIG_IGN in a shell's background job
             signal.signal(number, before if callable(before) else signal.default_int_handler)
 
     def asked(self) -> Stopped | None:
-        """What to leave with, if somebody asked."""
+        """The ``Stopped`` to raise if the process was asked to stop, else None."""
         if self._signal is not None:
             return Stopped(
                 "interrupted" if self._signal == signal.SIGINT else "terminated", 128 + self._signal

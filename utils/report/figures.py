@@ -1,5 +1,4 @@
-"""Pictures of runs: what each run draws of itself, and what a report draws of groups of seeds.
-Nothing here writes files."""
+"""Figures of a report on groups of runs; nothing here writes files."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.early_bird import TOLERANCES
 from utils.report.runs import DENSE, FinishedRun, Group, Measured, density, lines_by_density
-from utils.training.curves import _BAND, _draw_curves, _handles, mask_distances
+from utils.training.curves import BAND, draw_curves, legend_handles, mask_distances
 
 Row = Mapping[str, Any]
 
@@ -26,11 +25,10 @@ _MARKERS = "osD^vPX"
 
 
 def compared_curves(groups: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> Figure:
-    """One panel a group, on one scale: ``groups`` are titles with the lines of ``metrics.jsonl`` of
-    each seed; of Robust Bird stage 2.
+    """Accuracy curves, one panel per group, on one scale; for Robust Bird those of stage 2.
 
-    Of several seeds the line is the mean and the band reaches from the lowest to the highest;
-    events are the first seed's.
+    ``groups`` holds a title and the rows of each seed's ``metrics.jsonl``. With several seeds,
+    lines are means, bands reach from the lowest to the highest, and events are the first seed's.
     """
     columns = min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
@@ -43,9 +41,9 @@ def compared_curves(groups: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> Fi
         spare.remove()
     handles: dict[str, Any] = {}
     for axes, title, (_, seeds) in zip(panels, titles, groups, strict=True):
-        _draw_curves(axes, *([row for row in rows if row.get("stage", 2) == 2] for rows in seeds))
+        draw_curves(axes, *([row for row in rows if row.get("stage", 2) == 2] for rows in seeds))
         axes.set_title(title)
-        handles |= _handles(axes)
+        handles |= legend_handles(axes)
     for axes in panels:
         if not axes.get_subplotspec().is_first_col():
             axes.set_ylabel("")
@@ -54,7 +52,7 @@ def compared_curves(groups: Sequence[tuple[str, Sequence[Sequence[Row]]]]) -> Fi
             name + (" (first seed)" if name in ("prune epoch", "grow epoch") else ""): handle
             for name, handle in handles.items()
         }
-        handles["lowest to highest seed"] = Patch(color="tab:grey", alpha=_BAND)
+        handles["lowest to highest seed"] = Patch(color="tab:grey", alpha=BAND)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
     )
@@ -73,8 +71,8 @@ def ra_against_sparsity(lines: Sequence[tuple[str, Sequence[Group]]]) -> Figure:
     percent (the paper's Figure 1).
 
     Args:
-        lines: a title and groups by falling density for each line, as ``groups.lines_by_density``.
-            Error bars are sample standard deviations over seeds; the dense network is a star.
+        lines: each line's title and groups, densest first, as from ``runs.lines_by_density``. Error
+            bars are sample standard deviations over seeds; the dense network is a star.
     """
     names = [_wrapped(title, 90) for title, _ in lines]
     columns = 1 if any(len(name) > 40 for name in names) else 3
@@ -142,12 +140,12 @@ def _draw_by_sparsity(
         markersize=6,
         **style,
     )
-    if groups[0].method == DENSE:  # over the line's own marker, alike for all lines
+    if groups[0].method == DENSE:  # drawn over the line's own marker
         axes.plot(sparsities[0], measured[0].mean, "*", color="black", markersize=11, zorder=3)
 
 
 def _bars(measured: Sequence[Measured]) -> list[float] | None:
-    """Lengths of the error bars; none where all are of one seed."""
+    """Lengths of the error bars; None if every group has a single seed."""
     return None if all(m.spread is None for m in measured) else [m.spread or 0.0 for m in measured]
 
 
@@ -192,11 +190,11 @@ def gap_bars(groups: Sequence[Group]) -> Figure:
 
 
 def layer_densities(rows: Sequence[Row], title: str) -> Figure:
-    """The density of each layer, first layer on top, by epoch, and that of the whole network below.
+    """Each layer's density by epoch, first layer on top, and below it the density of the network.
 
     Args:
-        rows: lines of ``metrics.jsonl``, at least one of them with ``layer_densities``, in [0, 1].
-        title: whose they are.
+        rows: of ``metrics.jsonl``, at least one of them with ``layer_densities``, in [0, 1].
+        title: of the figure.
     """
     rows = [row for row in rows if row["layer_densities"]]
     names, epochs = list(rows[0]["layer_densities"]), [row["epoch"] for row in rows]
@@ -207,7 +205,7 @@ def layer_densities(rows: Sequence[Row], title: str) -> Figure:
     above.set_title(_wrapped(title, 60), fontsize="medium")
     matrix = [[row["layer_densities"][name] for row in rows] for name in names]
     extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
-    # The square root of the scale shows the sparse layers apart, and a layer without weights too.
+    # A square-root scale tells sparse layers apart, and shows a layer without live weights.
     image = above.imshow(
         matrix,
         aspect="auto",
@@ -233,8 +231,8 @@ def layer_densities(rows: Sequence[Row], title: str) -> Figure:
 
 
 def ticket_distances(run: FinishedRun) -> Figure | None:
-    """``mask_distances`` of a Robust Bird run, from its lines of stage 1; nothing if its ticket
-    came from elsewhere."""
+    """``mask_distances`` of a Robust Bird run, from the metrics of stage 1; None if the run did no
+    stage 1 of its own."""
     rows = [row for row in run.epochs if row.get("stage") == 1]
     if not rows:
         return None
@@ -250,13 +248,13 @@ def ticket_distances(run: FinishedRun) -> Figure | None:
     return mask_distances([row["mask_distances"] for row in rows], rows[-1]["epoch"], watched)
 
 
-# ---------------------------------------------------------------- all of a report
+# ---------------------------------------------------------------- the figures of a report
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a report: its file's stem, a sentence on what it shows, and what stands for it
-    where it cannot be seen."""
+    """A figure of a report: the stem of its file name, the figure, a caption and alternative
+    text."""
 
     stem: str
     figure: Figure
@@ -265,7 +263,7 @@ class Picture:
 
 
 def report_pictures(groups: Sequence[Group]) -> list[Picture]:
-    """All that the groups give; raises ``InputError`` where a run has no lines of epochs."""
+    """All figures of a report; raises ``InputError`` if the metrics of a run cannot be read."""
     found = [_curves_picture(groups), _gap_picture(groups)]
     lines = lines_by_density(groups)
     if lines:
@@ -277,7 +275,7 @@ def report_pictures(groups: Sequence[Group]) -> list[Picture]:
 
 
 def _masks_pictures(group: Group, whose: str, stem: str) -> list[Picture]:
-    """How the masks of a group's first seed moved, or came about."""
+    """Layer densities or mask distances of a group's first seed, if its method has them."""
     run = group.first
     if group.method in ("fb", "fbp") and any(row["layer_densities"] for row in run.last_stage):
         caption = f"{whose}: density of each layer after each epoch, and of the network."

@@ -1,5 +1,5 @@
-"""A report as files: tables, figures and one self-contained HTML page, which needs no network and
-no other file."""
+"""Writes a report: tables, figures and a self-contained HTML page, which needs neither a network
+nor other files."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from utils.storage.files import FIGURE_KINDS, drawn, write_atomically, write_fig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BROAD = 8.5  # inches; a wider figure scrolls on a phone, so that its text can be read
+_BROAD = 8.5  # inches; wider figures scroll on a phone, so that their text stays readable
 
 
 def write_report(folder: Path, groups: Sequence[Group], paper_dataset: str | None) -> Path:
-    """Write tables (``table.md``, ``.csv``, and ``evaluations`` if there are any), figures (PNG,
-    PDF and SVG) and ``index.html``.
+    """Write tables (``table.md`` and ``.csv``, and ``evaluations.*`` if there are any), figures
+    (PNG, PDF and SVG) and ``index.html``.
 
     Args:
-        folder: exists (``checkpoint.writable_folder``).
+        folder: exists and is writable.
         groups: at least one.
-        paper_dataset: the paper's data set for runs whose own the paper has not.
+        paper_dataset: the paper's data set to compare with runs on data that the paper lacks.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: files of a run that are missing or damaged, a folder that cannot be written.
+        InputError: files of a run are missing or damaged, or the folder cannot be written.
     """
     compared, strong, stale = (
         Comparison.all_of(groups, paper_dataset),
@@ -67,7 +67,7 @@ def write_report(folder: Path, groups: Sequence[Group], paper_dataset: str | Non
         for picture in pictures:
             for suffix in FIGURE_KINDS:
                 write_figure(folder / f"{picture.stem}{suffix}", picture.figure)
-        for name, text in texts.items():  # the page last: what it stands for is there
+        for name, text in texts.items():  # the page last: when it exists, so does all the rest
             write_atomically(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error.strerror or error})") from error
@@ -86,9 +86,9 @@ def _title(groups: Sequence[Group]) -> str:
 def page(
     title: str, tables: Sequence[Table], pictures: Sequence[Picture], groups: Sequence[Group]
 ) -> str:
-    """The HTML text (``page.html`` filled in): tables, figures within it, and how each run was
+    """The HTML page, rendered from ``page.html``: tables, embedded figures and how each run was
     made."""
-    # only here is it needed, and --help waits for no import
+    # imported here, so that --help does not wait for it
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -115,7 +115,7 @@ def page(
 
 
 def _contents(groups: Sequence[Group]) -> str:
-    """The groups and their seeds, in a line."""
+    """The groups and their seeds, on one line."""
     return "; ".join(
         f"{group.label}: seed{'s' if len(group.runs) > 1 else ''}"
         f" {', '.join(map(str, group.seeds))}"
@@ -124,12 +124,12 @@ def _contents(groups: Sequence[Group]) -> str:
 
 
 def svg_uri(figure: Figure) -> str:
-    """A figure as a data URI, the same bytes each time."""
+    """A figure as an SVG data URI, the same bytes each time."""
     return "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
 
 
 def _run(group: Group, run: FinishedRun) -> dict[str, Any]:
-    """How a run was made, by the names that the template has for it."""
+    """How a run was made, under the names that the template uses."""
     config, last = run.config, (run.made_by or [{}])[-1]
     revisions = dict.fromkeys(str(entry.get("revision", "unknown")) for entry in run.made_by)
     facts = {

@@ -1,5 +1,5 @@
-"""What others measured (``results/paper``), which of it fits a group of runs, and how these differ
-from the paper's set-up."""
+"""Published results (``results/paper``), which of them apply to a group of runs, and how the
+group's set-up differs from the paper's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from utils.report.runs import Group, setting_text, value_text
 _FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny-ImageNet"}
 _DENSITY = 0.2  # of the paper's sparse rows
-# density: percent, of the benchmark
+# the benchmark's sparsities in percent, by density
 SPARSITIES = {"weights": {0.1: 90, 0.05: 95, 0.01: 99}, "channels": {0.5: 50, 0.25: 75, 0.1: 90}}
-BENCHMARK_EPS = 0.031  # of its AutoAttack, in linf
-_EPOCHS = 200  # of the paper, in either stage
-# What a report says elsewhere, or by what the run really had.
+BENCHMARK_EPS = 0.031  # linf radius of the benchmark's AutoAttack
+_EPOCHS = 200  # the paper's, in either stage
+# Settings that a report shows elsewhere, or replaces by what the run really used.
 _NO_DIFFERENCE = set("seed dataset data density fb fbp fix pruning precision image_size".split())
 _NO_DIFFERENCE |= {"train_subset", "test_subset"}
 
@@ -42,7 +42,7 @@ _IMAGES = {
 
 @dataclass(frozen=True)
 class Published:
-    """A method of the benchmark: accuracies on the test set in percent, None where not known."""
+    """A method's test accuracies in the benchmark, in percent; None if unknown."""
 
     method: str
     clean: float | None
@@ -50,14 +50,14 @@ class Published:
 
 
 def dataset_of(group: Group, paper_dataset: str | None) -> str | None:
-    """The data set of ``DATASETS`` that a group is laid beside: its own, or ``paper_dataset`` where
-    the paper has not its own."""
+    """The data set of ``DATASETS`` to compare a group with: its own, or ``paper_dataset`` if the
+    paper lacks it."""
     return group.settings.dataset if group.settings.dataset in DATASETS else paper_dataset
 
 
 def table1(group: Group, paper_dataset: str | None = None) -> dict[str, float]:
-    """The row of the paper's Table 1 for a group, by column, FLOPs unscaled; nothing where it has
-    none."""
+    """A group's row of the paper's Table 1, by column, with FLOPs unscaled; empty if it has none.
+    Raises ``InputError`` if the file cannot be read."""
     dataset = dataset_of(group, paper_dataset)
     fits = group.settings.arch == "resnet18" and group.density == (
         1.0 if group.method == "dense" else _DENSITY
@@ -74,8 +74,8 @@ def table1(group: Group, paper_dataset: str | None = None) -> dict[str, float]:
 
 
 def benchmark(dataset: str | None, arch: str, structure: str, sparsity: int) -> list[Published]:
-    """The benchmark's methods on a data set, at a sparsity in percent of the weights or of the
-    channels; none where it has no such cells."""
+    """The benchmark's methods on a data set and architecture, at a sparsity in percent of the
+    weights or channels; empty if it has no such cell."""
     cells = [
         row
         for row in _read("adversarial_pruning_benchmark.csv")
@@ -93,16 +93,16 @@ def benchmark(dataset: str | None, arch: str, structure: str, sparsity: int) -> 
 
 
 def benchmark_sparsity(group: Group) -> tuple[str, int] | None:
-    """What the benchmark would say was asked of a group: the structure and the sparsity in percent;
-    None for other densities."""
+    """A group's structure and requested sparsity in percent, as in the benchmark; None for
+    densities that it lacks."""
     structure = "channels" if group.method.endswith("-channel") else "weights"
     sparsity = SPARSITIES[structure].get(group.density)
     return None if sparsity is None else (structure, sparsity)
 
 
 def differences(group: Group, dataset: str | None) -> list[str]:
-    """In plain words how a group's runs differ from those of the paper on ``dataset``, the density
-    aside."""
+    """How a group's runs differ from those of the paper on ``dataset``, in words; density is left
+    out."""
     found = [] if dataset == group.settings.dataset else [_other_data(group)]
     if dataset is not None:
         found += _other_images(group.first.config, _IMAGES[dataset])
@@ -135,19 +135,18 @@ def _other_images(config: Mapping[str, Mapping[str, int]], theirs: _Images) -> l
 
 
 def _other_settings(group: Group) -> list[str]:
-    """Those that are not at their defaults, which are the paper's."""
+    """The settings that differ from their defaults, which are the paper's."""
     settings = group.settings
     lengths: dict[str, Any] = {
         name: _EPOCHS for name in ("epochs1", "epochs2", "epochs") if hasattr(settings, name)
     }
-    # Milestones given as fractions follow the length: compared is what they would be at the
-    # paper's.
+    # Milestones given as fractions scale with the length, so they are compared at the paper's.
     at_length = dataclasses.replace(settings, **lengths).canonical()
     ours, defaults = (
         settings.canonical(),
         {f.name: f.default for f in dataclasses.fields(settings) if f.metadata["result"]},
     )
-    if "update_frequency" in defaults and group.method in ("fb", "fbp"):  # its commands ask for it
+    if "update_frequency" in defaults and group.method in ("fb", "fbp"):  # as the paper's commands
         defaults["dynamic_fre"] = True
     found = []
     for name, default in defaults.items():

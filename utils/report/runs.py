@@ -1,5 +1,4 @@
-"""Finished runs as their folders tell of them, and those that differ only in the seed as one
-group."""
+"""Reads finished runs from their folders and groups those that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ METHOD_NAMES = {
     "oneshot-channel": "One-shot, channels",
 }
 _ORDER = list(METHOD_NAMES)
-# A setting in words, where its name followed by its value does not say it.
+# Settings in words, where the name followed by the value does not read well.
 _WORDS = {
     "data": "images of {}",
     "dataset": "data set {}",
@@ -77,7 +76,7 @@ _WORDS = {
     "dynamic_epoch": "density adapts from epoch {}",
     "eval_every": "validated every {} epochs",
 }
-# what is read of it, as ``misfit`` takes it
+# the parts of config.json that are read, as a shape for ``misfit``
 _CONFIG = {"settings?": dict, "network?": dict, "images?": dict, "versions?": dict}
 _UNSET = {
     "train_subset": "all",
@@ -89,8 +88,8 @@ _UNSET = {
     "beta": "the usual",
     "swa": "none",
 }
-_MOST_TOLD = 3  # settings in a label; of more, only those are told that are needed
-# Beside what these say, a method is told by its own settings.
+_MOST_TOLD = 3  # settings in a label; if more differ, only the necessary ones are named
+# Labels compare these settings over all runs, and others only within a method.
 _SCALE = (
     "dataset",
     "data",
@@ -106,7 +105,7 @@ _ATTACK = ("norm", "train_eps", "train_step", "test_eps", "test_step")
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean over ``n`` seeds and sample standard deviation; of one seed there is none."""
+    """Mean over ``n`` seeds and sample standard deviation ``spread``, None for one seed."""
 
     mean: float
     spread: float | None
@@ -114,7 +113,7 @@ class Measured:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
-        """``values``: one a seed, at least one."""
+        """From one value per seed, at least one."""
         return cls(
             statistics.fmean(values),
             statistics.stdev(values) if len(values) > 1 else None,
@@ -124,19 +123,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder that holds ``summary.json``; its other files are read when they are asked
-    for."""
+    """A run folder that holds ``summary.json``; its other files are read on demand."""
 
     paths: RunPaths
     summary: Row
 
     @classmethod
     def read(cls, root: Path) -> FinishedRun:
-        """Raises ``InputError`` if the folder is not that of a finished run."""
+        """Read a run folder; raises ``InputError`` if it does not hold a finished run."""
         paths = RunPaths(root)
         summary = read_summary(paths)
         if summary.get("method") not in METHOD_NAMES:
-            raise InputError(f"{paths.summary} is of no method of ours: {summary.get('method')!r}")
+            raise InputError(f"{paths.summary} names an unknown method: {summary.get('method')!r}")
         return cls(paths, summary)
 
     @property
@@ -163,13 +161,12 @@ class FinishedRun:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, without the seed, different spellings of one meaning made
-        alike."""
+        """All that determines the result except the seed, with equivalent spellings unified."""
         return self._deciding(self.settings.canonical())
 
     @cached_property
     def asked(self) -> dict[str, Any]:
-        """The same as it was spelled."""
+        """The same, as spelled by the user."""
         return self._deciding(dataclasses.asdict(self.settings))
 
     def _deciding(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,14 +184,14 @@ class FinishedRun:
 
     @cached_property
     def data(self) -> str | None:
-        """Which data set: the digest of its content; of older image folders their name."""
+        """Digest of the data set's content; in older runs the name of the image folder, or None."""
         if digests := self._found.get("digests"):
             return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         return Path(self.settings.data).name if self.settings.dataset == "imagefolder" else None
 
     @property
     def precision(self) -> str:
-        """In which it was trained."""
+        """The precision of the training."""
         return (
             str(self._found.get("precision", "float32"))
             if self.settings.precision == "auto"
@@ -203,7 +200,7 @@ class FinishedRun:
 
     @property
     def processes(self) -> str:
-        """How many processes trained it, one after the other."""
+        """The number of training processes; all numbers, in order, if it changed on resume."""
         return (
             ", ".join(dict.fromkeys(str(entry.get("processes", 1)) for entry in self.made_by))
             or "1"
@@ -211,12 +208,12 @@ class FinishedRun:
 
     @cached_property
     def made_by(self) -> list[dict[str, Any]]:
-        """The processes that made it, the last one last."""
+        """One entry for each start or resume of the run, oldest first."""
         return made_by(self.paths)
 
     @cached_property
     def _found(self) -> Row:
-        """``config.json``, nothing if it is not there."""
+        """``config.json``, empty if it does not exist."""
         return self.config if self.paths.config.exists() else {}
 
     @cached_property
@@ -229,18 +226,18 @@ class FinishedRun:
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; raises ``InputError`` if there are none."""
+        """The rows of ``metrics.jsonl``; raises ``InputError`` if they cannot be read."""
         return read_epochs(self.paths)
 
     @property
     def last_stage(self) -> list[dict[str, Any]]:
-        """The epochs of the adversarial training: of Robust Bird stage 2."""
+        """The rows of the adversarial training; for Robust Bird those of stage 2."""
         return [row for row in self.epochs if row.get("stage", 2) == 2]
 
     @cached_property
     def evaluations(self) -> list[Row]:
-        """What ``main_adv.py --eval`` left in ``evaluations/``, the oldest first; raises
-        ``InputError`` for what cannot be read."""
+        """The results of ``main_adv.py --eval`` in ``evaluations/``, oldest first; raises
+        ``InputError`` if one cannot be read."""
         files = (self.paths.root / "evaluations").glob("*.json")
         return [
             read_object(path)
@@ -250,8 +247,8 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed, by seed, and what tells them from the other groups of a
-    report."""
+    """Runs that differ only in the seed, ordered by seed, and a label that tells them from the
+    other groups of a report."""
 
     label: str
     runs: Sequence[FinishedRun]
@@ -266,7 +263,7 @@ class Group:
 
     @property
     def settings(self) -> CommonSettings:
-        """Those of the first seed."""
+        """The settings of the first seed."""
         return self.first.settings
 
     @property
@@ -275,17 +272,17 @@ class Group:
 
     @property
     def density(self) -> float:
-        """The density that was asked for; of Robust Bird with channels it counts channels."""
+        """The requested density; for structured channels the fraction of channels."""
         return 1.0 if self.method == DENSE else self.first.identity["density"]
 
     def measured(self, figure: Callable[[Row], float]) -> Measured:
-        """A figure of the summaries over the seeds."""
+        """A figure of the summaries, measured over the seeds."""
         return Measured.of([figure(run.summary) for run in self.runs])
 
 
 def command_of(run: FinishedRun) -> str:
-    """The command that trains such a run: its settings that are not at their defaults, and where
-    its data lay."""
+    """The command that trains such a run: the settings that are not at their defaults, and the path
+    of the data."""
     settings = run.settings
     script = (
         settings.script if settings.script == "main_adv.py" else f"Robust-Bird/{settings.script}"
@@ -309,11 +306,11 @@ def density(summary: Row) -> float:
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
-    """The runs in ``folders``, each a run folder or a folder of run folders, by method; and what
-    was left out, a line each.
+    """The finished runs in ``folders``, each a run folder or a folder of run folders, ordered by
+    method; and notes on what was left out.
 
     Raises:
-        InputError: a run that was named itself is not finished, or a folder holds no finished run.
+        InputError: a run folder given directly is not finished, or a folder has no finished run.
     """
     found: dict[Path, FinishedRun] = {}
     unfinished: list[str] = []
@@ -335,8 +332,8 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
-    """Groups in the order of their first runs, and what to know of them, a line each: of a seed
-    only its first run counts."""
+    """Groups in the order of their first runs, and notes on them. Of several runs with one seed, a
+    group takes the first."""
     members: dict[Any, dict[int, FinishedRun]] = {}
     notes = []
     for run in runs:
@@ -358,7 +355,7 @@ def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
 
 
 def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
-    """What to say of seeds that were not trained by the same torch."""
+    """A note on seeds that were trained with different versions of torch, or an empty string."""
     found = {
         str(version)
         for run in runs
@@ -369,8 +366,8 @@ def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
 
 
 def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Groups that differ only in the density as one line each, the densest first, begun by the
-    dense runs of its scale and attacks."""
+    """Groups that differ only in the density, densest first, as one line with a title each; a line
+    begins with the dense runs of the same scale and attacks."""
     lines: dict[Any, list[Group]] = {}
     for group in groups:
         if group.method != DENSE:
@@ -395,7 +392,7 @@ def setting_text(name: str, value: object) -> str:
 
 
 def value_text(name: str, value: object) -> str:
-    """The value of a setting, where nothing was said too."""
+    """The value of a setting in words, also of one that is not set."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None:
@@ -404,8 +401,8 @@ def value_text(name: str, value: object) -> str:
 
 
 def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
-    """For each run its method and the settings that tell it from the others: of scale among all of
-    them, and else among its method's."""
+    """For each run, its method and the settings that tell it apart: those of ``_SCALE`` from all
+    other runs, the rest from runs of the same method."""
     found = []
     for run in runs:
         same = [other for other in runs if other.method == run.method]
@@ -426,7 +423,7 @@ def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
 
 
 def _data_name(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
-    """The name of its folder, with a part of its digest where other data are called so too."""
+    """The name of a run's data, with part of the digest if other data have the same name."""
     name = (
         Path(run.settings.data).name
         if run.settings.dataset == "imagefolder"
@@ -444,8 +441,8 @@ def _data_name(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
 def _sufficient(
     names: Sequence[str], runs: Sequence[FinishedRun], same: Sequence[FinishedRun]
 ) -> list[str]:
-    """Those of ``names`` that tell apart what the names before them do not: scale among all
-    ``runs``, else those of the ``same`` method."""
+    """The ``names`` that tell apart runs which those before them do not: for ``_SCALE`` among all
+    ``runs``, else among those of the ``same`` method."""
     kept: list[str] = []
     for name in names:
         among = runs if name in _SCALE else same
@@ -458,8 +455,8 @@ def _sufficient(
 
 
 def _differs(name: str, runs: Sequence[FinishedRun]) -> bool:
-    """Whether a setting tells runs apart; not one that only follows from another, as milestones in
-    fractions do from the length."""
+    """Whether a setting tells runs apart. One that only follows from another does not, such as
+    milestones given as fractions of the length."""
     asked = [run.asked.get(name) for run in runs]
     means = [run.identity.get(name) for run in runs]
     return any(value != asked[0] for value in asked) and any(value != means[0] for value in means)

@@ -1,5 +1,5 @@
-"""Tables and text of runs: one run's figures, groups of seeds beside the paper's, strong
-evaluations. Nothing here writes files."""
+"""Tables of single runs, groups beside the paper, and strong evaluations, as Markdown and CSV;
+nothing here writes files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from models import canonical_arch
@@ -33,8 +32,7 @@ _COLUMNS = (
 
 
 def summary_table(summaries: Sequence[Row]) -> str:
-    """A Markdown table, a line a run: accuracies on the test set in percent, FLOPs by the real
-    count."""
+    """A Markdown table, one line per run: test accuracies in percent, FLOPs by the real count."""
     lines = []
     for s in summaries:
         lines.append([_method_name(s), *_cells(s)])
@@ -50,7 +48,7 @@ def _of_average(figure: Callable[[Row], float]) -> Callable[[Row], float]:
 
 
 def averaged(summary: Row) -> Row:
-    """The summary with the averaged network for the final one."""
+    """The summary with the averaged network in place of the final one."""
     average = summary["average"]
     diff = summary["best"]["test_ra"] - average["test_ra"]
     return {**summary, "final": average, "diff": diff, "robust_gap": average["robust_gap"]}
@@ -86,7 +84,7 @@ def _percent(x: float) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], words: int = 1) -> str:
-    """The first ``words`` cells begin at the left, numbers end at the right."""
+    """A table row; the first ``words`` cells are aligned left, the others right."""
     return (
         "|"
         + "|".join(
@@ -104,8 +102,8 @@ NOTHING = "\u2013"  # a cell without a figure
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are read; the first ``words`` columns are text, ``marked`` numbers the rows
-    that are ours among those of others."""
+    """Cells as displayed. The first ``words`` columns are text; ``marked`` holds the numbers of the
+    rows that are ours among those of others."""
 
     title: str
     columns: Sequence[str]
@@ -142,7 +140,7 @@ def _escaped(cell: str, is_marked: bool) -> str:
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Comma-separated, a missing figure an empty cell, floats in full."""
+    """CSV with None as an empty cell and floats in full."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
@@ -166,10 +164,9 @@ def _density(measured: Measured) -> str:
     return f"{measured.mean:.4f}" + (f" \u00b1 {measured.spread:.4f}" if measured.spread else "")
 
 
-# ---------------------------------------------------------------- our runs beside the paper's Table
-# 1
+# ---------------------------------------------------------------- our runs beside Table 1
 
-# Column of table1.csv: heading, figure of a summary. FLOPs here are by the paper's count alone.
+# Heading and figure of a summary, by column of table1.csv. Its FLOPs follow the paper's count.
 _ACCURACIES: Mapping[str, tuple[str, Callable[[Row], float]]] = {
     "ra_best": ("RA best", lambda s: s["best"]["test_ra"]),
     "ra_final": ("RA final", lambda s: s["final"]["test_ra"]),
@@ -191,9 +188,8 @@ _REAL_FLOPS: Mapping[str, tuple[str, Callable[[Row], float]]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group, its figures by column of the paper's Table 1, and the paper's; ``theirs`` is empty
-    where the paper has no such row. ``label`` says whether the final network is the averaged
-    one."""
+    """A group's figures and the paper's, by column of Table 1; ``theirs`` is empty if the paper has
+    no such row. ``label`` says if the averaged network takes the place of the final one."""
 
     group: Group
     label: str
@@ -205,11 +201,12 @@ class Comparison:
 
     @classmethod
     def of(cls, group: Group, paper_dataset: str | None, among: Sequence[Group] = ()) -> Comparison:
-        """
+        """Compare a group with its row of the paper's Table 1.
+
         Args:
-            paper_dataset: the paper's data set for groups whose own the paper has not.
-            among: the groups of a report; one narrower than the widest of them is a small network,
-                of which the paper has no row.
+            paper_dataset: the paper's data set for groups on data that the paper lacks.
+            among: the groups of a report; one narrower than the widest is a small network, for
+                which the paper has no row.
         """
         widest = max([group.settings.width, *(other.settings.width for other in among)])
         theirs = paper.table1(group, paper_dataset) if group.settings.width == widest else {}
@@ -230,7 +227,7 @@ class Comparison:
 
     @classmethod
     def all_of(cls, groups: Sequence[Group], paper_dataset: str | None) -> list[Comparison]:
-        """A comparison for each group, and one more for the averaged networks of its runs."""
+        """A comparison for each group, and one more for its averaged networks if all have one."""
         found = []
         for group in groups:
             found.append(cls.of(group, paper_dataset, groups))
@@ -244,12 +241,12 @@ class Comparison:
         return found
 
     def difference(self, name: str) -> float | None:
-        """Ours - the paper's, if the paper has a figure."""
+        """Ours minus the paper's; None if the paper has no figure."""
         return self.ours[name].mean - self.theirs[name] if name in self.theirs else None
 
 
 def comparison_table(found: Sequence[Comparison]) -> Table:
-    """Our means and spreads, the paper's figures and the difference, up to three lines a group."""
+    """Our means and spreads, the paper's figures and the differences: up to 3 lines per group."""
     headings = [heading for heading, _ in (*_ACCURACIES.values(), *_PAPER_FLOPS.values())]
     columns = [
         "method",
@@ -299,8 +296,8 @@ def _signed_percent(x: float) -> str:
 
 
 def comparison_notes(found: Sequence[Comparison]) -> list[str]:
-    """What the columns mean, where the paper's rows are of other data, and how the runs differ from
-    the paper's set-up."""
+    """Notes on what the columns mean, where data differ from the paper's, and how the runs differ
+    from the paper's set-up."""
     notes = [
         (
             "In percent: RA and SA on test images, Diff. = best - final, robust gap = training RA -"
@@ -328,8 +325,8 @@ def comparison_notes(found: Sequence[Comparison]) -> list[str]:
 
 
 def _setup_notes(groups: Sequence[tuple[Group, str | None]]) -> list[str]:
-    """How the runs differ from the paper's: first what all of them share, then a line for each
-    group that has more."""
+    """How the runs differ from the paper's: first the differences that all share, then a line for
+    groups with further ones."""
     told = {group.label: paper.differences(group, dataset) for group, dataset in groups}
     common = [
         words
@@ -347,8 +344,8 @@ def _setup_notes(groups: Sequence[tuple[Group, str | None]]) -> list[str]:
 
 
 def comparison_csv(found: Sequence[Comparison]) -> str:
-    """A line a group with unrounded figures: mean, spread, the paper's and the difference, each in
-    a column of its own."""
+    """One line per group, unrounded, with columns for mean, spread, the paper's figure and the
+    difference."""
     columns = ["label", "method", "dataset", "arch", "asked_density", "seeds", "paper_dataset"]
     for name in (*_ACCURACIES, *_PAPER_FLOPS):
         own = f"{name}_paper_count" if name in _PAPER_FLOPS else name
@@ -399,9 +396,9 @@ _CHECKPOINTS = {
 
 
 @dataclass(frozen=True)
-class Strong:
-    """What one attack left of one checkpoint of a group's runs, over those of its seeds that were
-    evaluated; accuracies in percent."""
+class StrongEvaluation:
+    """One attack on one checkpoint of a group, over the seeds that were evaluated; accuracies in
+    percent, ``eps`` in 1/255."""
 
     group: Group
     checkpoint: str
@@ -418,30 +415,27 @@ class Strong:
         return f"{self.norm} {self.eps:g}/255"
 
 
-def strong_evaluations(groups: Sequence[Group]) -> list[Strong]:
-    """All of ``evaluations/*.json`` but diagnoses, best model before final one; of equal
-    evaluations of a run the newest.
+def strong_evaluations(groups: Sequence[Group]) -> list[StrongEvaluation]:
+    """All of ``evaluations/*.json`` except stale ones and checks for gradient masking, ordered by
+    checkpoint; of equal evaluations of a run, the newest.
 
     Raises:
-        InputError: a file that is no evaluation.
+        InputError: a file is not an evaluation.
     """
     found = []
     for group in groups:
         by_kind: dict[_Kind, dict[int, Row]] = {}
         for run in group.runs:
-            for evaluation in run.evaluations:
-                if evaluation.get("attack") != "masking" and not is_stale(run, evaluation):
-                    by_kind.setdefault(_kind(evaluation, run.paths.root / "evaluations"), {})[
-                        run.settings.seed
-                    ] = evaluation
+            for evaluation in valid_evaluations(run):
+                by_kind.setdefault(_kind(evaluation), {})[run.settings.seed] = evaluation
         kinds = sorted(by_kind, key=lambda key: (_checkpoint_order(key[0]), key))
         found += [_strong(group, key, list(by_kind[key].values())) for key in kinds]
     return found
 
 
 def is_stale(run: FinishedRun, evaluation: Row) -> bool:
-    """Whether an evaluation is of a network that has been trained since; older ones do not say of
-    which they are."""
+    """Whether the network was trained further after the evaluation; False for older evaluations,
+    which do not record their network."""
     network, weights = evaluation.get("network"), run.summary.get("weights")
     if not isinstance(network, Mapping) or not isinstance(weights, Mapping):
         return False
@@ -450,7 +444,7 @@ def is_stale(run: FinishedRun, evaluation: Row) -> bool:
 
 
 def stale_evaluations(groups: Sequence[Group]) -> list[str]:
-    """What to say of the evaluations that are left out, a line a run."""
+    """Notes on the evaluations that are left out, one line per run."""
     found = []
     for run in (run for group in groups for run in group.runs):
         count = sum(is_stale(run, evaluation) for evaluation in run.evaluations)
@@ -465,11 +459,23 @@ def stale_evaluations(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _kind(evaluation: Row, folder: Path) -> _Kind:
-    """What must be equal for a mean over seeds to make sense; all that is read of an evaluation is
-    looked at here."""
-    if wrong := misfit(evaluation, _EVALUATION):
-        raise InputError(f"{folder} holds a file that is no evaluation: {wrong}")
+def valid_evaluations(run: FinishedRun) -> list[Row]:
+    """A run's evaluations but for stale ones and checks for gradient masking, oldest first; raises
+    ``InputError`` for a file that is not an evaluation."""
+    found = [
+        evaluation
+        for evaluation in run.evaluations
+        if evaluation.get("attack") != "masking" and not is_stale(run, evaluation)
+    ]
+    for evaluation in found:
+        if wrong := misfit(evaluation, _EVALUATION):
+            folder = run.paths.root / "evaluations"
+            raise InputError(f"{folder} holds a file that is not an evaluation: {wrong}")
+    return found
+
+
+def _kind(evaluation: Row) -> _Kind:
+    """What must be equal for a mean over seeds to make sense."""
     numbers = (
         float(evaluation["eps"]),
         float(evaluation.get("step_size") or 0.0),
@@ -478,7 +484,7 @@ def _kind(evaluation: Row, folder: Path) -> _Kind:
     return evaluation["checkpoint"], evaluation["title"], evaluation["norm"], *numbers
 
 
-def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> Strong:
+def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> StrongEvaluation:
     checkpoint, title, norm, eps, _, images = key
     sa, ra = (
         Measured.of([evaluation[name] for evaluation in found]) for name in ("test_sa", "test_ra")
@@ -486,7 +492,7 @@ def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> Strong:
     gaps = [evaluation.get("robust_gap") for evaluation in found]
     gap = None if None in gaps else Measured.of([g for g in gaps if g is not None])
     name = _CHECKPOINTS.get(checkpoint, checkpoint.split(".")[0])
-    return Strong(group, name, title, norm, eps, images, sa, ra, gap)
+    return StrongEvaluation(group, name, title, norm, eps, images, sa, ra, gap)
 
 
 def _checkpoint_order(checkpoint: str) -> int:
@@ -494,8 +500,8 @@ def _checkpoint_order(checkpoint: str) -> int:
     return known.index(checkpoint) if checkpoint in known else len(known)
 
 
-def evaluation_table(found: Sequence[Strong], left_out: Sequence[str] = ()) -> Table:
-    """A line for each group, checkpoint and attack; below them what was ``left_out``."""
+def evaluation_table(found: Sequence[StrongEvaluation], left_out: Sequence[str] = ()) -> Table:
+    """One line for each group, checkpoint and attack; ``left_out`` are notes below the table."""
     columns = (
         "method",
         "checkpoint",
@@ -528,8 +534,8 @@ def evaluation_table(found: Sequence[Strong], left_out: Sequence[str] = ()) -> T
     return Table("Strong evaluations", columns, rows, [*notes, *left_out], words=4)
 
 
-def evaluation_csv(found: Sequence[Strong]) -> str:
-    """The same with unrounded figures."""
+def evaluation_csv(found: Sequence[StrongEvaluation]) -> str:
+    """The evaluations as CSV with unrounded figures."""
     columns = (
         "label method checkpoint attack norm eps seeds test_images sa sa_spread ra ra_spread"
         " robust_gap robust_gap_spread".split()
@@ -551,10 +557,10 @@ def evaluation_csv(found: Sequence[Strong]) -> str:
     return csv_text(columns, records)
 
 
-def benchmark_tables(found: Sequence[Strong], paper_dataset: str | None) -> list[Table]:
-    """Our AutoAttack figures among those of the benchmark, a table for each of its data sets,
-    networks and sparsities that we have."""
-    cells: dict[_Cell, list[Strong]] = {}
+def benchmark_tables(found: Sequence[StrongEvaluation], paper_dataset: str | None) -> list[Table]:
+    """Our AutoAttack accuracies among the benchmark's: one table for each data set, network,
+    structure and sparsity that both have."""
+    cells: dict[_Cell, list[StrongEvaluation]] = {}
     radii = (8.0, round(255 * paper.BENCHMARK_EPS, 6))
     for s in found:
         asked = paper.benchmark_sparsity(s.group)
@@ -583,7 +589,7 @@ _BENCHMARK_COLUMNS = (
 )
 
 
-def _benchmark_table(cell: _Cell, ours: Sequence[Strong]) -> Table:
+def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:
     dataset, arch, structure, sparsity = cell
     lines = []
     for p in paper.benchmark(*cell):
@@ -598,7 +604,7 @@ def _benchmark_table(cell: _Cell, ours: Sequence[Strong]) -> Table:
         )
     for s in ours:
         name = f"{s.group.label}, {s.checkpoint}"
-        # of weights what was reached, since Flying Bird+ ends below what was asked for
+        # for weights the final density, since Flying Bird+ ends below the requested one
         reached = _density(s.group.measured(density))
         if structure == "channels":
             reached = f"{s.group.density:g}"

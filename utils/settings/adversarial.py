@@ -1,4 +1,4 @@
-"""Settings of ``main_adv.py``: dense, Flying Bird, Flying Bird+ and static masks, and the
+"""Settings of ``main_adv.py``: dense, Flying Bird, Flying Bird+ and static-mask training, and
 evaluation of a checkpoint."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MOVING_MASK = (
 _CHANNELS = "flops channel_multiple channel_score"
 _ADAPTIVE = "dynamic_epoch epoch_range update_threshold prune_ratio growth_ratio"
 EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
-# Settings of a run that describe how a network came about; --eval may repeat them and not change
-# them.
+# With --eval, flags of the network must match a checkpoint that has settings, and flags of the
+# evaluation may differ from it. All others can only repeat it.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
 _EVALUATION = "image_size train_subset test_subset seed norm".split()
 _EVALUATION += "test_eps test_step test_gamma test_randinit".split()
@@ -68,12 +68,12 @@ _EVALUATION_RULES = (
     Rule(
         "train_subset",
         lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
-        "--eval_attack {s.eval_attack}, which looks at test images alone",
+        "--eval_attack {s.eval_attack}, which uses test images alone",
     ),
     Rule(
         "train_subset",
         lambda s: s.eval and s.source is not None,
-        "--source, which looks at test images alone",
+        "--source, which uses test images alone",
     ),
     Rule(
         "test_step test_gamma test_randinit",
@@ -130,7 +130,7 @@ _TRAINING_RULES = (
     Rule(
         "",
         lambda s: not s.eval and s.fbp and s.eval_every > 1,
-        "--fbp looks at the validation of every epoch, so --eval_every must stay 1",
+        "--fbp uses the validation of every epoch, so --eval_every must stay 1",
     ),
     Rule(
         "",
@@ -142,7 +142,7 @@ _TRAINING_RULES = (
 
 @dataclass(frozen=True)
 class AdversarialSettings(CommonSettings):
-    """Everything ``main_adv.py`` can be told."""
+    """Settings of ``main_adv.py``; each field is a flag."""
 
     script: ClassVar[str] = "main_adv.py"
     examples: ClassVar[tuple[str, ...]] = (
@@ -164,7 +164,7 @@ class AdversarialSettings(CommonSettings):
     # run
     eval: bool = flag.evaluation(False, "evaluate --pretrained instead of training")
     pretrained: str | None = flag.evaluation(
-        None, "checkpoint for --eval, ours or the paper's", metavar="FILE"
+        None, "checkpoint to evaluate, ours or from the paper's code", metavar="FILE"
     )
     eval_attack: str = flag.evaluation(
         "pgd",
@@ -172,52 +172,52 @@ class AdversarialSettings(CommonSettings):
         choices=EVAL_ATTACKS,
     )
     restarts: int = flag.evaluation(
-        1, "random starts of --eval's attack; an image counts that withstands them all"
+        1, "random starts of the attack of --eval; an image must withstand them all"
     )
     source: str | None = flag.evaluation(
-        None, "checkpoint on which --eval crafts its images instead (transfer)", metavar="FILE"
+        None, "checkpoint to craft the images of --eval on (transfer attack)", metavar="FILE"
     )
     eval_dir: str | None = flag.evaluation(
         None,
-        "where --eval keeps its results (default: evaluations/ beside the checkpoint)",
+        "folder for the results of --eval (default: evaluations/ beside the checkpoint)",
         metavar="DIR",
     )
     # training
-    epochs: int = flag.training(200, "epochs of the run", metavar="EPOCHS")
+    epochs: int = flag.training(200, "epochs to train", metavar="EPOCHS")
     # sparsity
-    fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at one density")
-    fbp: bool = flag.sparsity(False, "Flying Bird+: the density adapts too")
-    fix: bool = flag.sparsity(False, "static sparsity: the first masks stay")
-    density: float = flag.sparsity(
-        0.2, "kept fraction of convolution and linear weights, or of channels (then .5)"
-    )
+    fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at a fixed density")
+    fbp: bool = flag.sparsity(False, "Flying Bird+: also adapt the density")
+    fix: bool = flag.sparsity(False, "static masks: keep the first ones")
+    density: float = flag.sparsity(0.2, "fraction of weights to keep, or of channels (then .5)")
     structure: str = flag.sparsity(
         "weight", "what is pruned and regrown", choices=("weight", "channel")
     )
     flops: float | None = flag.sparsity(
-        None, "kept fraction of the inference FLOPs, instead of --density; channels only"
+        None, "fraction of inference FLOPs to keep, instead of --density; channels only"
     )
     channel_multiple: int | None = flag.sparsity(
         None,
-        "channels of a group are kept in multiples of it (default: 16, of narrow networks 8)",
+        "keep a multiple of this many channels in each group (default: 16; narrow networks 8)",
         metavar="CHANNELS",
     )
     channel_score: str = flag.sparsity(
         "taylor",
-        "channels are dropped by |scale * its gradient| since the last update, or by |scale|",
+        "drop channels by |scale * gradient| since the last update, or by |scale|",
         choices=CHANNEL_SCORES,
     )
     sparse_init: str = flag.sparsity("igq", "how the first masks are chosen", choices=SPARSE_INITS)
-    growth: str = flag.sparsity("random", "which dead weights grow", choices=GROWTHS)
-    death: str = flag.sparsity(
-        "magnitude", "which live weights are dropped", choices=("magnitude",)
+    growth: str = flag.sparsity("random", "which dead weights to grow", choices=GROWTHS)
+    death: str = flag.sparsity("magnitude", "which live weights to drop", choices=("magnitude",))
+    redistribution: str = flag.sparsity(
+        "none", "redistribution of weights between layers", choices=("none",)
     )
-    redistribution: str = flag.sparsity("none", "of weights between layers", choices=("none",))
     reset: bool = flag.sparsity(False, "refused: it has no meaning in the paper's method")
     death_rate: float = flag.sparsity(
         0.5, "fraction of live weights (of channels: .2) dropped at the first update"
     )
-    decay_schedule: str = flag.sparsity("cosine", "of the dropped fraction", choices=SCHEDULES)
+    decay_schedule: str = flag.sparsity(
+        "cosine", "schedule of the dropped fraction", choices=SCHEDULES
+    )
     update_frequency: int = flag.sparsity(900, "steps between mask updates", metavar="STEPS")
     dynamic_fre: bool = flag.sparsity(False, "use --second_frequency in the second half of the run")
     second_frequency: int = flag.sparsity(
@@ -225,17 +225,19 @@ class AdversarialSettings(CommonSettings):
     )
     dynamic_epoch: str = flag.sparsity(
         "100",
-        "first epoch at which Flying Bird+ adapts; a fraction of the run too",
+        "first epoch in which Flying Bird+ adapts the density; may be a fraction of the run",
         metavar="EPOCH",
     )
     epoch_range: int = flag.sparsity(
-        4, "epoch-to-epoch differences that Flying Bird+ looks at", metavar="EPOCHS"
+        4, "number of epoch-to-epoch differences that Flying Bird+ compares", metavar="EPOCHS"
     )
-    update_threshold: float = flag.sparsity(0.5, "fraction of them that makes a verdict")
+    update_threshold: float = flag.sparsity(0.5, "fraction of these differences that decides")
     prune_ratio: float = flag.sparsity(
-        0.4, "size of Flying Bird+'s extra prune, of the dropped fraction"
+        0.4, "extra prune of Flying Bird+, relative to the dropped fraction"
     )
-    growth_ratio: float = flag.sparsity(0.05, "size of its extra growth, of the grown weights")
+    growth_ratio: float = flag.sparsity(
+        0.05, "extra growth of Flying Bird+, relative to the grown weights"
+    )
 
     @property
     def evaluates(self) -> bool:  # type: ignore[override]
@@ -243,7 +245,7 @@ class AdversarialSettings(CommonSettings):
 
     @property
     def method(self) -> str:
-        """``dense``, ``fb``, ``fbp`` or ``static``; by channels with ``-channel``."""
+        """``dense``, ``fb``, ``fbp`` or ``static``; with ``-channel`` for structured channels."""
         method = "fbp" if self.fbp else "static" if self.fix else "fb" if self.fb else DENSE
         return f"{method}-channel" if method != DENSE and self.structure == "channel" else method
 
@@ -264,7 +266,7 @@ class AdversarialSettings(CommonSettings):
 
     @property
     def training(self) -> Plan:
-        """The one training of such a run."""
+        """The plan of the run's only stage."""
         return self.last_plan(self.epochs)
 
     def trainings(self) -> list[tuple[Plan, bool]]:
@@ -274,7 +276,7 @@ class AdversarialSettings(CommonSettings):
         return [len(history)]
 
     def masking(self, steps_per_epoch: int) -> MaskingConfig:
-        """The library's settings for a run with so many steps an epoch."""
+        """Settings of ``sparse_core`` for a run of ``steps_per_epoch`` steps an epoch."""
         return MaskingConfig(
             density=self.density,
             total_steps=self.epochs * steps_per_epoch,
@@ -309,11 +311,11 @@ class AdversarialSettings(CommonSettings):
         kept = f"d{self.density:g}" if self.flops is None else f"f{self.flops:g}"
         return [*([] if self.method == DENSE else [kept]), f"e{self.epochs}"]
 
-    # ---- what is refused, and what is said
+    # ---- checks and cautions
 
     @classmethod
     def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Channels have usual values of their own."""
+        """Adds the defaults that differ for structured channels."""
         usual = {"density": 0.5, "death_rate": 0.2} if given.get("structure") == "channel" else {}
         return {**super().guessed(given), **usual}
 
@@ -323,7 +325,7 @@ class AdversarialSettings(CommonSettings):
         self.check_numbers(at_least_one=counts, not_negative=["prune_ratio", "growth_ratio"])
         require(
             0 < self.density <= 1,
-            f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
+            f"--density is the kept fraction and must lie in (0, 1], not {self.density:g}",
         )
         flops, multiple = self.flops, self.channel_multiple
         require(flops is None or 0 < flops <= 1, f"--flops lies in (0, 1], not at {flops}")
@@ -331,7 +333,8 @@ class AdversarialSettings(CommonSettings):
             multiple is None or multiple >= 1,
             f"--channel_multiple must be at least 1, not {multiple}",
         )
-        require(0 < self.death_rate <= 1, f"--death-rate lies in (0, 1], not {self.death_rate:g}")
+        outside = f"--death_rate must lie in (0, 1], not {self.death_rate:g}"
+        require(0 < self.death_rate <= 1, outside)
         require(
             0 < self.update_threshold <= 1,
             f"--update_threshold lies in (0, 1], not {self.update_threshold:g}",
@@ -340,7 +343,7 @@ class AdversarialSettings(CommonSettings):
         require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
 
     def refuse_idle(self, given: frozenset[str]) -> None:
-        # What the checkpoint says of its training was compared with it and is no request.
+        # Flags of the training were compared with the checkpoint and request nothing.
         super().refuse_idle(given - {"train_gamma", "attack_mode"} if self.eval else given)
         if not self.eval:
             self.refuse_late_remedies(self.epochs)
@@ -370,8 +373,8 @@ class AdversarialSettings(CommonSettings):
 
 
 def evaluation_settings(script: object, stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a checkpoint's settings those that ``--eval`` takes over: all of a run of ``main_adv.py``,
-    of another script what is common."""
+    """The settings that ``--eval`` takes over from a checkpoint: all those of ``main_adv.py``; from
+    other scripts only those of the data, the network and the evaluation."""
     if script in (None, AdversarialSettings.script):
         return stored
     return {
@@ -382,7 +385,7 @@ def evaluation_settings(script: object, stored: Mapping[str, Any]) -> Mapping[st
 
 
 def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
-    """Refuse a run too short for its masks to change; known once the data is."""
+    """Raise ``InputError`` for a run too short for a mask update, once the data is known."""
     if s.moves:
         require(
             bool(_update_steps(s, steps_per_epoch)),
@@ -393,8 +396,8 @@ def refuse_idle_masks(s: AdversarialSettings, steps_per_epoch: int) -> None:
 
 
 def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
-    """What the settings leave idle although nobody asked for it in so many words; a run says so at
-    its start."""
+    """Warnings at the start of a run about settings that do little or nothing, perhaps
+    unintentionally."""
     found = [
         *s.notes,
         *([] if s.train_attack == "none" else s.attack_cautions("train", s.train_attack != "pgd")),
@@ -402,7 +405,8 @@ def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
     ]
     if s.lr_schedule == "step" and not any(epoch < s.epochs for epoch in s.milestones):
         found.append(
-            f"the learning rate never falls, --decreasing_lr {s.decreasing_lr} lies past the end"
+            f"the learning rate is never lowered: --decreasing_lr {s.decreasing_lr} lies past"
+            " the end"
         )
     if s.moves:
         found += _cautions_about_updates(s, steps_per_epoch)
@@ -410,7 +414,7 @@ def cautions(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
 
 
 def _cautions_about_updates(s: AdversarialSettings, steps_per_epoch: int) -> list[str]:
-    """What the mask updates of a run leave idle: at least one falls into it."""
+    """Warnings about the mask updates of a run that has at least one."""
     last, steps = _update_steps(s, steps_per_epoch)[-1], s.epochs * steps_per_epoch
     # a verdict needs two finished epochs to compare
     first = max(s.first_adaptive_epoch, 2) * steps_per_epoch

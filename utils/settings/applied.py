@@ -1,5 +1,4 @@
-"""Settings applied to this machine and these data: the data set, the description of the network,
-the folder of the run."""
+"""Settings applied to this machine and its data: data set, run folder, network description."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from utils.storage.paths import RunPaths
 
 
 def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
+    """Load the data set of the settings onto ``device``."""
     return load_data(
         settings.dataset,
         settings.data,
@@ -29,10 +29,10 @@ S = TypeVar("S", bound=CommonSettings)
 
 
 def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:
-    """The settings as they are meant on this machine, and the folder of their run: one that is
-    resumed may have been begun on another."""
+    """Resolve the settings for this machine and find the run folder; a resumed run may have been
+    started on another machine."""
     variants = settings.on_machine(device, processes)
-    # what several processes synchronized stays so, should several go on later
+    # sync_bn keeps its stored value, in case several processes resume the run later
     if settings.resume_dir is not None:
         return settings.with_values(precision=variants[0].precision), RunPaths(
             Path(settings.resume_dir)
@@ -48,8 +48,8 @@ def placed(settings: S, data: Data, device: torch.device, processes: int = 1) ->
 
 
 def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
-    """What ``build_network`` needs to make this network again, and the names of its classes; every
-    checkpoint carries it."""
+    """The network's description for ``build_network``, with its class names; every checkpoint holds
+    it."""
     return {
         "arch": settings.arch,
         "num_classes": len(data.classes),

@@ -1,5 +1,4 @@
-"""What command lines share: errors on one line, the nearest name for a misspelled one, and help
-that fits a screen."""
+"""Command lines: parsing into settings, one-line errors with suggestions, and compact help."""
 
 from __future__ import annotations
 
@@ -16,23 +15,23 @@ from utils.errors import InputError, require
 from utils.settings.common import IN_LEVELS, CommonSettings, S, settings_from
 from utils.settings.flags import GROUPS, allowed
 from utils.settings.recipes import recipe_text, recipe_values
-from utils.settings.rules import left_aside
+from utils.settings.rules import ignored_flags
 
-_WIDEST = 120  # of help, in characters
-_COLUMN = 32  # at which the texts begin
-_LONGEST_METAVAR = 30  # what is longer is said in the text
-_ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # values as the released code calls them
+_WIDEST = 120  # maximum width of help, in characters
+_COLUMN = 32  # where help texts begin
+_LONGEST_METAVAR = 30  # longer lists of choices go into the help text
+_ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # the released code's names
 EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out,
             3 the run failed (what it saved stays), 75 out of time,
             130 interrupted, 143 terminated"""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line (``InputError``), with the nearest name for a misspelled
-    flag or value."""
+    """An argument parser that raises one-line ``InputError`` and suggests the nearest name for a
+    misspelled flag or value."""
 
     def error(self, message: str) -> NoReturn:
-        # A flag has two spellings; its first one says which it is.
+        # Name only the first of a flag's two spellings.
         raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)*: ", r"\1: ", message))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -44,8 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
         return namespace
 
     def answer(self, arguments: Sequence[str], unknown: Sequence[str]) -> str | None:
-        """What to say of a command line with unknown arguments where that is more than the nearest
-        name."""
+        """A specific message for unknown arguments, or None to suggest the nearest name."""
         return None
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -66,7 +64,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Each flag in its first spelling only, and texts that use the width of the terminal."""
+    """Help that shows only each flag's first spelling and uses the width of the terminal."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=_COLUMN)
@@ -74,7 +72,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
-            # on by default: what can be asked for is that it is off
+            # on by default: show the flag that turns it off
             return action.option_strings[1]
         if action.option_strings and action.dest != "help":
             return action.option_strings[0] + (f" {action.metavar}" if action.nargs != 0 else "")
@@ -82,8 +80,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def as_known(text: str, choices: Iterable[str]) -> str:
-    """The one of ``choices`` that is meant, whatever its case or by the released code's name;
-    ``text`` itself if none is."""
+    """The one of ``choices`` that ``text`` means, in any case or by the released code's name;
+    ``text`` itself if there is none."""
     known = {name.lower(): name for name in choices}
     plain = text.lower()
     return (
@@ -94,9 +92,9 @@ def as_known(text: str, choices: Iterable[str]) -> str:
 
 
 def suggestion(unknown: object, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` for the nearest of ``known`` whatever the dashes, or nothing."""
+    """``; did you mean ...?`` with the nearest of ``known``, or nothing; ``-`` equals ``_``."""
     plain = {name.replace("-", "_").lower(): name for name in known}
-    if unknown == "gpu" and "cuda" in plain:  # the nearest by its letters is cpu
+    if unknown == "gpu" and "cuda" in plain:  # by its letters, cpu is nearer
         return "; did you mean cuda?"
     near = difflib.get_close_matches(
         str(unknown).split("=")[0].replace("-", "_").lower(), list(plain), n=1
@@ -105,16 +103,15 @@ def suggestion(unknown: object, known: Iterable[str]) -> str:
 
 
 def metavar_and_text(choices: tuple[str, ...], metavar: str, text: str) -> tuple[str, str]:
-    """How a value is written in help: its choices themselves if they are short, or a name with the
-    choices in the text."""
+    """Metavar and help text of a flag: the metavar lists the choices if they are short, else the
+    text does."""
     joined = "|".join(choices)
     if len(joined) <= _LONGEST_METAVAR:
         return joined or metavar, text
     return "NAME", f"{text}: {', '.join(choices)}"
 
 
-# Settings without influence on the result that a resumed run keeps, because somebody would miss
-# them.
+# Settings without influence on the result that a resumed run nevertheless keeps.
 _TAKEN_ALONG = (
     "data",
     "cache_dir",
@@ -133,15 +130,15 @@ def parse_settings(
     description: str,
     stored_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> S:
-    """Settings from a command line.
+    """Parse a command line into settings.
 
     Args:
-        kind: the script's settings.
+        kind: the script's settings class.
         arguments: the command line without the program.
         description: for ``--help``.
-        stored_settings: called with the flags given, by field; returns the settings of the
-            checkpoint that they point to (``--pretrained``, ``--resume_dir``), or nothing. What was
-            not given is taken from there.
+        stored_settings: called with the given flags, by field; returns the settings of the
+            checkpoint that they name (``--pretrained``, ``--resume_dir``), or none. They are the
+            values of flags that were not given.
 
     Raises:
         InputError: unknown flags, bad values, flags that could not take effect or contradict the
@@ -157,10 +154,10 @@ def parse_settings(
     )
     _add_flags(parser, kind)
     given = vars(parser.parse_args(arguments))
-    if given.get("precision") == "auto":  # the default; of a run that goes on, whatever it began in
+    if given.get("precision") == "auto":  # the default; a resumed run keeps its own
         del given["precision"]
-    # How a run was told to go (device, --resume, ...) is not what it is; taken over is where its
-    # data lies, and what it would notice.
+    # Of a checkpoint, take what defines its result and _TAKEN_ALONG, not how it was run (--device,
+    # --resume, ...).
     taken = {f.name for f in dataclasses.fields(kind) if f.metadata["result"]} | set(_TAKEN_ALONG)
     stored = {name: value for name, value in stored_settings(given).items() if name in taken}
     recipe = given.get("recipe", "paper")
@@ -168,13 +165,13 @@ def parse_settings(
     chosen = {} if stored else recipe_values(recipe, given, names)
     base = stored or {**kind.guessed(given), **chosen}
     settings = settings_from(kind, {**base, **given})
-    notes = left_aside(kind.rules, settings, given)
+    notes = ignored_flags(kind.rules, settings, given)
     used = {name: value for name, value in given.items() if name not in notes}
     settings = settings_from(kind, {**base, **used})
     _refuse_contradictions(used, stored, settings)
     settings.refuse_wrong_units(frozenset(used))
     settings.refuse_idle(frozenset(used))
-    # No field, which would be a flag and a part of the run's hash.
+    # Not a field, which would be a flag and enter the run's hash.
     said = [f"--{name} has no effect with {why}" for name, why in notes.items()]
     said += [recipe_text(recipe, chosen)] if recipe != "paper" else []
     object.__setattr__(settings, "notes", tuple(said))
@@ -182,7 +179,7 @@ def parse_settings(
 
 
 class _Parser(OneLineParser):
-    """With answers to flags of other programs."""
+    """Adds specific messages for flags that are common in other programs."""
 
     def error(self, message: str) -> NoReturn:
         if folder := re.fullmatch(r"argument --resume: ignored explicit argument '(.*)'", message):
@@ -217,8 +214,7 @@ class _Parser(OneLineParser):
 
 
 _RESUME = (
-    "--resume takes no folder, it goes on with the one that the flags name; --resume_dir {0} goes"
-    " on with {0}"
+    "--resume takes no folder: it resumes the run with these settings; --resume_dir {0} resumes {0}"
 )
 
 
@@ -252,19 +248,19 @@ def _spellings(name: str) -> list[str]:
 
 
 def _levels(text: str) -> float:
-    """A length in 1/255, for argparse."""
+    """Parse a length in 1/255, for argparse."""
     try:
-        return float(re.sub(r"\s*/\s*255\s*$", "", text))  # 8/255 is as many
+        return float(re.sub(r"\s*/\s*255\s*$", "", text))  # 8/255 means 8
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number; the unit is 1/255: give 8 for 8/255"
+            f"{text!r} is not a number; the unit is 1/255: give 8 for 8/255"
         ) from None
 
 
 def _refuse_contradictions(
     given: Mapping[str, Any], stored: Mapping[str, Any], settings: CommonSettings
 ) -> None:
-    """Flags that say of a checkpoint what it is not."""
+    """Raise ``InputError`` for a flag that contradicts the checkpoint."""
     for f in dataclasses.fields(settings):
         name = f.name
         if name not in given or not f.metadata["result"] or settings.may_differ(name):
@@ -277,7 +273,7 @@ def _refuse_contradictions(
                 )
                 require(given[name] >= stored[name], fewer)
                 continue
-            # A fraction that is repeated is the same setting, of however many epochs.
+            # A repeated fraction is the same setting, whatever the number of epochs.
             same = _numbers(given[name]) == _numbers(stored[name])
             same = (
                 same
@@ -290,8 +286,8 @@ def _refuse_contradictions(
 
 
 def _numbers(value: Any) -> Any:
-    """Epochs and fractions in a text as numbers, which have many spellings; anything else as it
-    is."""
+    """Numbers in a text, separated by commas, so that their spelling does not matter; any other
+    value as it is."""
     try:
         return [float(part) for part in value.split(",")]
     except (AttributeError, ValueError):

@@ -1,6 +1,6 @@
-"""Flags and settings are one thing: a frozen dataclass a script, whose fields are its flags.
+"""Settings common to all training scripts, as a frozen dataclass whose fields are the flags.
 
-A flag that could not take effect is refused with the reason.
+Each script extends it. A flag that could not take effect is refused with the reason.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from utils.settings.rules import Rule, refuse
 from utils.training.losses import LOSSES, Options, TrainLoss
 from utils.training.schedule import LR_SCHEDULES, ON_COLLAPSE, Plan
 
-# What a stage trains on: clean images, PGD's, or those of one large step with a cyclic learning
-# rate.
+# A stage trains on clean images, on those of PGD, or of FGSM-RS with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
 ONE_STEP = ("n-fgsm", "fgsm-rs")
-_FAST_PEAK = 0.2  # highest learning rate of ``fast``
+_FAST_PEAK = 0.2  # peak learning rate of ``fast``
 
 _REMEDIES_RULES = (
     Rule(
@@ -62,7 +61,7 @@ _REMEDIES_RULES = (
     ),
     Rule(
         "train_step train_gamma train_randinit",
-        lambda s: not s.evaluates and s.train_attack != "pgd" and not s.takes_steps,
+        lambda s: not s.evaluates and s.train_attack != "pgd" and not s.uses_pgd,
         "--train_attack {s.train_attack}, which has steps of its own",
         True,
     ),
@@ -142,55 +141,58 @@ COMMON_RULES = (
 
 @dataclass(frozen=True)
 class CommonSettings:
-    """What every training script can be told, in the units of its flags (eps and step sizes in
-    1/255)."""
+    """Settings of every training script, in the flags' units (eps and step sizes in 1/255)."""
 
     script: ClassVar[str]  # the script whose flags these are
     examples: ClassVar[tuple[str, ...]]  # commands, for ``--help``
-    may_grow: ClassVar[frozenset[str]]  # what a resumed run may have more of
+    may_grow: ClassVar[frozenset[str]]  # flags that may increase on resuming
     rules: ClassVar[tuple[Rule, ...]] = COMMON_RULES
     evaluates: ClassVar[bool] = False  # whether nothing is trained
-    # of a command line: which of its flags were left aside, and why
+    # messages about the command line: flags left aside, values of the recipe
     notes: ClassVar[tuple[str, ...]] = ()
 
     # data
     dataset: str = flag.data("digits", "data set", choices=SOURCES)
     data: str = flag.data(
-        "data", "folder of the data, or where torchvision downloads it", result=False, metavar="DIR"
+        "data", "data folder, or where torchvision downloads to", result=False, metavar="DIR"
     )
     image_size: int | None = flag.data(
         None, "side in pixels to which image folders are resized when decoded", metavar="PIXELS"
     )
     train_subset: int | None = flag.data(
-        None, "train on so many images, stratified by class", metavar="IMAGES"
+        None, "number of training images, stratified by class (default: all)", metavar="IMAGES"
     )
     test_subset: int | None = flag.data(
-        None, "test on so many images, stratified by class", metavar="IMAGES"
+        None, "number of test images, stratified by class (default: all)", metavar="IMAGES"
     )
     gap_subset: int | None = flag.data(
-        None, "training images in the final figures, evenly spread (default: all)", metavar="IMAGES"
+        None,
+        "number of training images that the robust gap is measured on (default: all)",
+        metavar="IMAGES",
     )
     cache_dir: str | None = flag.data(
-        None, "where decoded image folders are kept", result=False, metavar="DIR"
+        None, "cache folder for decoded image folders", result=False, metavar="DIR"
     )
     # network
     arch: str = flag.network("resnet18", "architecture", choices=arch_names)
-    width: float = flag.network(1.0, "factor on all channel counts of ResNets and VGGs")
+    width: float = flag.network(1.0, "width multiplier of ResNets and VGGs")
     depth_factor: int = flag.network(34, "depth of wideresnet")
     width_factor: int = flag.network(10, "widening of wideresnet")
     # run
-    seed: int = flag.training(1, "seed of every draw")
+    seed: int = flag.training(1, "random seed")
     device: str = flag.hardware(
-        "auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
+        "auto",
+        "device to train on; auto uses a GPU if there is one",
+        choices=("auto", "cpu", "cuda"),
     )
     deterministic: bool = flag.hardware(
-        False, "the same bits again on one GPU, by slower kernels; a CPU always gives them"
+        False, "bit-identical results on one GPU, by slower kernels; a CPU always gives them"
     )
-    gpu: int | None = flag.hardware(None, "number of the GPU")
-    save_dir: str = flag.files("runs", "folder of run folders", metavar="DIR")
+    gpu: int | None = flag.hardware(None, "index of the GPU")
+    save_dir: str = flag.files("runs", "folder in which the run folder is created", metavar="DIR")
     print_freq: int = flag.files(50, "steps between progress lines", metavar="STEPS")
-    resume: bool = flag.files(False, "go on with the run folder that these flags name")
-    resume_dir: str | None = flag.files(None, "go on with this run folder", metavar="DIR")
+    resume: bool = flag.files(False, "resume the run with these settings")
+    resume_dir: str | None = flag.files(None, "resume this run folder", metavar="DIR")
     save_every: int | None = flag.files(
         None, "steps between checkpoints within an epoch", metavar="STEPS"
     )
@@ -198,98 +200,102 @@ class CommonSettings:
         10.0, "minutes between checkpoints within an epoch", metavar="MINUTES"
     )
     time_limit: float | None = flag.files(
-        None, "minutes after which the run saves and leaves with exit code 75", metavar="MINUTES"
+        None, "minutes after which the run saves and exits with code 75", metavar="MINUTES"
     )
     tensorboard: bool = flag.files(
-        False, "write events for TensorBoard too, into the run folder's tensorboard/"
+        False, "also write TensorBoard events to tensorboard/ in the run folder"
     )
     # training
-    batch_size: int = flag.training(128, "images a step", metavar="IMAGES")
-    lr: float = flag.training(0.1, "learning rate at the start")
+    batch_size: int = flag.training(128, "images per step", metavar="IMAGES")
+    lr: float = flag.training(0.1, "initial learning rate; with onecycle the highest")
     decreasing_lr: str = flag.training(
-        "100,150", "epochs at which it is divided by 10; fractions of the run too", metavar="EPOCHS"
+        "100,150",
+        "epochs, or fractions of the run, at which --lr is divided by 10",
+        metavar="EPOCHS",
     )
-    momentum: float = flag.training(0.9, "of SGD")
-    weight_decay: float = flag.training(0.0005, "of SGD")
-    nesterov: bool = flag.training(False, "Nesterov momentum")
+    momentum: float = flag.training(0.9, "SGD momentum")
+    weight_decay: float = flag.training(0.0005, "SGD weight decay")
+    nesterov: bool = flag.training(False, "use Nesterov momentum")
     lr_schedule: str = flag.training(
         "step",
-        "learning rate: by --decreasing_lr, a half cosine to 0, or up to --lr and down to 0",
+        "steps by --decreasing_lr, a half cosine to 0, or up to --lr and down to 0",
         choices=LR_SCHEDULES,
     )
     sync_bn: bool = flag.training(
-        False, "several processes: batch norm sees the whole batch (GPUs only)"
+        False, "with several processes, batch norm over the whole batch (GPUs only)"
     )
     # remedies against robust overfitting, in the last stage
     recipe: str = flag.remedies(
         "paper",
-        "sets what is not given: nothing, the remedies, or those of a short training",
+        "defaults for flags not given: the paper's, with remedies, or for a short training",
         choices=tuple(RECIPES),
         result=False,
     )
-    train_loss: str = flag.remedies("ce", "loss of an update", choices=lambda: tuple(LOSSES))
-    beta: float | None = flag.remedies(None, "weight of the robust term (default 6 for trades)")
-    label_smoothing: float = flag.remedies(0.0, "share of a label spread over all classes")
+    train_loss: str = flag.remedies("ce", "training loss", choices=lambda: tuple(LOSSES))
+    beta: float | None = flag.remedies(None, "weight of the robust term of trades (default: 6)")
+    label_smoothing: float = flag.remedies(0.0, "label smoothing of the training loss")
     awp: float = flag.remedies(
-        0.0, "adversarial weight perturbation, relative to each layer (usual: .01; trades .005)"
+        0.0, "size of the adversarial weight perturbation (usual: .01; for trades .005)"
     )
     awp_start: str = flag.remedies(
-        "0", "first epoch with it; a fraction of the run too", metavar="EPOCH"
+        "0", "first epoch with --awp; may be a fraction of the run", metavar="EPOCH"
     )
     ema: float = flag.remedies(0.0, "decay of an exponential average of the weights (usual: .995)")
     swa: str | None = flag.remedies(
         None,
-        "first epoch whose weights enter a mean over epochs; a fraction of the run too",
+        "first epoch of the mean of weights over epochs; may be a fraction of the run",
         metavar="EPOCH",
     )
     on_collapse: str = flag.remedies(
         "stop",
-        "when one-step training overfits to its step: stop, go on, or repeat with a smaller step",
+        "on catastrophic overfitting: stop, only warn, or roll back and take smaller steps",
         choices=ON_COLLAPSE,
         result=False,
     )
     # speed
     precision: str = flag.hardware(
         "auto",
-        "of training; auto is bf16 where the hardware has it, float32 is TF32 on GPUs",
+        "training precision; auto is bf16 where supported, float32 is TF32 on GPUs",
         choices=("auto", *PRECISIONS),
         result=True,
     )
     compile: str = flag.hardware(
-        "auto", "torch.compile; auto where it pays", choices=("auto", "on", "off")
+        "auto",
+        "torch.compile; auto compiles runs long enough to gain from it",
+        choices=("auto", "on", "off"),
     )
     cuda_graphs: str = flag.hardware(
         "auto",
-        "what a GPU captures as a CUDA graph: each attack, nothing, or (untimed) whole updates",
+        "capture each attack as a CUDA graph, nothing, or whole updates (full, untimed)",
         choices=GRAPHS,
     )
     eval_every: int = flag.hardware(
         1,
-        "epochs of the last stage between validations, among which the best models are",
+        "epochs between validations; the best model is chosen among them",
         metavar="EPOCHS",
         result=True,
     )
-    test_every: int = flag.hardware(1, "epochs of the last stage between tests", metavar="EPOCHS")
+    test_every: int = flag.hardware(1, "epochs between tests", metavar="EPOCHS")
     # attacks
     train_attack: str = flag.attack(
         "pgd",
-        "attack of the last stage's training: --train_step steps, one step, or clean images",
+        "training attack: PGD, one of the one-step attacks, or clean images",
         choices=("pgd", *ONE_STEP, "none"),
     )
-    norm: str = flag.attack("linf", "ball of the attacks", choices=NORMS)
-    train_eps: float = flag.attack(8.0, "radius in training, in 1/255")
-    train_step: int = flag.attack(10, "steps in training")
-    train_gamma: float = flag.attack(2.0, "step size in training, in 1/255")
-    train_randinit: bool = flag.attack(True, "random start in training")
+    norm: str = flag.attack("linf", "norm of the attacks", choices=NORMS)
+    train_eps: float = flag.attack(8.0, "radius of the training attack, in 1/255")
+    train_step: int = flag.attack(10, "steps of the training attack")
+    train_gamma: float = flag.attack(2.0, "step size of the training attack, in 1/255")
+    train_randinit: bool = flag.attack(True, "random start of the training attack")
     attack_mode: str | None = flag.attack(
         None,
-        "mode of the network while attacked in training (default: train; eval for trades)",
+        "mode of the network under the training attack (default: train; eval for trades)",
         choices=("train", "eval"),
     )
-    test_eps: float = flag.attack(8.0, "radius in tests, in 1/255")
-    test_step: int = flag.attack(20, "steps in tests")
-    test_gamma: float = flag.attack(2.0, "step size in tests, in 1/255")
-    test_randinit: bool = flag.attack(True, "random start in tests")
+    test_eps: float = flag.attack(8.0, "radius of the test attack, in 1/255")
+    test_step: int = flag.attack(20, "steps of the test attack")
+    test_gamma: float = flag.attack(2.0, "step size of the test attack, in 1/255")
+    test_randinit: bool = flag.attack(True, "random start of the test attack")
 
     @property
     def method(self) -> str:
@@ -298,7 +304,7 @@ class CommonSettings:
 
     @property
     def pgd(self) -> PGD:
-        """The many-step attack in training, without what a loss asks of it."""
+        """The multi-step training attack, before the training loss adapts its loss and start."""
         return PGD(
             self.train_eps / 255,
             self.train_gamma / 255,
@@ -308,8 +314,8 @@ class CommonSettings:
         )
 
     @property
-    def takes_steps(self) -> bool:
-        """Whether a stage trains on the images of ``pgd``."""
+    def uses_pgd(self) -> bool:
+        """Whether any stage trains on adversarial images of ``pgd``."""
         return self.train_attack == "pgd"
 
     @property
@@ -318,7 +324,7 @@ class CommonSettings:
 
     @property
     def training_attack(self) -> PGD | None:
-        """Of the last stage."""
+        """The attack of the last stage's training; None for clean images."""
         if self.train_attack == "pgd":
             return dataclasses.replace(self.pgd, loss=self.loss.attack, start=self.loss.start)
         one_step = {"n-fgsm": n_fgsm, "fgsm-rs": fgsm_rs}.get(self.train_attack)
@@ -326,13 +332,13 @@ class CommonSettings:
 
     @property
     def trains_in_one_step(self) -> bool:
-        """Whether the last stage's training can overfit to a single step."""
+        """Whether the last stage's attack takes a single step, which training can overfit to."""
         attack = self.trainings()[-1][0].attack
         return attack is not None and attack.is_one_step
 
     @property
     def attack_text(self) -> str:
-        """Training of the last stage, for the headline."""
+        """The last stage's training in words, for the headline."""
         if self.train_attack == "none":
             return "clean training"
         name = f"PGD-{self.train_step}" if self.train_attack == "pgd" else self.train_attack.upper()
@@ -351,11 +357,12 @@ class CommonSettings:
 
     @property
     def train_ball(self) -> str:
-        """As people say it: ``linf 8/255``."""
+        """Norm and radius in training, such as ``linf 8/255``."""
         return f"{self.norm} {self.train_eps:g}/255"
 
     @property
     def test_ball(self) -> str:
+        """Norm and radius in tests, such as ``linf 8/255``."""
         return f"{self.norm} {self.test_eps:g}/255"
 
     def milestones_in(self, epochs: int) -> tuple[int, ...]:
@@ -367,7 +374,7 @@ class CommonSettings:
         )
 
     def last_plan(self, epochs: int) -> Plan:
-        """How the last stage trains, with its remedies, if it is adversarial (or would be)."""
+        """The plan of a last stage that trains by ``train_attack``, with its remedies."""
         beta = self.loss.beta if self.beta is None else self.beta
         swa = None if self.swa is None else epoch_number(self.swa, epochs, "--swa")
         return dataclasses.replace(
@@ -385,7 +392,7 @@ class CommonSettings:
         )
 
     def plan(self, kind: str, epochs: int, seed: int) -> Plan:
-        """How a stage of some kind (one of ``STAGE_KINDS``) trains."""
+        """The plan of a stage of one of ``STAGE_KINDS``, without remedies."""
         if kind == "fast":
             return Plan(
                 epochs,
@@ -407,45 +414,43 @@ class CommonSettings:
         )
 
     def trainings(self) -> list[tuple[Plan, bool]]:
-        """The stages of a run, each with whether attacked images are looked at after its epochs."""
+        """The plans of a run's stages, each with whether RA is measured after its epochs."""
         raise NotImplementedError
 
     def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
-        """How many epochs of each stage lie behind a run, by its lines of metrics."""
+        """Finished epochs of each stage, from a run's lines of metrics."""
         raise NotImplementedError
 
     # ---- identity
 
     def with_values(self, **values: Any) -> Self:
-        """The same settings but for some, and with the notes of their command line."""
+        """Replace some values; the notes of the command line are kept."""
         changed = dataclasses.replace(self, **values)
         object.__setattr__(changed, "notes", self.notes)
         return changed
 
     def on_machine(self, device: torch.device, processes: int) -> list[Self]:
-        """What these settings mean there: first as a fresh run takes them, then as one that was
-        begun elsewhere may have them."""
+        """The settings as resolved on a machine: first as a new run there has them, then as a run
+        started elsewhere may have them."""
         usual = best_precision(device)
         precisions = (
             [usual, *(p for p in PRECISIONS if p != usual)]
             if self.precision == "auto"
             else [self.precision]
         )
-        # Of one process there is nothing to synchronize; what several have begun, one may go on
-        # with.
+        # One process has nothing to synchronize, but it may resume a run of several.
         synchronized = [False, True] if self.sync_bn and processes == 1 else [self.sync_bn]
         return [self.with_values(precision=p, sync_bn=s) for s in synchronized for p in precisions]
 
     def canonical(self) -> dict[str, Any]:
-        """The fields with different spellings of one meaning made alike."""
+        """All fields in a canonical form, so that equivalent settings compare equal."""
         usual_mode = self.attack_mode == self.loss.attack_mode
         beta = None if self.beta == self.loss.beta else self.beta
         mode = None if usual_mode else self.attack_mode
         return {**dataclasses.asdict(self), "attack_mode": mode, "beta": beta}
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run's result differ from that of another: the settings that are not at
-        their default."""
+        """The settings that can change the result and are not at their default."""
         values = self.canonical()
         return {
             f.name: values[f.name]
@@ -454,8 +459,8 @@ class CommonSettings:
         }
 
     def run_name(self, images: str = "") -> str:
-        """``<method>_<arch>_<dataset>_<what matters>_<hash>``; ``images`` is the digest of the data
-        set (``Data.digest``)."""
+        """``<method>_<arch>_<dataset>_<name parts>_s<seed>_<hash>``; ``images`` is the data set's
+        digest (``Data.digest``)."""
         text = json.dumps(self.identity() | ({"images": images} if images else {}), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return "_".join(
@@ -463,15 +468,15 @@ class CommonSettings:
         )
 
     def name_parts(self) -> list[str]:
-        """What matters most, for the run's name."""
+        """The most important settings, for the run's name."""
         raise NotImplementedError
 
-    # ---- what is refused, and what is said
+    # ---- checks and cautions
 
     @classmethod
     def guessed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The data set that ``--data`` holds or is called, unless ``--dataset`` says it;
-        ``InputError`` where neither tells."""
+        """Values guessed from the given flags: without ``--dataset``, the data set by the content
+        or name of ``--data``; ``InputError`` if neither tells."""
         if "data" not in given or "dataset" in given:
             return {}
         dataset, folder = guess_data_set(given["data"]), Path(given["data"])
@@ -508,7 +513,7 @@ class CommonSettings:
         )
         for name in ("ema", "label_smoothing", "awp"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"--{name} lies in [0, 1), not at {value:g}")
+            require(0 <= value < 1, f"--{name} must lie in [0, 1), not be {value:g}")
         beta = self.beta
         require(beta is None or beta >= 0, f"--beta must not be negative, but is {beta}")
         require(
@@ -523,6 +528,7 @@ class CommonSettings:
         positive: Sequence[str] = (),
         not_negative: Sequence[str] = (),
     ) -> None:
+        """Raise ``InputError`` for fields (by name) outside of their range."""
         for name in at_least_one:
             require(
                 getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}"
@@ -538,18 +544,19 @@ class CommonSettings:
             )
 
     def canonical_starts(self, epochs: int) -> dict[str, str | None]:
-        """The starts of remedies as epochs, of a last stage of ``epochs``."""
+        """First epochs of the remedies, as text, in a last stage of ``epochs``."""
         plan = self.last_plan(epochs)
         swa = None if plan.swa_start is None else str(plan.swa_start)
         return {"awp_start": str(plan.awp_start), "swa": swa}
 
     def refuse_late_remedies(self, epochs: int) -> None:
-        """Raise ``InputError`` for remedies that begin after a training of ``epochs``."""
+        """Raise ``InputError`` for remedies that start after the end of ``epochs`` epochs."""
         for name, text in (("awp_start", self.awp_start), ("swa", self.swa or "0")):
             start = epoch_number(text, epochs, f"--{name}")
             require(0 <= start < epochs, f"--{name} {text} lies past the end of {epochs} epochs")
 
     def check_milestones(self, epochs: int) -> None:
+        """Raise ``InputError`` if the milestones are out of order."""
         milestones = self.milestones_in(epochs)
         require(
             milestones == tuple(sorted(milestones)),
@@ -573,7 +580,7 @@ class CommonSettings:
             require(epoch < epochs, why)
 
     def refuse_wrong_units(self, given: frozenset[str]) -> None:
-        """Raise ``InputError`` for radii and step sizes that were given in another unit than
+        """Raise ``InputError`` for given radii and step sizes that seem to be in another unit than
         1/255."""
         for name in [name for name in IN_LEVELS if name in given]:
             value, kind = getattr(self, name), name.split("_")[1]
@@ -585,13 +592,14 @@ class CommonSettings:
             everything = kind == "eps" and self.norm == "linf" and value > 255
             require(
                 not everything,
-                f"--{name} is in 1/255 and lies in [0, 255] with --norm linf, not at {value:g}; 8"
+                f"--{name} is in 1/255 and must lie in [0, 255] with --norm linf, not be"
+                f" {value:g}; 8"
                 " is usual",
             )
 
     def attack_cautions(self, part: str, own_steps: bool = False) -> list[str]:
-        """What to say of the ball in ``train`` or ``test``, which nobody may have meant; with
-        ``own_steps`` the flags' do not count."""
+        """Warnings about the ball of ``part`` (``train`` or ``test``), if it seems unintended; with
+        ``own_steps`` the attack ignores the flags' step sizes."""
         eps, gamma, steps = (getattr(self, f"{part}_{name}") for name in ("eps", "gamma", "step"))
         radius, step = {"linf": (8, 2), "l2": (128, 15)}[self.norm]
         usual = f"--{part}_eps {radius}" + ("" if own_steps else f" --{part}_gamma {step}")
@@ -629,7 +637,8 @@ S = TypeVar("S", bound=CommonSettings)
 
 
 def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Settings with some fields given by name, each checked; raises ``InputError``."""
+    """Settings with the given fields, checked; ``InputError`` for bad values. Unknown names are
+    ignored."""
     refuse_odd_values(kind, values)
     known = {f.name for f in dataclasses.fields(kind)}
     settings = kind(**{name: value for name, value in values.items() if name in known})
@@ -641,21 +650,21 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     return settings
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- limits
 
 _FLOAT32_MAX = 3.4e38
-IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # of 255
-# Less than this, in 1/255, is a length in units of [0, 1]: for radii below half a level of gray an
-# image is all but clean.
+IN_LEVELS = "train_eps train_gamma test_eps test_gamma".split()  # in 1/255
+# Smaller lengths, in 1/255, are taken to be in units of [0, 1]: with a radius below half a gray
+# level, an image is all but clean.
 _LEAST_LENGTHS = {
     ("linf", "eps"): 0.5,
     ("linf", "gamma"): 0.05,
     ("l2", "eps"): 2.0,
     ("l2", "gamma"): 0.3,
 }
-# radii in 1/255 that no network notices: of 32x32x3 values each moves by a third of a level
+# radii in 1/255 that no network notices: l2 16 moves each of 32x32x3 values by a third of a level
 _WEAK = {"linf": 0.5, "l2": 16.0}
-_GRAY = 127.5  # linf radius in 1/255 in which every image can become gray
+_GRAY = 127.5  # linf radius in 1/255 at which every image can become gray
 _NOT_NEGATIVE = (
     "momentum weight_decay train_eps train_step train_gamma test_eps test_step test_gamma".split()
 )

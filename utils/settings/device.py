@@ -1,4 +1,4 @@
-"""The device that a run computes on."""
+"""Choosing the device that a run computes on."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from utils.settings.common import CommonSettings
 
 
 def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
-    """The device asked for, with ``--deterministic`` set up; raises ``InputError`` if this machine
+    """Choose the requested device and set up ``--deterministic``; ``InputError`` if this machine
     does not have it.
 
-    Of several processes on a machine each gets a GPU of its own.
+    Several processes on a machine get a GPU each.
     """
     device = _device(settings, world)
-    # One process needs nothing synchronized, so what several GPUs have trained may go on and be
+    # One process needs no synchronization, so a run trained on several GPUs can be resumed and
     # evaluated on a CPU.
     stored = settings.resume or settings.resume_dir is not None or getattr(settings, "eval", False)
     unable = settings.sync_bn and device.type == "cpu" and not (stored and world.size == 1)
     require(not unable, "--sync_bn is for GPUs: torch has no synchronized batch norm on a CPU")
     use_fast_kernels(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, graphs and generators are those of the current one
+        torch.cuda.set_device(device)  # streams, graphs and generators use the current device
     if settings.deterministic:
         require(
             device.type == "cuda",

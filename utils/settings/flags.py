@@ -1,5 +1,4 @@
-"""Fields of a dataclass that are flags of a command line: ``--<field>``, spelled with ``_`` or with
-``-``."""
+"""Dataclass fields that are command-line flags: ``--<field>``, spelled with ``_`` or ``-``."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from utils.errors import InputError, require
 
-# Groups of flags, with their headings in --help and in this order.
+# Groups of flags and their headings, in the order of --help.
 GROUPS = {
     name: name
     for name in (
@@ -28,7 +27,7 @@ GROUPS = {
     )
 }
 GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
-_NO_RESULT = ("evaluation", "files", "hardware")  # groups that seldom change what a run results in
+_NO_RESULT = ("evaluation", "files", "hardware")  # groups that rarely affect a run's result
 Choices = Collection[str] | Callable[[], Collection[str]]
 
 
@@ -44,13 +43,13 @@ def _flag(
     """A dataclass field that is also a flag.
 
     Args:
-        default: value where the flag is not given.
+        default: value if the flag is not given.
         text: help line, with the unit.
         group: one of ``GROUPS``.
-        metavar: what stands for the value in ``--help``; a letter for its type by default.
-        choices: allowed values, looked at when a command line is read: to a registry somebody may
-            have added by then.
-        result: whether it can change the outcome of a run, and so belongs to the run's hash.
+        metavar: placeholder for the value in ``--help``; by default, one for its type.
+        choices: allowed values, or a function that returns them when a command line is parsed: a
+            registry may have new entries by then.
+        result: whether it can change the result of a run and so enters the run's hash.
     """
     metadata = {
         "group": group,
@@ -62,20 +61,20 @@ def _flag(
     return field(default=default, metadata=metadata)
 
 
-# ``flag.attack(8.0, "radius in training, in 1/255")``: a flag of that group.
+# ``flag.attack(8.0, "radius in training, in 1/255")`` makes a flag in the group ``attack``.
 flag = SimpleNamespace(
     **{name: partial(_flag, group=name, result=name not in _NO_RESULT) for name in GROUPS}
 )
 
 
 def allowed(f: dataclasses.Field[Any]) -> tuple[str, ...]:
-    """The values that a flag's field may have now, none where any will do."""
+    """The values that a flag's field currently allows; empty if it allows any."""
     choices = f.metadata["choices"]
     return tuple(choices() if callable(choices) else choices)
 
 
 def epoch_number(text: str, epochs: int, name: str) -> int:
-    """An epoch, given as its number or as a fraction of the run below one."""
+    """Parse an epoch: its number, or a fraction of ``epochs`` below one; raises ``InputError``."""
     try:
         value = float(text)
     except ValueError:
@@ -88,7 +87,7 @@ def epoch_number(text: str, epochs: int, name: str) -> int:
 
 
 def refuse_odd_values(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """``InputError`` for values that no command line would have given: what comes from a file may
+    """Raise ``InputError`` for values that no command line could give, since those from a file may
     be anything."""
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
@@ -100,7 +99,7 @@ def refuse_odd_values(kind: type[Any], values: Mapping[str, Any]) -> None:
             )
             fits = type(value) in types or (float in types and type(value) is int)
             fits = fits and (type(value) is not int or abs(value) < 2**63)
-            # A registry may have had more where the run was made.
+            # Not checked against a registry, which may have had more when the run was made.
             fits = fits and (
                 not isinstance(choices, tuple)
                 or not choices

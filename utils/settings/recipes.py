@@ -1,4 +1,4 @@
-"""Recipes: values for what the user did not set, each with its reason."""
+"""Recipes: values for flags that the user did not set, each with its reason."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 
 class Choice(NamedTuple):
+    """A recipe's value for a flag, and the reason for it."""
+
     value: Any
     reason: str
 
@@ -29,17 +31,17 @@ RECIPES: dict[str, dict[str, Choice]] = {
         "ema": Choice(0.995, "costs next to nothing"),
     },
 }
-# What a user's own choice replaces in a recipe, beyond the flag itself.
+# Flags that replace another flag of a recipe if the user sets them.
 _REPLACED_BY = {"swa": "ema", "decreasing_lr": "lr_schedule"}
 
 
 def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """What a recipe sets.
+    """The flags that a recipe sets, with their values.
 
     Args:
         recipe: one of ``RECIPES``.
         given: the flags that the user set.
-        names: flags of the script; of two stages the recipe is the last one's.
+        names: flags of the script; if it has two stages, the recipe applies to the last.
     """
     replaced = {_REPLACED_BY[name] for name in given if name in _REPLACED_BY}
     found = {}
@@ -53,6 +55,6 @@ def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str])
 
 
 def recipe_text(recipe: str, values: dict[str, Any]) -> str:
-    """What it has set, for a run's first lines."""
+    """The flags that a recipe has set, as text for the start of a run."""
     flags = " ".join(f"--{name} {value}" for name, value in values.items())
     return f"recipe {recipe}: {flags or 'everything was given'}"

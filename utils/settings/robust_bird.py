@@ -1,5 +1,5 @@
-"""Settings of the Robust Bird scripts: ``train_eb.py`` (the ticket when it emerges) and
-``train_base.py`` (after ``--epochs1``)."""
+"""Settings of the Robust Bird scripts: ``train_eb.py`` draws the ticket when it emerges,
+``train_base.py`` after ``--epochs1`` epochs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.seeding import stream
 from utils.settings.common import COMMON_RULES, STAGE_KINDS, CommonSettings
 from utils.settings.flags import flag
 from utils.settings.rules import Rule
-from utils.storage.inputs import refuse_what_is_no_checkpoint
+from utils.storage.inputs import require_checkpoint
 from utils.training.schedule import Plan
 
 _CHANNELS = "channel_floor channel_multiple"
@@ -61,8 +61,7 @@ TICKET_RULES = (
 
 @dataclass(frozen=True)
 class TicketSettings(CommonSettings):
-    """Everything ``train_base.py`` can be told: the ticket is drawn after exactly ``--epochs1``
-    epochs."""
+    """Settings of ``train_base.py``, which draws the ticket after exactly ``--epochs1`` epochs."""
 
     script: ClassVar[str] = "train_base.py"
     examples: ClassVar[tuple[str, ...]] = (
@@ -87,30 +86,31 @@ class TicketSettings(CommonSettings):
     )
     # stages
     stage1: str = flag.stages(
-        "sgd", "how the dense network is trained: clean, PGD or FGSM-RS images", choices=STAGE_KINDS
+        "sgd", "training of the dense network: clean, PGD or FGSM-RS images", choices=STAGE_KINDS
     )
     epochs1: int = flag.stages(200, "epochs of stage 1", metavar="EPOCHS")
     stage1_ra: bool = flag.stages(
         False,
-        "measure RA, and the test set, in stage 1 too, which its training does not need",
+        "also measure RA and the test set in stage 1 (not needed to find the ticket)",
         result=False,
     )
     stage1_pretrained: str | None = flag.stages(
-        None, "checkpoint of a dense network to prune instead of training one", metavar="FILE"
+        None, "checkpoint of a trained dense network to prune, instead of stage 1", metavar="FILE"
     )
-    stage2: str = flag.stages("pgd", "how the ticket is trained", choices=STAGE_KINDS)
+    stage2: str = flag.stages("pgd", "training of the ticket", choices=STAGE_KINDS)
     epochs2: int = flag.stages(200, "epochs of stage 2", metavar="EPOCHS")
     # sparsity
     pruning: str = flag.sparsity(
-        "unstructured", "single weights, or channels that are really removed", choices=KINDS
+        "unstructured", "prune single weights, or remove whole channels", choices=KINDS
     )
-    density: float = flag.sparsity(0.2, "kept fraction of the weights, or of the channels")
+    density: float = flag.sparsity(0.2, "fraction of weights or channels to keep")
     channel_floor: float | None = flag.sparsity(
-        None, "least kept fraction of each group's channels (default: .1, at most half the density)"
+        None,
+        "least fraction of channels kept in each group (default: .1, at most half the density)",
     )
     channel_multiple: int | None = flag.sparsity(
         None,
-        "channels of a group are kept in multiples of it (default: 16, of narrow networks 8)",
+        "keep a multiple of this many channels in each group (default: 16; narrow networks 8)",
         metavar="CHANNELS",
     )
 
@@ -126,11 +126,11 @@ class TicketSettings(CommonSettings):
 
     @property
     def stage_names(self) -> str:
-        """``sgd and pgd``."""
+        """The kinds of the stages in words, such as ``sgd and pgd``."""
         return " and ".join(self.stages)
 
     def stage_text(self, kind: str) -> str:
-        """A kind of stage with its attack, for the headline."""
+        """A kind of stage with its attack in words, for the headline."""
         names = {
             "sgd": "sgd",
             "pgd": f"PGD-{self.train_step} training at {self.train_ball}",
@@ -140,13 +140,13 @@ class TicketSettings(CommonSettings):
 
     @property
     def stage2_text(self) -> str:
-        """Stage 2 with its attack, for the headline."""
+        """Stage 2 with its attack in words, for the headline."""
         return self.attack_text if self.stage2 == "pgd" else self.stage_text(self.stage2)
 
     @property
     def plan1(self) -> Plan:
-        # Draws of its own: the second stage sees what a dense run of main_adv.py with this seed
-        # sees.
+        # Its own random stream, so that stage 2 has the draws of a dense run of main_adv.py with
+        # this seed.
         return self.plan(self.stage1, self.epochs1, stream(self.seed, "stage1"))
 
     @property
@@ -157,7 +157,7 @@ class TicketSettings(CommonSettings):
         return dataclasses.replace(plan, guarded=True)
 
     @property
-    def takes_steps(self) -> bool:
+    def uses_pgd(self) -> bool:
         first = self.stage1_pretrained is None and self.stage1 == "pgd"
         return first or (self.stage2 == "pgd" and self.train_attack == "pgd")
 
@@ -166,7 +166,7 @@ class TicketSettings(CommonSettings):
         return [*first, (self.plan2, True)]
 
     def epochs_done(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
-        """All of a stage 1 that found its ticket."""
+        """A stage 1 that found its ticket counts in full."""
         first, second = ([row for row in history if row["stage"] == stage] for stage in (1, 2))
         if self.stage1_pretrained is not None:
             return [len(second)]
@@ -175,11 +175,11 @@ class TicketSettings(CommonSettings):
 
     @property
     def floor(self) -> float:
-        """Least kept fraction of each group's channels."""
+        """Minimum kept fraction of each group's channels."""
         return usual_floor(self.density) if self.channel_floor is None else self.channel_floor
 
     def early_bird(self) -> EarlyBird:
-        """What watches the masks of stage 1."""
+        """The detector that compares the masks of stage 1."""
         return EarlyBird(self.density, kind=self.pruning)
 
     def canonical(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class TicketSettings(CommonSettings):
 
     def identity(self) -> dict[str, Any]:
         found = super().identity()
-        if self.stage1_pretrained is not None:  # what lies in the file counts, not where it lies
+        if self.stage1_pretrained is not None:  # the file's content counts, not its path
             found["stage1_pretrained"] = _digest(self.stage1_pretrained)
         return found
 
@@ -209,14 +209,14 @@ class TicketSettings(CommonSettings):
         )
         return [f"d{self.density:g}", epochs]
 
-    # ---- what is refused, and what is said
+    # ---- checks and cautions
 
     def check_values(self) -> None:
         super().check_values()
         self.check_numbers(at_least_one=["epochs1", "epochs2"])
         require(
             0 < self.density <= 1,
-            f"--density is the kept fraction and lies in (0, 1], not {self.density:g}",
+            f"--density is the kept fraction and must lie in (0, 1], not {self.density:g}",
         )
         multiple = self.channel_multiple
         require(
@@ -224,7 +224,8 @@ class TicketSettings(CommonSettings):
             f"--channel_multiple must be at least 1, not {multiple}",
         )
         fits = (
-            f"--channel_floor {self.floor:g} lies in [0, --density {self.density:g}]: no group can"
+            f"--channel_floor {self.floor:g} must lie in [0, --density {self.density:g}]: no"
+            " group can"
             " keep more than its share for sure"
         )
         require(0 <= self.floor <= self.density, fits)
@@ -246,8 +247,8 @@ class TicketSettings(CommonSettings):
             self.refuse_late_milestones(longest)
 
     def cautions(self) -> list[str]:
-        """What the settings leave idle although nobody asked for it in so many words; a run says so
-        at its start."""
+        """Warnings at the start of a run about settings that do little or nothing, perhaps
+        unintentionally."""
         found = [
             *self.notes,
             *(self.attack_cautions("train") if set(self.stages) != {"sgd"} else []),
@@ -263,7 +264,8 @@ class TicketSettings(CommonSettings):
             milestone < self.epochs2 for milestone in self.milestones_in(self.epochs2)
         ):
             found.append(
-                f"the learning rate of stage 2 never falls, --decreasing_lr {self.decreasing_lr}"
+                f"the learning rate of stage 2 is never lowered: --decreasing_lr"
+                f" {self.decreasing_lr}"
                 " lies past its end"
             )
         return found
@@ -271,7 +273,7 @@ class TicketSettings(CommonSettings):
 
 @dataclass(frozen=True)
 class EarlyBirdSettings(TicketSettings):
-    """Everything ``train_eb.py`` can be told: stage 1 ends when the ticket has emerged."""
+    """Settings of ``train_eb.py``, whose stage 1 ends when the ticket emerges."""
 
     script: ClassVar[str] = "train_eb.py"
     examples: ClassVar[tuple[str, ...]] = (
@@ -300,12 +302,12 @@ class EarlyBirdSettings(TicketSettings):
     early_stop: ClassVar[bool] = True
     method_name: ClassVar[str] = "rb"
 
-    epochs1: int = flag.stages(200, "most epochs of stage 1", metavar="EPOCHS")
+    epochs1: int = flag.stages(200, "maximum number of epochs of stage 1", metavar="EPOCHS")
     eb_window: int = flag.stages(
-        5, "epochs whose masks must agree for a ticket, the newest included", metavar="EPOCHS"
+        5, "number of latest epochs whose masks must agree for a ticket", metavar="EPOCHS"
     )
     eb_tolerance: float | None = flag.stages(
-        None, "largest fraction of differing positions (default: .08, with channels .1)"
+        None, "largest fraction of positions in which they may differ (default: .08; channels .1)"
     )
 
     def early_bird(self) -> EarlyBird:
@@ -321,7 +323,7 @@ class EarlyBirdSettings(TicketSettings):
         tolerance = self.eb_tolerance
         require(
             tolerance is None or 0 <= tolerance <= 1,
-            f"--eb_tolerance is a fraction and lies in [0, 1], not {tolerance}",
+            f"--eb_tolerance is a fraction and must lie in [0, 1], not {tolerance}",
         )
 
     def cautions(self) -> list[str]:
@@ -335,12 +337,12 @@ class EarlyBirdSettings(TicketSettings):
 
 
 def _digest(path: str) -> str:
-    refuse_what_is_no_checkpoint(path)
+    require_checkpoint(path)
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         reason = (
-            f"cannot be read ({error.strerror or error}); --resume_dir goes on with a run that no"
+            f"cannot be read ({error.strerror or error}); --resume_dir resumes a run that no"
             " longer needs it"
         )
         raise InputError(f"--stage1_pretrained {path} {reason}") from error

@@ -1,6 +1,7 @@
-"""Which flags could not take effect, as tables of (flags, where, why) that each script's settings
-hold. A run in which one was meant would be the wrong run, so it is refused; where leaving it aside
-changes nothing, the run says so."""
+"""Rules for flags that could not take effect; each script's settings hold a table of them.
+
+Such a flag is refused, since the run would not be the intended one, or ignored with a note.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +12,14 @@ from utils.errors import InputError
 
 
 class Rule(NamedTuple):
-    """Flags without effect.
+    """Flags without effect, or settings that contradict each other.
 
     Attributes:
-        flags: their names, separated by spaces; none where settings contradict each other whoever
-            set them.
-        where: of the settings, whether these are such.
-        why: ``--flag has no effect with ...``, or the whole sentence of a rule without flags;
-            ``{s.field}`` stands for a setting.
-        harmless: whether they are left aside with a note.
+        flags: names of the flags, separated by spaces; empty for a rule on settings alone.
+        where: predicate on the settings, true where the rule applies.
+        why: the end of ``--flag has no effect with ...``, or the whole message of a rule without
+            flags; ``{s.field}`` inserts a setting.
+        harmless: whether the flags are ignored with a note instead of being refused.
     """
 
     flags: str
@@ -28,8 +28,10 @@ class Rule(NamedTuple):
     harmless: bool = False
 
 
-def left_aside(rules: Iterable[Rule], settings: object, given: Collection[str]) -> dict[str, str]:
-    """The given flags that do no harm where they have no effect, each with the reason."""
+def ignored_flags(
+    rules: Iterable[Rule], settings: object, given: Collection[str]
+) -> dict[str, str]:
+    """The given flags that are ignored as harmless, each with the reason."""
     return {
         name: rule.why.format(s=settings)
         for rule in rules
@@ -40,7 +42,7 @@ def left_aside(rules: Iterable[Rule], settings: object, given: Collection[str]) 
 
 
 def refuse(rules: Iterable[Rule], settings: object, given: Collection[str]) -> None:
-    """Raise ``InputError`` for the first rule that is not harmless and is broken."""
+    """Raise ``InputError`` for the first broken rule that is not harmless."""
     for rule in rules:
         if rule.harmless or not rule.where(settings):
             continue

@@ -1,5 +1,4 @@
-"""The settings of each training script, by its name: for what reads commands or checkpoints of all
-of them."""
+"""Settings classes by script, and the settings stored in a run's checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from utils.settings.adversarial import AdversarialSettings
 from utils.settings.common import CommonSettings
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
 from utils.storage.checkpoint import load_newest
-from utils.storage.inputs import refuse_what_is_no_run
+from utils.storage.inputs import require_run_folder
 from utils.storage.paths import RunPaths
 
 SETTINGS_OF: dict[str, type[CommonSettings]] = {
@@ -29,18 +28,18 @@ def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
 
 
 def resumed_settings(script: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the run that ``--resume_dir`` names among the flags ``given``, if it
-    does."""
+    """The settings of the run that ``--resume_dir`` names; empty if that flag is not ``given``."""
     if not given.get("resume_dir"):
         return {}
-    refuse_what_is_no_run(given["resume_dir"])
+    require_run_folder(given["resume_dir"])
     return settings_of_run(script, given["resume_dir"])
 
 
 def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:
+    """The settings in a checkpoint's content; ``InputError`` if they are not names and values."""
     settings = content.get("settings", {})
     if not isinstance(settings, Mapping):
         raise InputError(f"{path}: its settings are not names and values")
-    if settings.get("precision") == "auto":  # as runs once kept it
+    if settings.get("precision") == "auto":  # as older runs stored it
         settings = {**settings, "precision": content.get("precision", "float32")}
     return settings

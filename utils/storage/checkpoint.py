@@ -1,5 +1,4 @@
-"""Checkpoints: tensors and plain values, written whole or not at all, loaded without running
-code."""
+"""Saving and loading checkpoints: atomic writes, checksums, no code execution on load."""
 
 from __future__ import annotations
 
@@ -24,30 +23,30 @@ from utils.storage.files import write_atomically
 from utils.storage.packing import expand
 
 FORMAT = 1
-# Lists in lists, as no checkpoint has them; how often a file may hold its tensors (tied weights,
-# averages), and what is small anyway.
+# Limits of a plausible checkpoint: nesting depth, and bytes of all tensors, which may exceed the
+# file size (tied weights share storage) by this factor plus this slack.
 _DEEPEST, _MOST_REPEATED, _SMALL = 100, 4, 1 << 24
-# Plain numbers as numpy writes them, which older code kept beside its weights.
+# NumPy scalars, which older code stored beside its weights.
 _NUMPY_SCALARS: list[Any] = [
     numpy_scalar,
     np.dtype,
     *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
 ]
-# What other code keeps a network's state dict in, and puts before its names.
+# Keys under which other code stores a state dict, and prefixes that it adds to the names.
 _CONTAINERS = ("model_state_dict", "net", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
-    """Write a checkpoint with a checksum of what it holds.
-
-    Serialized in memory first, so that a failing disk raises ``OSError`` and leaves ``path`` as it
-    was.
+    """Write a checkpoint with a checksum of its content.
 
     Args:
-        path: of the file.
+        path: file to write.
         content: tensors and plain values by name.
-        keep: where the checkpoint that ``path`` held before stays.
+        keep: file that receives the previous checkpoint of ``path``, if given.
+
+    Raises:
+        OSError: the write failed; ``path`` still holds the previous checkpoint.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content, "checksum": checksum(content)}, buffer)
@@ -56,12 +55,12 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = 
         if keep is not None and path.exists():
             _keep(path, keep)
 
-    # what can fail comes first: until then both old files stay what they were
+    # ``keep`` changes only once the new file is on disk: a failed write leaves both old files
     write_atomically(path, buffer.getbuffer(), before)
 
 
 def _keep(path: Path, keep: Path) -> None:
-    """A second name for the file at ``path``, which thus exists at every moment."""
+    """Link or copy ``path`` to ``keep``, so that ``path`` exists at every moment."""
     temporary = keep.with_name(f".{keep.name}-{os.getpid()}")
     try:
         try:
@@ -74,7 +73,7 @@ def _keep(path: Path, keep: Path) -> None:
 
 
 def snapshot(content: Any) -> Any:
-    """The same with copies of its tensors on the CPU, which training does not change."""
+    """Copy nested content with its tensors on the CPU, so that training does not change it."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, Mapping):
@@ -85,8 +84,8 @@ def snapshot(content: Any) -> Any:
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """A digest of tensors (type, shape, bits) and plain values, in their order and by name;
-    ``format`` and itself apart."""
+    """Hex digest of names, tensors (dtype, shape, bits) and plain values, in order, without the
+    entries ``format`` and ``checksum``."""
     digest = hashlib.blake2b(digest_size=16)
     _digest(
         {name: value for name, value in content.items() if name not in ("format", "checksum")},
@@ -98,7 +97,7 @@ def checksum(content: Mapping[str, Any]) -> str:
 def _digest(value: Any, digest: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        # By numpy: a thread that uses torch's OpenMP beside the training leaves it slow for good.
+        # NumPy, since using torch's OpenMP in a second thread permanently slows down training.
         tensor = value.detach().cpu()
         tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
@@ -116,11 +115,11 @@ def _digest(value: Any, digest: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, loaded with ``weights_only=True``.
+    """Load a checkpoint's content onto the CPU with ``weights_only=True``, masked weights unpacked.
 
     Raises:
-        InputError: no such file, or one that would have to run code to load.
-        BrokenCheckpointError: not a checkpoint, or one whose content is not what was written.
+        InputError: no such file, or one that would run code, is implausible or has another format.
+        BrokenCheckpointError: not a checkpoint, or a damaged one.
     """
     path = Path(path)
     if not path.is_file():
@@ -137,12 +136,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
         raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     except Exception as error:
-        # a damaged archive fails in as many ways as zip, pickle and storage can
+        # a damaged archive can raise any error of zip, pickle or the tensor storage
         raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
     if odd := _oddity(content, path.stat().st_size):
-        raise InputError(f"{path} is no checkpoint: {odd}")
+        raise InputError(f"{path} is not a checkpoint: {odd}")
     version = content.get("format", FORMAT)
     if type(version) is not int or version != FORMAT:
         raise InputError(f"{path} has format {repr(version)[:40]} and this version reads {FORMAT}")
@@ -157,8 +156,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _oddity(content: Any, size: int) -> str | None:
-    """What in the content of a file of ``size`` bytes could not be walked through, or would take
-    far more memory than the file."""
+    """Say what is implausible about the content of a file of ``size`` bytes: odd tensors, endless
+    nesting, or far more data than the file holds. None if nothing is."""
     waiting: list[tuple[Any, int]] = [(content, 0)]
     values, memory = 0, 0
     while waiting:
@@ -174,24 +173,23 @@ def _oddity(content: Any, size: int) -> str | None:
                 for part in (value.values() if isinstance(value, Mapping) else value)
             ]
         if depth > _DEEPEST:
-            return f"its lists lie in each other more than {_DEEPEST} deep"
-        if memory > _MOST_REPEATED * size + _SMALL:  # one stored number can be a tensor of any size
+            return f"its lists are nested more than {_DEEPEST} deep"
+        if memory > _MOST_REPEATED * size + _SMALL:  # one stored number can expand to any size
             return "its tensors are far larger than the file"
-        if values + len(waiting) > size + 100_000:  # a list can hold another many times
+        if values + len(waiting) > size + 100_000:  # lists can repeat an item
             return "it holds more values than the file has bytes"
     return None
 
 
 def _refuse_odd_records(path: Path) -> None:
-    """``BrokenCheckpointError`` for an archive whose headers promise more than the file has: a
-    small file can unfold to any size."""
+    """Raise ``BrokenCheckpointError`` for an archive that would unpack to more than its size."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except Exception:
-        # no archive, or a damaged one: torch.load says so, and reads its own older format
+        # not a readable archive: torch.load reports it, or reads its own older format
         return
-    # torch writes none
+    # torch never compresses
     compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if compressed or sum(record.file_size for record in records) > path.stat().st_size:
         why = (
@@ -201,23 +199,21 @@ def _refuse_odd_records(path: Path) -> None:
 
 
 def _is_damaged(path: Path) -> bool:
-    """Whether a record's bytes are not those that were written: a flipped bit can look like a call
-    of code."""
+    """Whether the archive fails its CRC checks: a flipped bit can look like a pickled call."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
     except zipfile.BadZipFile:
         return zipfile.is_zipfile(path)
-    except Exception:  # an archive that cannot be walked through
+    except Exception:  # too damaged to read
         return True
 
 
 def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str | None]:
-    """The newest of a run's two checkpoints that is whole, its file, and a warning if that is not
-    the newest of all.
+    """Load the newest intact checkpoint of a run: content, file, and a warning if it is the older.
 
     Raises:
-        InputError: there is none, or none that is whole.
+        InputError: none is intact, or the newest intact one is unsafe or of another version.
     """
     if not newest.exists() and not previous.exists():
         raise InputError(f"no such checkpoint: {newest}")
@@ -228,7 +224,7 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str
         except BrokenCheckpointError as error:
             troubles.append(str(error))
         except InputError as error:
-            # whole, but not for this version, or not safe: no reason to take an older one
+            # intact, but of another version or unsafe: no reason to fall back to an older one
             if path.exists():
                 raise
             troubles.append(str(error))
@@ -236,18 +232,20 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str
             return (
                 content,
                 path,
-                f"{troubles[0]}; going on from {path.name}, the one before" if troubles else None,
+                f"{troubles[0]}; resuming from the previous checkpoint {path.name}"
+                if troubles
+                else None,
             )
     raise InputError(
-        f"{'; '.join(troubles)}: this run cannot be resumed; another --save_dir starts anew"
+        f"{'; '.join(troubles)}: this run cannot be resumed; another --save_dir starts a new run"
     )
 
 
 def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The network's state dict in a checkpoint, of ours or another's; a warning says in one line
-    what was taken off (``unwrapped``)."""
+    """Return the network's state dict from a checkpoint of ours or of other code; ``InputError`` if
+    it has none. A one-line warning names what ``unwrapped`` removed."""
     notes: list[str] = []
-    if content.get("network") is not None:  # ours: its names are the network's
+    if content.get("network") is not None:  # ours: nothing to unwrap
         state = content.get("state_dict", content)
     else:
         try:
@@ -261,23 +259,23 @@ def network_weights(content: Mapping[str, Any], path: str | Path) -> dict[str, T
     ):
         raise InputError(f"{path} holds no state_dict with tensors")
     if notes:
-        # of this line, so that a text comes once
+        # attributed to this line, so that Python shows each text once
         warnings.warn(f"{path}: {', '.join(notes)}", stacklevel=1)
     return dict(state)
 
 
 def unwrapped(state: Any) -> tuple[Any, list[str]]:
-    """A network's own state dict without what others wrap around it, and what that was.
+    """Unwrap a network's state dict from other code; returns it with notes on the changes.
 
-    Opened: ``state_dict``, ``model_state_dict``, ``net``, ``model``. Taken off: the count of SWA's
-    ``AveragedModel`` and the prefixes of DataParallel, ``torch.compile`` and Lightning where all
-    names have one. Weights that ``torch.nn.utils.prune`` split are multiplied.
+    Opens ``state_dict``, ``model_state_dict``, ``net`` and ``model``. Drops the counter of SWA's
+    ``AveragedModel``. Strips the prefixes of DataParallel, ``torch.compile`` and Lightning where
+    all names have one. Multiplies weights split by ``torch.nn.utils.prune`` with their masks.
 
     Raises:
-        ValueError: more than one network, or half of a pruned weight.
+        ValueError: several networks, or an incomplete or misshapen pruned weight.
     """
     notes: list[str] = []
-    for _ in range(10):  # more than anyone wraps; a dict may hold itself
+    for _ in range(10):  # more than anyone wraps; a dict may contain itself
         if not isinstance(state, Mapping):
             break
         if "state_dict" in state:
@@ -311,8 +309,8 @@ def unwrapped(state: Any) -> tuple[Any, list[str]]:
 
 
 def _multiplied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Every ``X_orig`` and ``X_mask`` as their product ``X``, and how many there were;
-    ``ValueError`` names a half alone."""
+    """Replace each pair ``X_orig`` and ``X_mask`` by its product ``X``, and count the pairs;
+    ``ValueError`` names an incomplete one."""
     state, pruned = dict(state), 0
     for name in list(state):
         base = name.removesuffix("_orig")
@@ -341,11 +339,10 @@ def _multiplied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
 def load_weights(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, arch: str
 ) -> None:
-    """Load a state dict whole; ``InputError`` names the first difference if it is of another
-    network.
+    """Load a complete state dict; ``InputError`` names the first mismatch with the network.
 
-    What other code leaves out or shapes otherwise without another meaning is taken: batch norms
-    without ``num_batches_tracked``, and a normalization of shape ``[1, C, 1, 1]``.
+    Two harmless differences of other code are accepted: batch norms without
+    ``num_batches_tracked``, and a normalization of shape ``[1, C, 1, 1]``.
     """
     tensors = model.state_dict()
     own = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -368,8 +365,7 @@ def load_weights(
 
 
 def _with_own_prefix(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a network that is itself all in a ``model`` or ``module``, with the prefix
-    that ``unwrapped`` took off."""
+    """Restore the prefix that ``unwrapped`` stripped, if all of the network's names have it."""
     for prefix in _PREFIXES:
         if (
             own
@@ -381,8 +377,7 @@ def _with_own_prefix(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
 
 
 def refuse_unfit_training_state(model: nn.Module, content: Mapping[str, Any]) -> None:
-    """Raise ``ValueError``, naming the first, for tensors of the optimizer or masks that are not
-    shaped like their weights."""
+    """Raise ``ValueError`` naming the first optimizer tensor or mask not shaped like its weight."""
     parameters = list(model.named_parameters())
     for number, state in content["optimizer"]["state"].items():
         name, parameter = (
@@ -396,7 +391,7 @@ def refuse_unfit_training_state(model: nn.Module, content: Mapping[str, Any]) ->
             ):
                 raise ValueError(f"the optimizer's {kind} of {name} is not shaped like its weight")
     shapes = {name: parameter.shape for name, parameter in parameters}
-    masked = "masks" in (content.get("masking") or {})  # of channels there are none
+    masked = "masks" in (content.get("masking") or {})  # channel masking has none
     for kind in ("masks", "explored") if masked else ():
         for name, mask in content["masking"][kind].items():
             if (

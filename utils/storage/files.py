@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and locks."""
+"""Atomic file writes, figures as files, and lock files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FIGURE_KINDS = (".png", ".pdf", ".svg")
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """A figure as PNG, PDF or SVG, by the suffix of ``path``; whole or not at all."""
+    """Write a figure atomically as PNG, PDF or SVG, by the suffix of ``path``."""
     write_atomically(path, drawn(figure, path.suffix.lower().removeprefix(".")))
 
 
 def drawn(figure: Figure, kind: str) -> bytes:
-    """A figure as ``png``, ``pdf`` or ``svg``, the same bytes each time."""
+    """Render a figure as ``png``, ``pdf`` or ``svg``, with the same bytes each time."""
     import matplotlib
 
     buffer, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -37,16 +37,16 @@ def drawn(figure: Figure, kind: str) -> bytes:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """For a file that people look into too."""
+    """Serialize to JSON with indentation, for files that people read too."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def write_atomically(
     path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, also after a
-    crash or on a full disk. ``before`` is called when the new one is on disk and the old one still
-    in its place."""
+    """Replace ``path`` by ``content`` atomically: a reader sees the old file or the new one, even
+    after a crash or on a full disk. ``before`` is called once the new content is on disk, just
+    before it replaces the old file."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -63,17 +63,17 @@ def write_atomically(
 
 
 def locked(path: Path, timeout: float = -1) -> FileLock:
-    """The lock file at ``path``, held until ``release`` or the death of this process.
+    """Acquire the lock file at ``path``, held until ``release`` or the end of this process.
 
-    On a file system without locks it is not held. Raises ``Timeout`` if another process holds it
-    for longer than ``timeout`` seconds; by default it waits.
+    Waits for at most ``timeout`` seconds, then raises ``Timeout``; by default waits forever. On a
+    file system without locks, the lock is returned unheld.
     """
     lock = FileLock(path, timeout, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise
-    except OSError:  # no locks here, or a folder that cannot be written, which shows later
+    except OSError:  # no locks here, or an unwritable folder, which fails later
         pass
     return lock
 
@@ -85,15 +85,14 @@ def _umask() -> int:
 
 
 def writable_folder(folder: Path, instead: str = "") -> Path:
-    """Make a folder and try to write there, before the work whose results shall go there and not
-    after it.
+    """Create a folder and check that it is writable, before the work whose results go there.
 
     Raises:
-        InputError: that cannot be; ``instead`` is the flag that names another folder.
+        InputError: it is not; the message suggests the flag ``instead``, if given.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # a name of its own: several processes may try at once
+        # a unique name, since several processes may try at once
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         elsewhere = f"; {instead} writes elsewhere" if instead else ""
@@ -106,7 +105,7 @@ def writable_folder(folder: Path, instead: str = "") -> Path:
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems sync no folders
+        with contextlib.suppress(OSError):  # some network file systems cannot sync folders
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

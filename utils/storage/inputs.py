@@ -1,5 +1,4 @@
-"""What a command line points to: a checkpoint or the folder of a run, and what to say of something
-else that lies there."""
+"""Checkpoints and run folders named on the command line, with specific errors for anything else."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
 from utils.storage.safetensors import SUFFIX
 
-# Files that are made of a checkpoint, by their suffix, and what they are for.
+# Files exported from a checkpoint, by suffix, and what reads them.
 _MADE_OF_CHECKPOINTS = {
     ".onnx": "an ONNX file: onnxruntime runs it",
     ".pt2": "a program of torch.export: torch.export.load reads it",
@@ -20,15 +19,13 @@ _MADE_OF_CHECKPOINTS = {
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """As ``utils.storage.checkpoint.load_checkpoint``; a folder, or a file made of a checkpoint, is
-    refused as what it is."""
-    refuse_what_is_no_checkpoint(path)
+    """``load_checkpoint``, with a specific ``InputError`` for a folder or an exported file."""
+    require_checkpoint(path)
     return load_checkpoint(path)
 
 
-def refuse_what_is_no_checkpoint(path: str | Path) -> None:
-    """Raise ``InputError`` for a folder and for a file in another format; what is not there at all
-    is left to who reads it."""
+def require_checkpoint(path: str | Path) -> None:
+    """Raise ``InputError`` for a folder or an exported file; the caller handles a missing one."""
     path = Path(path)
     if path.is_dir():
         best = RunPaths(path).best_ra
@@ -46,13 +43,12 @@ def refuse_what_is_no_checkpoint(path: str | Path) -> None:
         )
 
 
-def refuse_what_is_no_run(resume_dir: str | Path) -> None:
-    """Raise ``InputError`` for a file and for a folder of runs; what is not there at all is left to
-    who reads it."""
+def require_run_folder(resume_dir: str | Path) -> None:
+    """Raise ``InputError`` for a file or a folder of runs; the caller handles a missing one."""
     path = Path(resume_dir)
     if path.is_file():
         raise InputError(
-            f"--resume_dir {path} is a file; the folder of its run is wanted: {path.parent}"
+            f"--resume_dir {path} is a file; give the folder of its run: {path.parent}"
         )
     if path.is_dir() and not RunPaths(path).holds_a_run():
         runs = sorted(
@@ -62,6 +58,6 @@ def refuse_what_is_no_run(resume_dir: str | Path) -> None:
         )
         if runs:
             raise InputError(
-                f"--resume_dir {path} is a folder of {len(runs)} run(s); one of them is wanted,"
+                f"--resume_dir {path} is a folder of {len(runs)} run(s); give one of them,"
                 f" such as {runs[0]}"
             )

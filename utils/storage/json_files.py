@@ -1,4 +1,4 @@
-"""JSON that anyone may have written: one kind of error for all that cannot be used."""
+"""Reading and checking JSON files that anyone may have written."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _FLOAT_MAX = 10**300
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value in a JSON text; ``ValueError`` if there is none, also where it is nested deeper
-    than Python can follow."""
+    """Parse a JSON text; ``ValueError`` if it is invalid or nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -22,8 +21,7 @@ def parsed(text: str | bytes) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The names and values in a JSON file; ``InputError`` if it cannot be read or holds something
-    else."""
+    """Read a JSON object from a file; ``InputError`` if it cannot be read or is not an object."""
     try:
         content = parsed(_bytes(path))
     except ValueError as error:
@@ -34,8 +32,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The names and values in each line of a file; ``InputError`` names the first line that holds
-    something else."""
+    """Read one JSON object per line; ``InputError`` names the first line that is not one."""
     rows = []
     for number, line in enumerate(_bytes(path).splitlines(), 1):
         try:
@@ -52,21 +49,22 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
+        if path.exists() and not path.is_file():  # reading a pipe would block
+            raise OSError("it is not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def misfit(value: Any, shape: Any, name: str = "") -> str | None:
-    """What keeps a value of JSON from having a shape, in words; None if nothing does.
+    """Describe how a JSON value violates a shape; None if it fits.
 
     Args:
-        shape: a type (``float`` takes every number, None is for None alone), a tuple of shapes of
-            which one must fit, ``[shape]`` for a list of such, or shapes by name: those that end in
-            ``?`` may be missing, ``*`` is for every name.
-        name: of the value, for the words.
+        value: the parsed value.
+        shape: a type (``float`` accepts any number, None only null), a tuple of alternatives,
+            ``[shape]`` for a list of it, or a dict of shapes by name, in which a trailing ``?``
+            marks an optional name and ``*`` stands for every name.
+        name: name of the value in the description.
     """
     if isinstance(shape, tuple):
         return (

@@ -1,7 +1,7 @@
-"""Networks without their zeros: live weights (and momentum) in a row, masks as bits.
+"""Packing sparse networks: live weights (and their momentum) as vectors, masks as bits.
 
-A checkpoint to resume from keeps every bit, and at density .2 less than a quarter of the plain
-size; a released network keeps its weights in float16.
+Checkpoints for resuming are packed without loss, at density 0.2 to less than a quarter of the plain
+size; released networks are rounded to float16.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _BUFFER = "momentum_buffer"
 
 
 def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
-    """A run's checkpoint with its masked weights packed; one without masks comes back as it is.
+    """Pack the masked weights of a run's checkpoint; without masks, return it as it is.
 
     Args:
-        content: with ``state_dict``, ``optimizer`` and ``masking`` as the run has them; not
-            changed.
-        parameters: names in the order in which the optimizer counts them.
+        content: the run's checkpoint with ``state_dict``, ``optimizer`` and ``masking``; not
+            modified.
+        parameters: names of the parameters in the optimizer's order.
     """
     masking = content["masking"]
-    if masking is None or "masks" not in masking:  # of channels, whose network has no zeros
+    if masking is None or "masks" not in masking:  # channel masking leaves no zeros
         return dict(content)
     masks: Mapping[str, Tensor] = masking["masks"]
 
@@ -59,12 +59,12 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
 
 
 def compact_network(content: Mapping[str, Any], weights: Collection[str]) -> dict[str, Any]:
-    """A network to release.
+    """Pack a network for release.
 
     Args:
-        content: with ``state_dict``, float32; not changed.
-        weights: names of those that lose their zeros and are rounded to float16; the others, norms
-            and biases, are few and stay.
+        content: holds a float32 ``state_dict``; not modified.
+        weights: names of the tensors to round to float16 and strip of zeros; the others (norms,
+            biases) are small and stay float32.
     """
     state = dict(content["state_dict"])
     shapes, live = {}, {}
@@ -77,7 +77,7 @@ def compact_network(content: Mapping[str, Any], weights: Collection[str]) -> dic
 
 
 def expand(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``compact`` was given; what ``compact_network`` was, with weights rounded to float16."""
+    """Undo ``compact`` exactly, and ``compact_network`` up to its rounding to float16."""
     content = dict(content)
     packed = content.pop("packed", None)
     if packed is None:
@@ -122,7 +122,7 @@ def expand(content: Mapping[str, Any]) -> dict[str, Any]:
 def _of_average(
     content: Mapping[str, Any], change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 ) -> dict[str, Any]:
-    """The average that a checkpoint may hold, with what it has of each weight changed."""
+    """The averaged network of a checkpoint, if any, with ``change`` applied to its weights."""
     average = content.get("average")
     if not isinstance(average, Mapping):
         return {}
@@ -146,7 +146,7 @@ def _to_bits(mask: Tensor) -> Tensor:
 
 def _from_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
-    # numpy would add as many zeros as it is told
+    # unpackbits would pad with zeros up to ``count``
     if not 8 * (bits.numel() - 1) < count <= 8 * bits.numel():
         raise ValueError("a mask has another number of bits than its weight")
     flat = np.unpackbits(bits.numpy(), count=count)

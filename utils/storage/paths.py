@@ -26,7 +26,7 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains here. It stays: removing it would let two in."""
+        """Held by the process that trains here; never removed, which would admit a second one."""
         return self.root / "run.lock"
 
     @property
@@ -35,7 +35,7 @@ class RunPaths:
 
     @property
     def previous(self) -> Path:
-        """The checkpoint before the newest, should that one be damaged."""
+        """The second newest checkpoint, in case the newest is damaged."""
         return self.root / "checkpoint_previous.pth.tar"
 
     @property
@@ -48,7 +48,7 @@ class RunPaths:
 
     @property
     def average(self) -> Path:
-        """The averaged weights at the end, of a run that keeps an average."""
+        """The averaged network at the end of a run with ``--ema`` or ``--swa``."""
         return self.root / "model_average.pth.tar"
 
     @property
@@ -57,7 +57,7 @@ class RunPaths:
 
     @property
     def tensorboard(self) -> Path:
-        """Folder of the events for TensorBoard, with ``--tensorboard``."""
+        """Folder of TensorBoard events, with ``--tensorboard``."""
         return self.root / "tensorboard"
 
     @property
@@ -66,12 +66,12 @@ class RunPaths:
         return self.root / "model_stage1.pth.tar"
 
     def mask(self, epoch: int) -> Path:
-        """Robust Bird: the mask after an epoch (from 1) of stage 1, until stage 2 is done."""
+        """Robust Bird: the mask after an epoch (from 1) of stage 1; removed after stage 2."""
         return self.root / "stage1_masks" / f"epoch_{epoch:04d}.pth.tar"
 
     @property
     def distances(self) -> Path:
-        """Robust Bird: how the masks of stage 1 differ, epoch by epoch."""
+        """Robust Bird: plot of the distances between the masks of stage 1's epochs."""
         return self.root / "mask_distances.png"
 
     @property
@@ -79,8 +79,8 @@ class RunPaths:
         return self.root / "summary.json"
 
     def half_written(self) -> list[Path]:
-        """What a process that was killed left of a file of ours (``write_atomically``); other
-        hidden files are somebody else's."""
+        """Temporary files that ``write_atomically`` left when its process was killed; other hidden
+        files are not ours."""
         names = [
             path.name
             for path in (
@@ -102,7 +102,7 @@ class RunPaths:
         ]
 
     def stamps(self) -> list[tuple[int, int, int] | None]:
-        """Changes whenever a process trains here."""
+        """Inode, size and time of files that change when a process trains here; None if missing."""
         stamps: list[tuple[int, int, int] | None] = []
         for path in (self.checkpoint, self.previous, self.metrics, self.summary):
             try:

@@ -1,4 +1,4 @@
-"""Which software and hardware made a result."""
+"""Provenance: which software and hardware produced a result."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _LIBRARIES = (
 
 
 def made_by(paths: RunPaths) -> list[dict[str, Any]]:
-    """The processes that made a run, by its ``config.json``: one entry a start or resume, of older
-    runs the last one alone."""
+    """The processes that produced a run, from its ``config.json``: one entry per start or resume;
+    older runs recorded only the last."""
     try:
         config = read_object(paths.config)
-    except InputError:  # none yet, or a damaged one, which is written anew
+    except InputError:  # missing, or damaged and about to be rewritten
         return []
     older = {name: config[name] for name in ("processes", *_ENVIRONMENT) if name in config}
     entries = config.get("made_by", [older] if older else [])
@@ -47,7 +47,7 @@ def made_by(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, source revision and hardware, for a process in ``config.json`` and for results."""
+    """Library versions, source revision, device and hardware, for ``config.json`` and results."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -63,8 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def source_revision() -> str:
-    """The commit of this source, with ``-dirty`` where files differ from it; ``unknown`` outside
-    git."""
+    """The commit of this source, with ``-dirty`` if files differ; ``unknown`` outside git."""
     root = Path(__file__).resolve().parents[2]
     command = [
         "git",

@@ -1,4 +1,4 @@
-"""A run's folder: what it was told, a line an epoch, a log, a picture and a summary."""
+"""Writing and reading a run folder: config, metrics, log, plots, checkpoints and summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.storage.tensorboard import Events, require_tensorboard
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What is read of a run's files (``misfit``).
+# Shapes (``misfit``) of the parts of a run's files that are read back.
 _FINAL = {"epoch": int, "test_ra": float, "test_sa": float, "train_ra": float}
 _FLOPS = {"training": float, "inference": float}
 _SUMMARY = {
@@ -52,12 +52,11 @@ _EPOCH |= {f"{part}_{kind}?": float for part in ("train", "val", "test") for kin
 
 
 class RunFolder:
-    """Writes one run's files; a failed write ends the run with ``RunError`` and leaves the old file
-    whole.
+    """Writes one run's files; a failed write raises ``RunError`` and leaves the old file intact.
 
-    Checkpoints and the lines of ``metrics.jsonl`` are written behind the training, one after the
-    other in the order in which they came; a failure shows at the next of them, or where ``settled``
-    is left.
+    A background thread writes checkpoints and lines of ``metrics.jsonl`` in order, while training
+    continues. Its failures are raised by a later such write, by ``settle``, or on leaving
+    ``settled``.
     """
 
     writes = True
@@ -68,11 +67,11 @@ class RunFolder:
         self.paths = paths
         self._lock = lock
         self._tensorboard = tensorboard
-        self._events: Events | None = None  # from ``rewrite_epochs`` on, which knows the past
-        self._epochs = 0  # lines handed over so far
+        self._events: Events | None = None  # set by ``rewrite_epochs``, which knows the past
+        self._epochs = 0  # lines of metrics so far
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._behind: deque[tuple[Path, Future[None]]] = deque()
-        self._broken = False  # after a failure nothing more is written behind
+        self._broken = False  # after a failure, nothing more is written in background
 
     @classmethod
     def create(
@@ -82,12 +81,14 @@ class RunFolder:
         tensorboard: bool = False,
         stamps: object = None,
     ) -> RunFolder:
-        """Make the folder, lock it and write ``config.json``; ``InputError`` where that cannot be.
+        """Create and lock the folder and write ``config.json``; ``InputError`` if that fails.
 
         Args:
-            tensorboard: events too, of every epoch and picture, from ``rewrite_epochs`` on.
-            stamps: of the folder (``RunPaths.stamps``) when it was read, if it was: another process
-                may have trained since.
+            paths: files of the run folder.
+            config: content of ``config.json``.
+            tensorboard: also write events of epochs and plots, from ``rewrite_epochs`` on.
+            stamps: ``RunPaths.stamps`` when the folder was read, if it was, to detect another
+                process that has trained since.
         """
         if tensorboard:
             require_tensorboard()
@@ -97,7 +98,8 @@ class RunFolder:
             if stamps not in (None, paths.stamps()):
                 lock.release()
                 raise InputError(
-                    f"another process has trained in {paths.root} in the meantime; --resume goes on"
+                    f"another process has trained in {paths.root} in the meantime; --resume"
+                    " continues"
                     " from there"
                 )
             for cut_off in paths.half_written():
@@ -114,13 +116,14 @@ class RunFolder:
             write_atomically(self.paths.config, json_bytes(config))
 
     def say(self, line: str) -> None:
-        """A line for the terminal and ``result.log``."""
+        """Print a line and append it to ``result.log``."""
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
         with self._writing(self.paths.log), self.paths.log.open("a") as log:
             log.write(line + "\n")
 
     def append_epoch(self, row: Mapping[str, Any]) -> None:
+        """Append an epoch's line to ``metrics.jsonl``, and its events, in the background."""
         line = json.dumps(row) + "\n"
         self._epochs += 1
 
@@ -133,8 +136,7 @@ class RunFolder:
         self._write_behind(self.paths.metrics, write)
 
     def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make ``metrics.jsonl`` agree with a checkpoint: later lines are of epochs that will be
-        run again."""
+        """Reset ``metrics.jsonl`` to the epochs of a checkpoint: later ones will run again."""
         self.settle()
         self._epochs = len(rows)
         with self._writing(self.paths.metrics):
@@ -152,9 +154,9 @@ class RunFolder:
         keep: Path | None = None,
         on_disk: Callable[[], None] = lambda: None,
     ) -> None:
-        """A checkpoint at ``path`` as it is now; the one that was there stays at ``keep``.
-        ``on_disk`` is called once it is written."""
-        if any(path == pending for pending, _ in self._behind):  # never further behind than by one
+        """Save a snapshot of ``checkpoint`` to ``path`` in the background. The previous file stays
+        as ``keep``, if given; ``on_disk`` is called once the new one is written."""
+        if any(path == pending for pending, _ in self._behind):  # one pending write per file
             self.settle()
         content = snapshot(checkpoint)
 
@@ -170,7 +172,7 @@ class RunFolder:
             self._behind.popleft()[1].result()
 
         def work() -> None:
-            if self._broken:  # no line of metrics for a checkpoint that is not there
+            if self._broken:  # no line of metrics without its checkpoint
                 return
             self._broken = True
             with self._writing(path):
@@ -180,18 +182,17 @@ class RunFolder:
         self._behind.append((path, self._writer.submit(work)))
 
     def has_failed(self) -> bool:
-        """Whether something that was written behind has failed; ``settle`` raises it."""
+        """Whether a background write has failed; ``settle`` raises its error."""
         return any(future.done() and future.exception() is not None for _, future in self._behind)
 
     def settle(self) -> None:
-        """Wait until everything is written; raises what went wrong with it."""
+        """Wait for all background writes; raises the first error."""
         while self._behind:
             self._behind.popleft()[1].result()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """Whatever happens within, it is left with everything written, or with the failure to do
-        so; and unlocked."""
+        """On any exit, finish all writes (or raise their error), close the events and unlock."""
         try:
             yield
         finally:
@@ -210,8 +211,7 @@ class RunFolder:
                 self._events.close()
 
     def drop(self, path: Path) -> None:
-        """Remove a file that is no longer true, or a folder that has served, with what lies in
-        it."""
+        """Remove an outdated file, or a folder with its content, if it exists."""
         self.settle()
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -246,14 +246,13 @@ def _locked(paths: RunPaths) -> FileLock:
 
 
 def refuse_locked(paths: RunPaths) -> None:
-    """Raise ``InputError`` if another process trains in the folder now; nothing is written."""
+    """Raise ``InputError`` if another process is training in the folder; writes nothing."""
     if paths.lock.exists():
         _locked(paths).release()
 
 
 class SilentRunFolder(RunFolder):
-    """A run's folder as its other processes have it: the first one writes, and they say and write
-    nothing."""
+    """The run folder of all processes but the first: prints and writes nothing."""
 
     writes = False
 
@@ -274,18 +273,17 @@ class SilentRunFolder(RunFolder):
 
 
 def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; ``InputError`` if the folder holds no run, or a line that is
-    of no epoch."""
+    """The lines of ``metrics.jsonl``; ``InputError`` if it is missing or malformed."""
     rows = read_objects(paths.metrics)
     for number, row in enumerate(rows, 1):
         if wrong := misfit(row, _EPOCH):
-            raise InputError(f"line {number} of {paths.metrics} is of no epoch: {wrong}")
+            raise InputError(f"line {number} of {paths.metrics} is not of an epoch: {wrong}")
     return rows
 
 
 def read_summary(paths: RunPaths) -> dict[str, Any]:
-    """``summary.json``; ``InputError`` if the run is not finished, or if it lacks what is told of a
-    finished run."""
+    """The content of ``summary.json``; ``InputError`` if it is missing (an unfinished run) or lacks
+    an entry that is needed."""
     if not paths.summary.exists():
         raise InputError(
             f"{paths.root} is not the folder of a finished run: it has no {paths.summary.name}"
@@ -296,7 +294,8 @@ def read_summary(paths: RunPaths) -> dict[str, Any]:
         shape["settings"] = {"sparse_init": str}
     if wrong := misfit(summary, shape):
         raise InputError(
-            f"{paths.summary} is no summary of a run: {wrong}; without that file, --resume writes"
+            f"{paths.summary} is not the summary of a run: {wrong}; without that file, --resume"
+            " writes"
             " it anew"
         )
     return summary

@@ -1,8 +1,7 @@
-"""Networks as safetensors: weights with their zeros in place, and in the metadata everything to
-build the network again.
+"""Networks as safetensors: weights, zeros included, and metadata from which to rebuild the network.
 
-The format (https://huggingface.co/docs/safetensors) has text by name for metadata, so each value is
-written as JSON.
+The format (https://huggingface.co/docs/safetensors) allows only strings as metadata, so each value
+is written as JSON.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from utils.errors import BrokenCheckpointError, InputError
 from utils.storage.json_files import parsed
 
 SUFFIX = ".safetensors"
-# What describes the network; the rest of the metadata says where it comes from.
+# Metadata that describe the network; the rest says where it comes from.
 _NETWORK = frozenset(
     "arch num_classes mean std width depth_factor width_factor image_size channels classes".split()
-) | {"kept"}  # of an older version, which is refused
+) | {"kept"}  # of an older version, refused by ``spec_in``
 
 
 def safetensors_bytes(
     state: Mapping[str, Tensor], spec: Mapping[str, Any], about: Mapping[str, Any]
 ) -> bytes:
-    """The content of a file.
+    """Serialize a network to the content of a safetensors file.
 
     Args:
         state: the network's state dict.
-        spec: what ``models.loading.build_network`` needs.
-        about: plain values to be known of the network, under other names than those in ``spec``.
+        spec: description of the network for ``models.loading.build_network``.
+        about: further plain values about the network, under names that ``spec`` does not use.
     """
-    # as others mark torch's
+    # the usual mark of PyTorch files
     metadata = {
         "format": "pt",
         **{name: json.dumps(value) for name, value in {**spec, **about}.items()},
@@ -47,12 +46,12 @@ def safetensors_bytes(
 
 
 def load_safetensors(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint would hold: ``state_dict``, ``network`` where the file describes one, and
-    what is told about it.
+    """Load a file as the content of a checkpoint: ``state_dict``, ``network`` if the file describes
+    one, and the values of ``about``.
 
     Raises:
         InputError: no such file.
-        BrokenCheckpointError: not safetensors, cut, or metadata that are not ours.
+        BrokenCheckpointError: not safetensors, truncated, or with metadata that are not ours.
     """
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")

@@ -1,5 +1,4 @@
-"""A run's epochs for TensorBoard: every figure of ``metrics.jsonl`` by epoch, the density of each
-layer, and the run's pictures."""
+"""TensorBoard events of a run: the values of ``metrics.jsonl`` by epoch, and the run's plots."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-# In which panel of TensorBoard a figure stands, by the end of its name.
+# TensorBoard panel of a value, by the end of its name.
 _PANELS = {
     "_ra": "accuracy",
     "_sa": "accuracy",
@@ -26,8 +25,7 @@ _PANELS = {
 
 
 def require_tensorboard() -> None:
-    """Raise ``InputError`` if the library is not there. It is imported nowhere else, so that
-    nothing else needs it."""
+    """Raise ``InputError`` if TensorBoard is not installed; only this module imports it."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
@@ -37,12 +35,11 @@ def require_tensorboard() -> None:
 
 
 def flattened(row: Mapping[str, Any]) -> dict[str, float | str]:
-    """One epoch's line of ``metrics.jsonl`` without nesting: the columns of a CSV, the scalars of
-    TensorBoard.
+    """Flatten one line of ``metrics.jsonl`` into columns of a CSV or scalars of TensorBoard.
 
     ``layer_densities`` become ``density/<layer>``; ``updates`` become the counts ``updates``,
-    ``updates/prune`` and ``updates/grow``; of ``mask_distances`` stays ``mask_distance``, that to
-    the mask of the epoch before, if there is one.
+    ``updates/prune`` and ``updates/grow``; ``mask_distances`` become ``mask_distance``, measured
+    to the previous epoch's mask, if there is one.
     """
     flat: dict[str, float | str] = {}
     for name, value in row.items():
@@ -61,14 +58,13 @@ def flattened(row: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 class Events:
-    """The events of one run in ``folder``; ``OSError`` where they cannot be written.
+    """Writes the events of one run; ``OSError`` if they cannot be written.
 
-    The step is the epoch from 1, counted over both stages of Robust Bird. A run that goes on writes
-    its past anew, so that no step is there twice, and a run that was begun without events has all
-    of them too.
+    The step is the epoch, from 1, counted across both stages of Robust Bird. A resumed run rewrites
+    its past, so that no step appears twice and a run started without events gets all of them.
 
     Args:
-        folder: made if it is not there; events of the run's earlier processes are replaced.
+        folder: created if missing; events of the run's earlier processes are replaced.
         rows: the epochs so far.
     """
 
@@ -86,12 +82,12 @@ class Events:
         self._writer.flush()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """The scalars of one more epoch, on the disk when this returns."""
+        """Write the scalars of one more epoch through to the disk."""
         self._add(row)
         self._writer.flush()
 
     def picture(self, name: str, figure: Figure, epoch: int) -> None:
-        """An image as it is after an epoch, from 1 over both stages."""
+        """Write a plot as of ``epoch`` (from 1, counted across both stages)."""
         self._writer.add_figure(name, figure, epoch, close=False)
         self._writer.flush()
 
@@ -107,8 +103,8 @@ class Events:
 
 @functools.cache
 def _quiet_writers() -> None:
-    """An ``OSError`` in the library's own thread comes again in ours, where it ends the run: no
-    traceback beside that line."""
+    """Print no traceback for an ``OSError`` in the library's thread: it is raised again in ours,
+    where it ends the run with one line."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -120,7 +116,7 @@ def _quiet_writers() -> None:
 
 
 def _tag(name: str) -> str:
-    """The figure's name with its panel before it."""
+    """Prefix a value's name with its panel."""
     if name in ("density", "updates"):  # beside the layers' densities and the kinds of updates
         return f"{name}/all"
     panel = next((panel for end, panel in _PANELS.items() if name.endswith(end)), "run")

@@ -1,8 +1,9 @@
-"""A model's card: what it is, how good, how it was made, how it is loaded."""
+"""The model card of a finished run."""
 
 from __future__ import annotations
 
 from utils.report.runs import METHOD_NAMES, command_of
+from utils.report.tables import valid_evaluations
 from utils.storage.checkpoint import checksum
 from utils.submission.entries import Entry
 
@@ -10,8 +11,8 @@ _BIRDS = ("rb", "fb", "fbp")
 
 
 def card(entry: Entry, title: str, note: str = "") -> str:
-    """What the network is, how good it is, how it was made and how it is loaded, in Markdown; with
-    a ``note`` on the weights."""
+    """A model card in Markdown: what the network is, its accuracies, how it was trained and how to
+    load it, with an optional ``note`` on the weights."""
     summary, settings = entry.run.summary, entry.run.settings
     best, what = summary["best"], "channels" if entry.narrow else "weights"
     attack = f"PGD-{settings.test_step}, {settings.test_ball}"
@@ -19,8 +20,10 @@ def card(entry: Entry, title: str, note: str = "") -> str:
         ("robust accuracy", attack, f"{best['test_ra']:.2f} %"),
         ("clean accuracy", "none", f"{best['test_sa']:.2f} %"),
     ]
-    for found in entry.run.evaluations:
-        if found.get("network", {}).get("weights") == checksum(entry.trained.model.state_dict()):
+    weights = checksum(entry.trained.model.state_dict())
+    for found in valid_evaluations(entry.run):
+        # images crafted on another network are no attack on this one
+        if found.get("network", {}).get("weights") == weights and not found.get("source"):
             ball = f"{found['norm']} {found['eps']:g}/255, {found['images']['test']} images"
             rows.append(
                 ("robust accuracy", f"{found['title']}, {ball}", f"{found['test_ra']:.2f} %")

@@ -1,5 +1,5 @@
-"""A finished run as something to submit: its best network, what is pruned in it, and how it does
-under the attacks that others ask for."""
+"""A finished run as a submission: its best network, how much of it is pruned, and its accuracy
+under the attacks that benchmarks require."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
 from utils.storage.checkpoint import load_checkpoint, save_checkpoint
 
-# in the order of their labels, and how many test images there are
+# classes in the order of their labels, and numbers of test images
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 TEST_IMAGES = {"CIFAR10": 10_000, "CIFAR100": 10_000, "SVHN": 26_032}
-_SIDE = 32  # of their images, in pixels
-# flags of an evaluation that are not the user's to choose here
+_SIDE = 32  # of the images of these data sets, in pixels
+# flags of an evaluation that the benchmark fixes
 _OWN = "eval pretrained eval_attack test_eps norm eval_dir source restarts".split()
-_TUNED_ON, _BATCH = 64, 128  # images of FMN's search, and of a batch under it
+_TUNED_ON, _BATCH = 64, 128  # images for FMN's search, and per batch of FMN
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Entry:
 
     @classmethod
     def read(cls, folder: Path) -> Entry:
-        """Raises ``InputError``: no finished run, or one without its best model."""
+        """Read a run folder; raises ``InputError`` if it is not finished or has no best model."""
         run = FinishedRun.read(folder)
         path = run.paths.best_ra
         require(path.is_file(), f"{path} is not there, so there is no network to submit")
@@ -61,13 +61,13 @@ class Entry:
 
     @property
     def narrow(self) -> bool:
-        """Whether channels were removed, and not weights."""
+        """Whether channels were removed rather than weights."""
         return "channels" in self.spec
 
     @cached_property
     def removed(self) -> float:
-        """What is pruned, in percent: of the channels that convolutions have, or of the weights of
-        convolutions and linear layers."""
+        """Percentage pruned: of the convolutions' channels, or of the weights of convolutions and
+        linear layers."""
         if not self.narrow:
             return 100 * (1 - self.trained.density)
         live, full = _channels(self.trained.model), _channels(self.trained.full_size())
@@ -75,7 +75,7 @@ class Entry:
 
     @property
     def inference_flops(self) -> int:
-        """Of one image, zeros skipped."""
+        """FLOPs of one image, with zero weights skipped."""
         weights = prunable(self.trained.model)
         live = {name: int(weight.count_nonzero()) for name, weight in weights.items()}
         return real_inference(
@@ -84,8 +84,8 @@ class Entry:
 
     @cached_property
     def dataset(self) -> str | None:
-        """The benchmarks' name of the data set, None for others; a folder of images is CIFAR-10 by
-        its classes and the size of its images."""
+        """The benchmarks' name of the data set, or None; an image folder counts as CIFAR-10 if its
+        classes and image size match."""
         if self.spec["image_size"] != _SIDE:
             return None
         if list(self.spec.get("classes") or ()) == _CIFAR10:
@@ -100,7 +100,7 @@ def _channels(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies in percent under AutoAttack, and the evaluation that they are of."""
+    """Clean and AutoAttack accuracy in percent, and the evaluation they are from."""
 
     clean: float
     robust: float
@@ -108,7 +108,7 @@ class Scores:
     evaluation: Evaluation
 
     def shortfall(self, entry: Entry, whose: str) -> str | None:
-        """What to say where it is not of all test images of the entry's data set."""
+        """A message if the scores do not cover all test images of the entry's data set."""
         wanted = TEST_IMAGES[str(entry.dataset)]
         if self.images >= wanted:
             return None
@@ -121,12 +121,12 @@ def attack_settings(
     """The settings of an evaluation under AutoAttack.
 
     Args:
-        entry: whose network.
+        entry: the run and its network.
         norm, eps: ball of the attack, radius in 1/255.
-        flags: of ``main_adv.py --eval`` beside the network and the attack.
+        flags: further flags of ``main_adv.py --eval``.
 
     Raises:
-        InputError: flags that do not fit, or that would make it another attack or network.
+        InputError: flags are invalid, or would change the attack or the network.
     """
     for flag in flags:
         name = flag.lstrip("-").split("=")[0].replace("-", "_")
@@ -140,8 +140,8 @@ def attack_settings(
 
 
 def autoattack(entry: Entry, norm: str, eps: float, flags: Sequence[str]) -> Scores:
-    """AutoAttack on the test images, with the arguments of ``attack_settings``; what a call before
-    this one did is not done again. Raises ``InputError`` for data that do not fit."""
+    """Run AutoAttack on the test images, with the arguments of ``attack_settings``; resumes an
+    interrupted evaluation. Raises ``InputError`` if the data do not fit."""
     settings = attack_settings(entry, norm, eps, flags)
     evaluation = Evaluation(settings, pick_device(settings), World())
     evaluation.run()
@@ -151,16 +151,16 @@ def autoattack(entry: Entry, norm: str, eps: float, flags: Sequence[str]) -> Sco
 
 
 def distances(scores: Scores, trials: int, steps: int) -> tuple[FMN, list[float]]:
-    """The linf distance to the closest adversarial image that HO-FMN finds, for each test image in
-    the evaluation's order; kept beside the evaluation, from where a cut call resumes.
+    """HO-FMN's settings, and the linf distance from each test image, in the evaluation's order, to
+    the closest adversarial image found. Saved beside the evaluation, so that a call can resume.
 
     Args:
-        scores: whose network and images.
-        trials: settings that the search tries, each with half of the steps.
+        scores: an evaluation, which gives the network and the images.
+        trials: number of settings that the search tries, each with half of the steps.
         steps: of the attack.
 
     Raises:
-        Stopped: by a signal or ``--time_limit``; what was found is kept.
+        Stopped: on a signal or at ``--time_limit``; the distances found are saved.
     """
     evaluation = scores.evaluation
     model, split, settings = evaluation.model, evaluation.data.test, evaluation.settings
@@ -201,12 +201,13 @@ def distances(scores: Scores, trials: int, steps: int) -> tuple[FMN, list[float]
 
 
 def beyond(found: Sequence[float], eps: float) -> float:
-    """The percentage of images that no perturbation up to ``eps`` (of [0, 1]) fooled."""
+    """Robust accuracy in percent at ``eps``, for pixels in [0, 1], by the distances found."""
     return 100 * sum(distance > eps for distance in found) / len(found)
 
 
 def agrees(network: nn.Module, entry: Entry, *, normalization: bool) -> bool:
-    """Whether a network, loaded as others do, answers as ours."""
+    """Whether a network, loaded as the benchmark does, gives the entry's logits; ``normalization``
+    says if it normalizes the pixels itself."""
     images = entry.trained.images(5)
     with torch.no_grad():
         expected = entry.trained.model(images)

@@ -1,4 +1,4 @@
-"""A folder for the Hugging Face Hub: ``config.json``, ``model.safetensors``, a card."""
+"""Writes a folder for the Hugging Face Hub: ``config.json``, ``model.safetensors`` and a card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from utils.submission.entries import Entry
 
 
 def write(entry: Entry, out: Path, name: str | None) -> str:
-    """Write the network's files into the folder ``out``; returns what to do with them."""
+    """Write the network's files into the folder ``out`` and return how to upload them.
+
+    Raises:
+        InputError: huggingface_hub is not installed.
+        RunError: the network in ``out`` gives other logits.
+    """
     try:
         from huggingface_hub import ModelCard
 
@@ -30,7 +35,7 @@ def write(entry: Entry, out: Path, name: str | None) -> str:
     with torch.no_grad():
         again = HubNetwork.from_pretrained(str(out))(images)
         if not torch.equal(again, entry.trained.model(images)):
-            raise RunError(f"{out} does not answer as {entry.path}")
+            raise RunError(f"{out} does not give the logits of {entry.path}")
     return f"upload it by: hf upload {shlex.quote(f'USER/{title}')} {shlex.quote(str(out))}"
 
 

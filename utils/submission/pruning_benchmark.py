@@ -1,6 +1,6 @@
-"""What the Adversarial Pruning Benchmark asks for (Piras et al., arXiv 2409.01249): one
-architecture, data set and structure at three sparsities, each with its distances; a taxonomy entry;
-and an issue that reports them."""
+"""Writes a submission to the Adversarial Pruning Benchmark (Piras et al., arXiv 2409.01249): one
+architecture, data set and structure at three sparsities, each with its adversarial distances; a
+taxonomy entry; and the text of an issue."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from utils.submission.entries import Entry, agrees, autoattack, beyond, distance
 
 BALL = ("linf", 255 * BENCHMARK_EPS)  # of AutoAttack; HO-FMN's robust accuracy is at 8/255
 _PAPER = "https://arxiv.org/pdf/2202.09844.pdf"
-# how near to the benchmark's percentages a network must be
+# largest deviation from the benchmark's sparsities, in percentage points
 _TOLERANCES = {"weights": 0.5, "channels": 4.0}
-_MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # in their networks of Flying Bird
-_PAPERS = ("fb", "fbp", "rb")  # methods, by weights
+_MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # in its Flying Bird networks
+_PAPERS = ("fb", "fbp", "rb")  # the paper's methods, for weights
 _KEYS = {"fb": "FlyingBird_Chen2021Sparsity", "rb": "RobustBird_Chen2021Sparsity"}
 _METHODS = {"fb": "FlyingBird", "fbp": "FlyingBirdPlus", "rb": "RobustBird", "oneshot": "OneShot"}
-_STATIC = {  # criteria of first masks that stay
+_STATIC = {  # criteria of static masks
     "magnitude": "Lowest Weight Magnitude LWM",
     **dict.fromkeys(("snip", "grasp", "synflow"), "Least Importance Score (LIS)"),
 }
 
 
 def chosen(entries: Sequence[Entry]) -> dict[int, Entry]:
-    """The networks by the benchmark's sparsity; raises ``InputError`` if they are not what it
-    takes."""
+    """The networks by the benchmark's sparsity in percent; raises ``InputError`` if it does not
+    accept them."""
     first = entries[0]
     for entry in entries:
         name, settings = entry.run.name, entry.run.settings
@@ -81,8 +81,8 @@ def write(
     trials: int,
     steps: int,
 ) -> str:
-    """Evaluate the networks and write their files into the folder ``out``; returns what to do with
-    them."""
+    """Evaluate the networks and write their files into the folder ``out``; returns the next step
+    for the user. Raises ``RunError`` if a written network gives other logits."""
     networks = chosen(entries)
     first = next(iter(networks.values()))
     method = first.run.method.removesuffix("-channel")
@@ -133,14 +133,14 @@ def write(
 
 
 def _key(method: str, narrow: bool) -> str:
-    """The benchmark's where it has the method, else one to be replaced by ``--name``."""
+    """The benchmark's key for the method, else a placeholder that ``--name`` replaces."""
     if not narrow and method in _KEYS:
         return _KEYS[method]
     return f"{_METHODS.get(method, 'Static')}{'Channels' if narrow else ''}_Unpublished"
 
 
 def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
-    """In the words of the benchmark's form; where it has none for a run, in ours."""
+    """The taxonomy entry in the terms of the benchmark's form, or in ours if it has none."""
     settings: Any = entry.run.settings
     during, ticket = method in ("fb", "fbp"), method in ("rb", "oneshot")
     pipeline = {"Type of Pipeline:": "D-Methods Pruning During Training"}
@@ -154,7 +154,7 @@ def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
             "B: Training step ": _training(settings),
             "B: OneShot (1S) vs Iterative (IT)": "1S",
         }
-    # per layer or group: as many grow as were dropped there
+    # each layer or channel group grows as many as it drops
     local = during or entry.narrow or not ticket
     criterion = "Lowest Weight Magnitude LWM"
     if entry.narrow and during and settings.channel_score == "taylor":
@@ -184,7 +184,7 @@ def _checkpoint(entry: Entry) -> bytes:
 
 
 def _flat_state(entry: Entry) -> dict[str, torch.Tensor]:
-    """In full size, without the pixels' statistics, which its networks have as constants."""
+    """Full-size state dict without the pixel statistics, which the benchmark has as constants."""
     content = FORMATS["state_dict"].content(entry.trained)
     state = torch.load(io.BytesIO(content), weights_only=True)
     return {name: value for name, value in state.items() if not name.startswith("normalize.")}
@@ -197,7 +197,7 @@ def _refuse_other_answers(path: Path, entry: Entry) -> None:
     network.normalize = nn.Identity()
     network.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=True)
     if not agrees(network, entry, normalization=False):
-        raise RunError(f"{path}: the full-size network does not answer as {entry.path}")
+        raise RunError(f"{path}: the full-size network does not give the logits of {entry.path}")
 
 
 def _zeros(entry: Entry) -> dict[str, float]:

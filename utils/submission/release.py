@@ -1,4 +1,4 @@
-"""A released model: the packed network and its card."""
+"""Writes a model for release: the packed network and its card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.submission.entries import Entry
 
 
 def write(entry: Entry, out: Path, name: str | None) -> str:
-    """Write the network's files into the folder ``out``; returns what to do with them."""
+    """Write the network's files into the folder ``out``; returns the next step for the user."""
     path, difference = export(entry.path, "packed", out / "model.pt")
     note = (
         "\n- the figures are those of the float32 weights; float16, as here, moves the logits by at"

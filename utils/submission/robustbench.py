@@ -1,5 +1,5 @@
-"""What RobustBench asks for: the entry that its ``benchmark(to_disk=True)`` writes, the weights, a
-module of the architecture that needs nothing of ours, and the issue that claims the figures."""
+"""Writes a submission to RobustBench: the entry that its ``benchmark(to_disk=True)`` writes, the
+weights, a self-contained module of the architecture, and the text of an issue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.submission.entries import Entry, agrees, autoattack, json_text
 
 _BALLS = {("linf", 8.0): ("Linf", "8/255"), ("l2", 127.5): ("L2", "0.5")}  # radius in 1/255
 _DATASETS = {"CIFAR10": "cifar10", "CIFAR100": "cifar100"}
-_PAPER = {  # whose methods the paper's are; of others the entry's maker fills in the fields
+_PAPER = {  # for the paper's methods; for others the submitter fills in the fields
     "link": "https://arxiv.org/abs/2202.09844",
     "name": "Sparsity Winning Twice: Better Robust Generalization from More Efficient Training",
     "authors": "Tianlong Chen, Zhenyu Zhang, Pengjun Wang, Santosh Balachandra, Haoyu Ma, Zehao"
@@ -33,8 +33,8 @@ _PAPER = {  # whose methods the paper's are; of others the entry's maker fills i
 
 
 def checked(entry: Entry, name: str | None) -> tuple[str, str, str]:
-    """The network's name there, threat model and radius; raises ``InputError`` for a name that is
-    none, or if RobustBench has no such leaderboard."""
+    """The model's name, threat model and radius as RobustBench writes them; raises ``InputError``
+    for an invalid name, an architecture of the user's own, or if there is no such leaderboard."""
     settings = entry.run.settings
     require(
         entry.dataset in _DATASETS,
@@ -59,8 +59,8 @@ def checked(entry: Entry, name: str | None) -> tuple[str, str, str]:
 
 
 def write(entry: Entry, out: Path, name: str | None, flags: Sequence[str]) -> str:
-    """Evaluate the network and write its files into the folder ``out``; returns what to do with
-    them."""
+    """Evaluate the network and write its files into the folder ``out``; returns the next step for
+    the user. Raises ``RunError`` if the written network gives other logits."""
     model_id, threat, radius = checked(entry, name)
     (out / f"{model_id}.pt").write_bytes(FORMATS["state_dict"].content(entry.trained))
     (out / f"{model_id}.py").write_text(architecture(entry.spec, model_id))
@@ -82,7 +82,7 @@ def ball(entry: Entry) -> tuple[str, float]:
 
 
 def _info(entry: Entry, radius: str, figures: dict[str, str]) -> dict[str, Any]:
-    """The fields of its ``ModelInfo``, in their order."""
+    """The fields of RobustBench's ``ModelInfo``, in order."""
     what = "channels" if entry.narrow else "weights"
     paper = _PAPER if entry.run.method in ("rb", "fb", "fbp") else dict.fromkeys(_PAPER)
     return {
@@ -115,10 +115,10 @@ def _architecture_name(entry: Entry) -> str:
 
 
 def architecture(spec: Any, name: str) -> str:
-    """A module that defines the class ``name``, the full-size network, and imports torch alone."""
+    """Source of a module with the class ``name``, the full-size network; it needs only torch."""
     family = {**dict.fromkeys(RESNETS, resnet), **dict.fromkeys(STAGES, vgg)}
     module = family.get(spec["arch"], wideresnet)
-    # a WRN is built of the ResNets' layers
+    # a WideResNet is built from the ResNets' layers
     parts = [normalize, resnet, module] if module is wideresnet else [normalize, module]
     network, sizes = network_class(
         spec["arch"], spec["width"], spec["depth_factor"], spec["width_factor"]
@@ -144,7 +144,7 @@ def _refuse_other_answers(out: Path, name: str, entry: Entry) -> None:
     network = runpy.run_path(str(out / f"{name}.py"))[name]()
     network.load_state_dict(torch.load(out / f"{name}.pt", weights_only=True), strict=True)
     if not agrees(network, entry, normalization=True):
-        raise RunError(f"{out / name}.py does not answer as {entry.path}")
+        raise RunError(f"{out / name}.py does not give the logits of {entry.path}")
 
 
 def _issue(name: str, threat: str, info: dict[str, Any]) -> str:

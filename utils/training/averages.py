@@ -1,8 +1,8 @@
-"""Averages of a network's weights over its training, kept beside it as a network of their own.
+"""Averaged networks, kept beside the network in training.
 
 ``ExponentialAverage`` moves a little after every step; ``EpochAverage`` is the mean over epochs
-(stochastic weight averaging, Izmailov et al., 2018). Both follow the masks: a dead weight has the
-average zero, and a weight that grows begins its average anew.
+(stochastic weight averaging, Izmailov et al., 2018). Both follow the masks: the average of a dead
+weight is zero, and that of a grown weight starts from scratch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ AnyMasking = Masking | ChannelMasking
 
 
 class Average:
-    """The averaged network.
+    """Base class: the averaged network.
 
     Attributes:
         model: the averaged weights and batch-norm statistics, in eval mode, without gradients.
-        count: how many networks are averaged so far.
+        count: networks averaged so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,14 +34,14 @@ class Average:
         self.count = 0
 
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
-        """Follow the weights and masks after a step of training."""
+        """Follow the weights and masks after a training step."""
 
     def after_epoch(self, model: nn.Module, masking: AnyMasking | None) -> None:
         """Follow the weights after an epoch's last step."""
 
     @torch.no_grad()
     def follow(self, move: ChannelMove) -> None:
-        """Follow an update of channels: what has grown begins its average anew."""
+        """Follow a mask update of channels: grown channels start their average from scratch."""
         mine = _tensors(self.model)
         put(self.model, {n: move.carried(n, mine[n], value) for n, value in move.values.items()})
 
@@ -57,8 +57,8 @@ class ExponentialAverage(Average):
     """``average = d average + (1 - d) weights`` after every step, batch-norm statistics included.
 
     Args:
-        model: its weights start the average.
-        decay: d once warm; the t-th step (from 0) takes min(d, (1 + t) / (10 + t)).
+        model: its weights are the initial average.
+        decay: d after a warm-up; step t (from 0) uses min(d, (1 + t) / (10 + t)).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -73,11 +73,10 @@ class ExponentialAverage(Average):
         moving = [name for name, tensor in mine.items() if tensor.is_floating_point()]
         ours = [mine[name] for name in moving]
         torch._foreach_lerp_(ours, [theirs[name] for name in moving], 1 - decay)
-        for name in mine.keys() - moving:  # counts of batches
+        for name in mine.keys() - moving:  # batch counters
             mine[name].copy_(theirs[name])
         self.count += 1
-        # A weight that has just grown is zero, and so is its average since it was masked: it begins
-        # anew by itself.
+        # A grown weight and its average are both zero, so its average starts from scratch.
         if masking is not None and masking.masks is not self._masks:
             self._masks = masking.masks
             for name, mask in masking.masks.items():
@@ -93,7 +92,7 @@ class EpochAverage(Average):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._masks: Mapping[str, Tensor] | None = None
-        # Epochs that each masked weight has been averaged over, since it grew.
+        # Epochs averaged into each weight since it grew.
         self._ages: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -118,7 +117,7 @@ class EpochAverage(Average):
                 age.add_(1).mul_(masks[name])
                 average.add_((theirs[name] - average) / age.clamp_min(1))
                 average.masked_fill_(~masks[name], 0.0)
-            elif name in self._ages:  # of channels that grew at different times
+            elif name in self._ages:  # its channels grew at different times
                 average.add_((theirs[name] - average) / self._ages[name].add_(1))
             else:
                 average.add_((theirs[name] - average) / (self.count + 1))
@@ -126,7 +125,7 @@ class EpochAverage(Average):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
-        """What a mask update has dropped loses its average and its age."""
+        """Reset the average and the age of weights that a mask update has dropped."""
         if masking is None or masking.masks is self._masks:
             return
         self._masks = masking.masks
@@ -137,7 +136,7 @@ class EpochAverage(Average):
                     self._ages[name].mul_(self._masks[name])
 
     def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Batch-norm statistics of the averaged weights on clean training images."""
+        """Set batch-norm statistics from clean training images ``[N, C, H, W]``."""
         torch.optim.swa_utils.update_bn(batches, self.model)
         self.model.eval()
 

@@ -1,8 +1,8 @@
-"""Flying Bird by channels: a network that has only its live channels while it trains.
+"""Flying Bird on channels: while the network trains, only its live channels exist.
 
 A full-size store keeps the weights of all channels. The network that is attacked, trained, tested
-and saved is narrow; a mask update drops and grows channels group by group, with exact counts, and
-gathers its weights anew from the store. What grows changes nothing at first: nobody reads it yet.
+and saved is narrow. A mask update drops and grows an exact number of channels in each group and
+gathers the narrow weights from the store. Weights that read a grown channel start at zero.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ CHANNEL_SCORES = ("taylor", "scale")
 
 @dataclass(frozen=True)
 class ChannelMove:
-    """What a mask update did to the tensors of a narrow network.
+    """How a mask update changed the tensors of a narrow network.
 
     Attributes:
-        sources: by tensor where each of its numbers lay before the update, row-major; -1 for one
-            that has grown.
-        values: by tensor its numbers after the update.
-        reshapes: whether shapes changed.
+        sources: by tensor name, the flat (row-major) index that each element had before the update,
+            int64; -1 for a grown element.
+        values: by tensor name, its values after the update.
+        reshapes: whether any shape changed.
     """
 
     sources: Mapping[str, Tensor]
@@ -51,8 +51,8 @@ class ChannelMove:
     reshapes: bool
 
     def carried(self, name: str, before: Tensor, grown: Tensor | None = None) -> Tensor:
-        """A tensor shaped like this one (momentum, average) after the update; what has grown is
-        taken from ``grown``, zero by default."""
+        """Carry a tensor shaped like ``name`` (momentum, average) over the update; grown elements
+        come from ``grown``, zero by default."""
         source = self.sources[name].to(before.device)
         carried = torch.take(before, source.clamp_min(0))
         other = torch.zeros_like(carried) if grown is None else grown.to(carried)
@@ -69,26 +69,26 @@ class _Scored(NamedTuple):
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    """Zero for a weight that was not used."""
+    """The gradient of a weight, zero if it was not used."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 class ChannelMasking:
-    """Keeps a network narrow: its live channels, their updates, and what is needed to resume them.
+    """Keeps a network narrow: holds, updates, saves and restores its live channels.
 
-    It is to channels what ``sparse_core.Masking`` is to weights, and is stepped and observed alike.
+    The counterpart of ``sparse_core.Masking`` for channels, stepped and observed like it.
 
     Args:
-        model: the narrow network, whose weights are replaced by those of the store.
-        store: the full-size network; its weights are the initial ones of all channels. They are
-            scaled to the narrow layers' fan-in.
-        optimizer: of the narrow network, SGD.
-        channels: the groups of the store.
-        live: of all channels those that ``model`` has.
+        model: the narrow network; its weights are overwritten with those of the store.
+        store: the full-size network with the initial weights of all channels, which are scaled in
+            place to the narrow layers' fan-in.
+        optimizer: SGD on the narrow network.
+        channels: the channel groups of the store.
+        live: the channels that ``model`` has, bool ``[channels.total]``.
         config: schedule and verdicts, as for weights; densities are of channels.
-        score: ``taylor`` drops the channels of smallest |scale * its gradient|, averaged over the
-            steps since the last update; ``scale`` those of smallest |scale| now.
-        multiple: Flying Bird+ adds and removes so many channels of a group at once.
+        score: ``taylor`` drops the channels with the smallest |scale * its gradient|, averaged over
+            the steps since the last update; ``scale`` those with the smallest |scale| now.
+        multiple: channels of a group that Flying Bird+ adds or removes at once.
         world: the processes that train together.
     """
 
@@ -122,31 +122,31 @@ class ChannelMasking:
         self._explored = live.clone()
         device = next(model.parameters()).device
         self._sums = torch.zeros(channels.total, dtype=torch.float64, device=device)
-        self._summed = 0  # steps
+        self._summed = 0  # steps in _sums
         self._shapes = {name: tuple(value.shape) for name, value in store.state_dict().items()}
         self._scale_to_fan_in()
         self._gather(self._positions())
         self._find_scored()
         if not config.fixed and score == "taylor":
-            # before the step, while scales are those that the gradients are of
+            # before the step, while the weights are those that the gradients belong to
             optimizer.register_step_pre_hook(lambda *_: self._add_scores())
 
     # ---- every step
 
     def step(self, loss_of: LossOf) -> ChannelMove | None:
-        """Call after each ``optimizer.step()``, gradients still in place; updates when due.
+        """Call after each ``optimizer.step()``, before gradients are cleared; updates when due.
 
         Args:
-            loss_of: the training loss of the last batch for any network of this architecture.
+            loss_of: computes the last batch's training loss for any network of this architecture.
 
         Returns:
-            What an update did, for whatever else is shaped like the weights.
+            The update's changes, for other tensors shaped like the weights; None without an update.
         """
         self.steps += 1
         return self.update(loss_of) if self.update_due() else None
 
     def update_due(self) -> bool:
-        """Whether channels change after the step that was just counted."""
+        """Whether a mask update is due after the step just counted."""
         return update_is_due(self.config, self.steps)
 
     @torch.no_grad()
@@ -155,8 +155,9 @@ class ChannelMasking:
         self._summed += 1
 
     def _scores_now(self) -> Tensor:
-        """|scale * gradient| (or |scale|) of every channel, summed over the norms of its group;
-        where it has no norm, of the weights that read it. Dead channels have zero."""
+        """Scores of all channels, float64: |scale * gradient| (or |scale|) summed over a channel's
+        batch norms; without any, |sum of weight * gradient| (or the sum of |weight|) over the
+        weights that read it. Dead channels score zero."""
         scores = torch.zeros_like(self._sums)
         for part in self._scales:
             scores.index_add_(0, part.owner, self._values(part).abs().double())
@@ -173,7 +174,7 @@ class ChannelMasking:
         return value.transpose(0, part.dim)[part.rows]
 
     def _find_scored(self) -> None:
-        """The scales of the narrow network, and the weights that read channels without one."""
+        """Find the narrow network's scales, and the weights that read channels without one."""
         normed = torch.zeros_like(self.live)
         for name in self.channels.scales:
             owner = self.channels.owners[name][0]
@@ -205,7 +206,7 @@ class ChannelMasking:
         ranks, statistics = self._probe(loss_of, kept)
         self.live = self._grown(ranks, kept, changes)
         self._explored = self._explored | self.live
-        self._awaken(self.live & ~was_live, statistics)
+        self._initialize_grown(self.live & ~was_live, statistics)
         move = self._move(before)
         self._sums.zero_()
         self._summed = 0
@@ -218,7 +219,7 @@ class ChannelMasking:
     def _changes(
         self, scores: Tensor, fraction: float, verdict: Verdict
     ) -> dict[str, tuple[int, int]]:
-        """How many channels each group drops and then grows among those that were dead."""
+        """How many channels each group drops, and how many dead ones it then grows."""
         counts, sizes = self.counts(), self.channels.sizes
         swaps = {
             name: min(math.ceil(fraction * live), sizes[name] - live, live - 1)
@@ -250,7 +251,7 @@ class ChannelMasking:
     def _spread(
         self, given: dict[str, int], multiples: int, order: list[str], room: Mapping[str, int]
     ) -> None:
-        """Give the groups, one after the other, a multiple each as long as they have room."""
+        """Add ``multiples`` of channels to ``given`` in place, one per group in turn if it fits."""
         while multiples:
             taking = [name for name in order if room[name] - given[name] >= self._multiple]
             if not taking:
@@ -270,8 +271,8 @@ class ChannelMasking:
         return live
 
     def _grown(self, ranks: Tensor, kept: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
-        """``kept`` and the channels of highest rank among those that were dead before."""
-        # what was just dropped counts as live while others are chosen
+        """``kept`` and the highest-ranked channels among those that were dead before."""
+        # a channel that was just dropped cannot grow back in the same update
         taken = self.live | kept
         grown = taken.clone()
         for (name, part), rank in zip(
@@ -284,10 +285,11 @@ class ChannelMasking:
         return kept | (grown & ~taken)
 
     def _probe(self, loss_of: LossOf, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """One batch through the full-size network, whose dead channels compute and are not read.
+        """Run one batch through the full-size network; dead channels are computed but not read.
 
         Returns:
-            The rank of each channel, and the statistics of the batch norms.
+            Each channel's rank for growth (random, or the norm of the gradient of the weights that
+            read it), and the batch-norm statistics by name.
         """
         probe = copy.deepcopy(self._store).train()
         self._reset_norms(probe.state_dict(keep_vars=True), ~kept, {})
@@ -320,16 +322,15 @@ class ChannelMasking:
             squares.index_add_(0, owner[owner >= 0], sums[owner >= 0])
         return squares.sqrt(), statistics
 
-    def _awaken(self, grown: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Channels that grow have their stored weights; nobody reads them, and their norms are
-        new."""
+    def _initialize_grown(self, grown: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        """Zero the stored weights that read grown channels, and reset their batch norms."""
         silence(self._store, self.channels, grown)
         self._reset_norms(self._store.state_dict(keep_vars=True), grown, statistics)
 
     def _reset_norms(
         self, state: Mapping[str, Tensor], chosen: Tensor, statistics: Mapping[str, Tensor]
     ) -> None:
-        """Scale 1, shift 0 and the given statistics for some channels of every norm."""
+        """Set scale 1, shift 0 and the given statistics for ``chosen`` channels of all norms."""
         for name in self.channels.scales:
             layer = name.removesuffix("weight")
             owner = self.channels.owners[name][0]
@@ -345,7 +346,7 @@ class ChannelMasking:
 
     @torch.no_grad()
     def _scale_to_fan_in(self) -> None:
-        """A layer that reads a part of its inputs starts as one of that size would."""
+        """Scale the initial weights of each layer to the fan-in that it has when narrow."""
         state = self._store.state_dict(keep_vars=True)
         for name, dim in self.channels.readers.items():
             kept = len(self.channels.indices(name, self.live)[dim])
@@ -373,7 +374,7 @@ class ChannelMasking:
                 stored[name].copy_(value)
 
     def _move(self, before: Mapping[str, Tensor]) -> ChannelMove:
-        """Gather the narrow network anew, and its momentum."""
+        """Gather the narrow network from the store, and carry its momentum over."""
         after = self._positions()
         stored = self._store.state_dict()
         reshapes = any(after[name].shape != index.shape for name, index in before.items())
@@ -400,7 +401,7 @@ class ChannelMasking:
                 self.optimizer.state[parameter] = {"momentum_buffer": momentum}
         return move
 
-    # ---- every epoch, and questions
+    # ---- every epoch, queries, state
 
     @property
     def epoch(self) -> int:
@@ -420,7 +421,7 @@ class ChannelMasking:
         return self.live.double().mean().item()
 
     def explored_fraction(self) -> float:
-        """Fraction of the channels that have been live at some time."""
+        """Fraction of the channels that have ever been live."""
         return self._explored.double().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -438,8 +439,8 @@ class ChannelMasking:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a ``state_dict`` whose live channels are those that this was made with; raises
-        ``ValueError`` for one of other channels."""
+        """Restore a ``state_dict``; raises ``ValueError`` if its live channels are not those of
+        this network."""
         if not torch.equal(state["live"], self.live):
             raise ValueError("the live channels are not those of the network")
         self._explored = state["explored"].clone()
@@ -451,5 +452,5 @@ class ChannelMasking:
         self.events = [dict(event) for event in state["events"]]
 
     def kept(self) -> Kept:
-        """What ``models.channels.narrow`` keeps of the full network to get this one."""
+        """What ``models.channels.narrow`` keeps of the full-size network to make this one."""
         return self.channels.kept(self.live)

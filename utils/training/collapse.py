@@ -1,7 +1,7 @@
-"""Guard against catastrophic overfitting of training by one-step attacks.
+"""Guard against catastrophic overfitting in training with one-step attacks.
 
-The network then withstands the one step alone, and its accuracy under PGD falls to nothing within
-an epoch (Wong, Rice and Kolter, 2020).
+An overfitted network withstands only the one-step attack: its accuracy under PGD falls to nothing
+within an epoch (Wong, Rice and Kolter, 2020).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from utils.attacks import PGD
 from utils.evaluation.scores import score
 from utils.execution.forward import Forward
 
-_IMAGES = 256  # of validation, for each look
-_LOOKS = 4  # an epoch
-_SHRINK = 0.75  # of the step size with each rollback
-_ABOVE_CHANCE = 1.5  # least accuracy under PGD, in chances, that can be lost
+_IMAGES = 256  # validation images per measurement
+_CHECKS_PER_EPOCH = 4  # measurements per epoch
+_SHRINK = 0.75  # factor on the step size per rollback
+_ABOVE_CHANCE = 1.5  # best PGD accuracy, in multiples of chance, from which a fall counts
 
 
 class CollapseError(Exception):
-    """Says what collapsed; the training may roll back."""
+    """Catastrophic overfitting: the message gives the accuracies; training may roll back."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """Accuracies in percent on some validation images, under PGD-10 and the one-step attack."""
 
     pgd: float
@@ -33,11 +33,11 @@ class Look:
 
 
 class CollapseGuard:
-    """Compares PGD-10 with the attack in training four times an epoch.
+    """Compares accuracy under PGD-10 and the training attack about four times an epoch.
 
     Attributes:
-        attack: the one-step attack as it is now, shorter after each rollback.
-        last: the newest look.
+        attack: the current one-step attack; each rollback shortens its step.
+        last: the latest measurement; None before the first.
     """
 
     def __init__(self, attack: PGD, data: Data, seed: int) -> None:
@@ -45,28 +45,28 @@ class CollapseGuard:
         self._images = data.val.subset(data.val.spread(_IMAGES))
         self._chance = 100 / len(data.classes)
         self._pgd = PGD(attack.eps, attack.eps / 4, 10, attack.norm)
-        self._best = Look(0.0, 0.0)
-        self.last: Look | None = None
+        self._best = Measurement(0.0, 0.0)
+        self.last: Measurement | None = None
         self.rollbacks = 0
-        self.is_told = False  # where it only warns, once
+        self.has_warned = False  # whether the user has been warned, which happens once
 
     @property
     def attack(self) -> PGD:
         return replace(self._first, step_size=self._first.step_size * _SHRINK**self.rollbacks)
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether to look after ``step`` (from 1) of an epoch of ``steps``."""
-        return step == steps or step % max(1, steps // _LOOKS) == 0
+        """Whether to measure after ``step`` (from 1) of an epoch of ``steps``."""
+        return step == steps or step % max(1, steps // _CHECKS_PER_EPOCH) == 0
 
-    def look(self, forward: Forward, where: str) -> None:
-        """Measure, and raise ``CollapseError`` where PGD's accuracy has fallen below half of its
-        best while the one-step attack's has not."""
+    def check(self, forward: Forward, where: str) -> None:
+        """Measure; raise ``CollapseError`` if accuracy under PGD has fallen below half of its best
+        while that under the one-step attack has not. ``where`` names the step in the message."""
         pgd, one_step = (
             score(forward, self._images, attack, seed=self._seed).accuracy
             for attack in (self._pgd, self.attack)
         )
-        self.last, best = Look(pgd, one_step), self._best
-        self._best = Look(max(best.pgd, pgd), max(best.one_step, one_step))
+        self.last, best = Measurement(pgd, one_step), self._best
+        self._best = Measurement(max(best.pgd, pgd), max(best.one_step, one_step))
         if (
             best.pgd >= _ABOVE_CHANCE * self._chance
             and pgd < best.pgd / 2
@@ -79,7 +79,7 @@ class CollapseGuard:
             )
 
     def figures(self) -> dict[str, float]:
-        """Of the last look, for ``metrics.jsonl``."""
+        """The latest measurement for ``metrics.jsonl``, in percent; step sizes in 1/255."""
         if self.last is None:
             return {}
         size = {"step_size": 255 * self.attack.step_size} if self.rollbacks else {}
@@ -93,6 +93,6 @@ class CollapseGuard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best = Look(*map(float, state["best"]))
-        self.last = Look(*map(float, state["last"])) if state["last"] else None
+        self._best = Measurement(*map(float, state["best"]))
+        self.last = Measurement(*map(float, state["last"])) if state["last"] else None
         self.rollbacks = int(state["rollbacks"])

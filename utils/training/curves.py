@@ -1,4 +1,4 @@
-"""Pictures that a run draws of itself."""
+"""Figures of a run: training curves and mask distances."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SERIES = (
 Row = Mapping[str, Any]
 
 
-_BAND = 0.18  # opacity
+BAND = 0.18  # opacity of the range over seeds
 
 
 def training_curves(rows: Sequence[Row], title: str) -> Figure:
-    """Accuracies (percent) by epoch, a panel a stage; Flying Bird+'s prune epochs as black lines
-    and its grow epochs as red ones."""
+    """Accuracies (percent) by epoch, one panel per stage, with Flying Bird+'s prune epochs as black
+    lines and its grow epochs as red ones."""
     stages = sorted({row.get("stage", 2) for row in rows})
     panels = [[row for row in rows if row.get("stage", 2) == stage] for stage in stages]
     figure = Figure(figsize=(8 + 2 * (len(panels) - 1), 5), layout="constrained")
-    # Wide enough for its labels, however few epochs a stage has.
+    # A minimum width leaves room for the labels of a stage with few epochs.
     widths = [max(len(panel), len(rows) / 4) for panel in panels]
     handles: dict[str, Any] = {}
     for axes, panel in zip(
@@ -41,8 +41,8 @@ def training_curves(rows: Sequence[Row], title: str) -> Figure:
         panels,
         strict=True,
     ):
-        _draw_curves(axes, panel)
-        handles |= _handles(axes)
+        draw_curves(axes, panel)
+        handles |= legend_handles(axes)
         if len(panels) > 1:
             axes.set_title(f"stage {panel[0]['stage']}")
         if panel is not panels[0]:
@@ -55,14 +55,14 @@ def training_curves(rows: Sequence[Row], title: str) -> Figure:
 def mask_distances(
     distances: Sequence[Sequence[float]], drawn: int | None, watched: tuple[int, float, bool] | None
 ) -> Figure:
-    """The early-bird picture: in what fraction of the positions the masks of two epochs differ, for
-    all pairs.
+    """The early-bird picture: the fraction of positions in which the masks of each two epochs
+    differ.
 
     Args:
-        distances: row e holds those of epoch e to the epochs before it, as ``EarlyBird.distances``.
-        drawn: the epoch (from 1) whose mask was drawn, if one was.
-        watched: window and tolerance of the early bird and whether its ticket has emerged, where it
-            ends the stage; a frame shows the window.
+        distances: row e holds those of epoch e to all earlier epochs, as ``EarlyBird.distances``.
+        drawn: the epoch (from 1) whose mask was drawn as the ticket; None before that.
+        watched: window, tolerance and whether the ticket has emerged; None if it does not end the
+            stage. A frame shows the window.
     """
     n = len(distances)
     matrix = [
@@ -96,12 +96,12 @@ def mask_distances(
     return figure
 
 
-def _handles(axes: Axes) -> dict[str, Any]:
+def legend_handles(axes: Axes) -> dict[str, Any]:
     return dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
 
 
-def _draw_curves(axes: Axes, rows: Sequence[Row], *others: Sequence[Row]) -> None:
-    """The accuracies of a run, or of it and those of other seeds."""
+def draw_curves(axes: Axes, rows: Sequence[Row], *others: Sequence[Row]) -> None:
+    """Plot the accuracies of a run, or their mean and range over it and runs of other seeds."""
     for key, label, colour, style in _SERIES:
         epochs, values = _by_epoch([rows, *others], key)
         if epochs:
@@ -110,7 +110,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], *others: Sequence[Row]) -> Non
             axes.plot(epochs, means, style, color=colour, label=label, linewidth=1.6, marker=marker)
             if others:
                 lowest, highest = list(map(min, values)), list(map(max, values))
-                axes.fill_between(epochs, lowest, highest, color=colour, alpha=_BAND, linewidth=0)
+                axes.fill_between(epochs, lowest, highest, color=colour, alpha=BAND, linewidth=0)
     for verdict, colour, offset in (("prune", "black", -0.12), ("grow", "red", 0.12)):
         marked = [row["epoch"] for row in rows if any(update[verdict] for update in row["updates"])]
         for number, epoch in enumerate(marked):
@@ -129,7 +129,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], *others: Sequence[Row]) -> Non
 
 
 def _by_epoch(runs: Sequence[Sequence[Row]], key: str) -> tuple[list[int], list[list[float]]]:
-    """The epochs in which all runs measured ``key``, and what each of them found there."""
+    """The epochs in which all runs measured ``key``, and for each epoch the value of every run."""
     found = [{row["epoch"]: row[key] for row in rows if key in row} for rows in runs]
     epochs = sorted(set(found[0]).intersection(*found[1:]))
     return epochs, [[measured[epoch] for measured in found] for epoch in epochs]

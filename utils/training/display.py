@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tqdm import tqdm
 
 from utils.storage.run_folder import RunFolder
 from utils.training.engine import Progress
-
-if TYPE_CHECKING:
-    pass
 
 
 class EpochDisplay:
@@ -36,7 +31,7 @@ class EpochDisplay:
         self._bar.close()
 
     def training(self, progress: Progress) -> None:
-        """After some training steps."""
+        """Show the progress after some training steps."""
         figures = f"loss {progress.loss:.3f}  acc {progress.accuracy:.2f}"
         if self._bar.disable:
             if progress.step % self._print_freq == 0 and progress.step < progress.steps:
@@ -51,5 +46,5 @@ class EpochDisplay:
         self._bar.set_postfix_str(figures)
 
     def images(self, count: int) -> None:
-        """After some evaluated images."""
+        """Advance by ``count`` evaluated images."""
         self._bar.update(count)

@@ -18,15 +18,15 @@ from utils.attacks import PGD, attack_draws
 from utils.errors import RunError
 from utils.execution.distributed import World
 from utils.execution.forward import Forward
-from utils.seeding import lent_generators, stream
+from utils.seeding import preserved_generators, stream
 from utils.training.averages import Average
 from utils.training.channel_masking import ChannelMasking, ChannelMove
 from utils.training.losses import LOSSES, NO_OPTIONS, LossOf, Network, Options, TrainLoss
 from utils.training.schedule import Plan, set_learning_rate
 from utils.training.weight_perturbation import perturbed_weights
 
-# looking waits for the device, so fast steps are not looked at one by one
-_SECONDS_BETWEEN_LOOKS = 1.0
+# Between reports of progress; not after each step, as reading the losses waits for the device.
+_SECONDS_BETWEEN_REPORTS = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an epoch stands: ``step`` of ``steps``, mean loss and accuracy (percent) so far, images
-    a second."""
+    """Progress of an epoch: mean loss and accuracy (percent) over the first ``step`` of ``steps``
+    steps, and images per second."""
 
     step: int
     steps: int
@@ -55,7 +55,7 @@ class Progress:
 def sgd(
     model: nn.Module, *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
 ) -> torch.optim.SGD:
-    """SGD in one pass over the weights."""
+    """Fused SGD: one pass over the weights."""
     return torch.optim.SGD(
         model.parameters(),
         lr,
@@ -67,11 +67,11 @@ def sgd(
 
 
 class Step(NamedTuple):
-    """What one update leaves, on the device.
+    """Result of one update, on the device.
 
     Attributes:
-        loss: mean over the images trained on (by all processes), detached.
-        right: correct answers among them.
+        loss: mean over the batch (of all processes), detached.
+        right: number of images in it that are classified correctly.
         loss_of: the same batch's loss for another network of this architecture.
     """
 
@@ -97,16 +97,16 @@ def train_step(
     """One update on one batch, masks apart.
 
     Args:
-        model: attacked and updated; the attack does not wait for other processes, unless its batch
-            norm is synchronized.
+        model: attacked and updated. The attack waits for other processes only if batch norm is
+            synchronized.
         attack: None trains on the images as they are.
         attack_training: craft in train mode (the paper's way) or eval mode.
-        key: of the random start; the images' indices come on top.
-        forward: how the network is computed, and by which processes, each of which has its part of
-            the batch; plainly in float32 and alone by default.
-        loss: what the update descends, with its ``options``.
-        awp: length of the adversarial weight perturbation; 0 for none.
-        masks: of the weights that it leaves at zero.
+        key: of the random start, together with the images' indices.
+        forward: how the network is computed, and by which processes, each with its part of the
+            batch; by default in float32 by this process alone.
+        loss: training loss, with its ``options``.
+        awp: size of the adversarial weight perturbation; 0 for none.
+        masks: of weights that the perturbation leaves at zero.
     """
     forward = Forward(model) if forward is None else forward
     world = forward.world
@@ -118,8 +118,7 @@ def train_step(
         network: Network, x: Tensor, attacked: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor]:
         value, logits = loss.compute(network, x, attacked, y, options)
-        # The average over processes of these is the mean over the whole batch, however it was
-        # divided.
+        # Averaged over processes, this is the mean over the whole batch, however it is split.
         return value * (batch.weight * world.size) if world.size > 1 else value, logits
 
     def update(x: Tensor, y: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,35 +172,34 @@ def train_epoch(
     """Train for one epoch in train mode.
 
     Args:
-        batches: the epoch's batches, from the first one that ``tally`` has not seen.
+        batches: the epoch's batches after those in ``tally``.
         steps: batches in the whole epoch.
         plan: the attack and the learning rate.
-        epoch: from 0; with ``plan.seed`` and the images' indices the key of the attack's random
-            starts, with the step and the process that of what the network itself draws by the
-            global generators; those are left as found.
+        epoch: from 0. With ``plan.seed`` and the images' indices it keys the attack's random
+            starts; with the step and the process, what the network itself draws from the global
+            generators, which are left as found.
         masking: stepped after each update.
-        average: of the weights, follows each step.
-        tally: of the steps that were done before, for an epoch that goes on in its middle.
-        print_freq: most steps between calls of ``on_progress``, at which the losses are also
-            checked; they come once a second too, so that slow steps show.
+        average: of the weights, updated after each step.
+        tally: of the steps done before, for an epoch that is resumed.
+        print_freq: maximum number of steps between calls of ``on_progress``, which also check the
+            losses. Slow steps are reported once a second.
         forward: as in ``train_step``.
-        after_step: called after each step, masks and all; may save the tally, and may raise to
-            leave.
-        on_move: called after an update of channels, before the average follows the step.
+        after_step: called after each step, masks included; may save the tally, and may raise.
+        on_move: called after an update of channels, before the average.
 
     Raises:
-        RunError: a loss that is not finite; the step is named. The network is then of no use. Or
-            masks that are not the same in all processes.
+        RunError: a loss is not finite (the network is then useless), or masks differ between
+            processes.
     """
     model.train()
     tally = Tally(steps) if tally is None else tally
     forward = Forward(model) if forward is None else forward
     options = plan.step_options(epoch)
-    looked_at = time.perf_counter()
-    start = looked_at - tally.seconds
-    with lent_generators(next(model.parameters()).device) as seed:
+    reported_at = time.perf_counter()
+    start = reported_at - tally.seconds
+    with preserved_generators(next(model.parameters()).device) as seed:
         for step, batch in enumerate(batches, tally.step):
-            # dropout draws alike in a resumed run
+            # so that dropout draws the same in a resumed run
             seed(stream(plan.seed, "network", epoch, step, forward.world.rank))
             set_learning_rate(optimizer, plan.rate(epoch, step, steps))
             done = train_step(
@@ -219,15 +217,15 @@ def train_epoch(
             now = time.perf_counter()
             tally.add(done.loss, done.right, batch.total)
             tally.seconds = now - start
-            looks = (
+            is_due = (
                 (step + 1) % print_freq == 0
                 or step + 1 == steps
-                or now - looked_at > _SECONDS_BETWEEN_LOOKS
+                or now - reported_at > _SECONDS_BETWEEN_REPORTS
             )
-            if forward.world.highest(looks):  # all of them at the same step
+            if forward.world.highest(is_due):  # all processes at the same step
                 progress = _progress(tally, epoch, forward.world)
-                looked_at = time.perf_counter()
-                tally.seconds = looked_at - start  # a look waits for what a GPU still has before it
+                reported_at = time.perf_counter()
+                tally.seconds = reported_at - start  # reading the losses waited for the GPU
                 on_progress(progress)
             after_step(tally)
     end = tally.progress(epoch)
@@ -261,11 +259,11 @@ def _progress(tally: Tally, epoch: int, world: World) -> Progress:
 
 
 class Tally:
-    """An epoch's running sums, which stay on the device until somebody looks, so that a step never
-    waits for them.
+    """An epoch's running sums. They stay on the device until they are read, so that no step waits.
 
     Attributes:
-        images: trained on so far; seconds: spent so far.
+        images: number trained on so far.
+        seconds: time spent so far.
     """
 
     def __init__(self, steps: int) -> None:
@@ -284,7 +282,7 @@ class Tally:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return len(self._losses)
 
     def progress(self, epoch: int) -> Progress:
@@ -314,11 +312,11 @@ class Tally:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take back a ``state_dict``; what is added later lies on ``device``."""
+        """Restore a ``state_dict``, its tensors on ``device``."""
         self._losses = list(state["losses"].to(device).unbind())
         self._right = int(state["right"])
         self._weights = [int(images) for images in state["weights"]]
         if len(self._losses) != len(self._weights):
-            raise ValueError("the tally of an epoch in its middle is broken")
+            raise ValueError("the tally of an unfinished epoch is broken")
         self.images = sum(self._weights)
         self.seconds = float(state["seconds"])

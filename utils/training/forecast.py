@@ -1,5 +1,4 @@
-"""How long a run will take: the passes it makes over images, and what a pass costs on this
-machine."""
+"""Forecast of a run's time: the passes over images it has left, and the cost of a pass."""
 
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ from utils.settings.applied import network_spec
 from utils.settings.common import CommonSettings
 from utils.training.engine import sgd, train_step
 
-# In forward passes: an attack's step is one there and one back to the image, an update there and
-# back to image and weights.
+# Cost in forward passes: an attack step is a forward pass and a backward pass to the image; the
+# backward pass of an update also goes to the weights.
 _ATTACK_STEP, _UPDATE = 2, 3
-_SECONDS = 2.0  # of measuring, after which one step more is not taken
-_MIN_SECONDS = 5.0  # of a run's own training, after its first update, that a forecast needs
+_SECONDS = 2.0  # of measuring, after which no further step is measured
+_MIN_SECONDS = 5.0  # of training after the first update that a forecast needs
 
 
 @dataclass(frozen=True)
 class Images:
-    """How many there are to train, validate and test on."""
+    """Number of images to train, validate and test on."""
 
     train: int
     val: int
@@ -40,13 +39,13 @@ def images_of(data: Data) -> Images:
 
 
 def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]) -> float:
-    """Forward passes of single images (or what costs as much) that a run has before it, stage 1 of
-    Robust Bird at its longest.
+    """Forward passes of single images, or their equivalent, that a run has left; stage 1 of Robust
+    Bird counts with all its epochs.
 
     Args:
         settings: of the run.
         images: of its data.
-        done: epochs behind it, by stage; fractions too.
+        done: epochs finished in each stage; may be fractional.
     """
     test = _passes_per_test_image(settings.test_attack)
     total = 0.0
@@ -63,17 +62,17 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
         total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
         total += further * images.train
         total += looks * (validated + tested) * test if attacked else epochs * images.val
-    # The best and the final model on test and training images, in float32, which takes about twice
-    # as long as bf16.
+    # Final scores of the best and the final model on test and training images, in float32, which
+    # takes about twice as long as bf16.
     train = min(images.train, settings.gap_subset or images.train)
     return total + 2 * 2 * test * (train + images.test)
 
 
 class Forecast:
-    """The pace of a training by its own first steps, told once.
+    """Measures the pace of training on its first steps and reports it once.
 
-    The first update only starts the clock, since what comes before it (kernels chosen, memory
-    taken) is slower, and so is all of a very short first epoch.
+    The first update only starts the clock: choosing kernels and allocating memory slow it down. A
+    first epoch that is too short to measure is left out for the same reason.
     """
 
     def __init__(self) -> None:
@@ -82,11 +81,11 @@ class Forecast:
         self._is_told = False
 
     def update(self, images: int, seconds: float, is_over: bool) -> float | None:
-        """Seconds an image, when that can be said for the first time.
+        """Seconds per image, the first time they are known; None otherwise.
 
         Args:
             images: trained on so far in this epoch.
-            seconds: that took.
+            seconds: time that they took.
             is_over: whether the epoch ends here.
         """
         if self._is_told:
@@ -110,14 +109,14 @@ def seconds_left(
     share: float,
     pace: float,
 ) -> float:
-    """Of a run in the middle of an epoch, tests included.
+    """Estimated seconds left of a run in the middle of an epoch, tests included.
 
     Args:
         settings: of the run.
         images: of its data.
-        history: its lines of metrics.
-        share: of the epoch's training that is done.
-        pace: seconds an image takes in this stage's training.
+        history: rows of its metrics.
+        share: fraction of the epoch's training that is done.
+        pace: seconds per image in this stage's training.
     """
     done = settings.epochs_done(history)
     plans = [plan for plan, _ in settings.trainings()]
@@ -129,14 +128,14 @@ def seconds_left(
 
 
 def _passes_per_test_image(attack: PGD) -> int:
-    """Passes to look at an image clean and attacked."""
+    """Passes to evaluate an image clean and attacked."""
     return 2 + _ATTACK_STEP * attack.steps
 
 
 def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device) -> float:
-    """Measured on training steps of the dense network with a short attack, after one to warm up:
-    the fastest of at most three, since whatever else runs can only slow them. Nothing is
-    compiled."""
+    """Seconds per pass of one image: the fastest of at most three training steps after one to warm
+    up, since other load can only slow them. The steps train the dense network, uncompiled, with a
+    one-step attack."""
     plan = settings.trainings()[-1][0]
     model = build_network(network_spec(settings, data), device, settings.seed)
     optimizer = sgd(
@@ -172,7 +171,7 @@ def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device)
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    """A duration in the unit that fits: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
     for limit, unit, size in ((90, "s", 1), (90 * 60, "min", 60), (48 * 3600, "h", 3600)):
         if seconds < limit:
             return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"

@@ -1,6 +1,6 @@
-"""Losses of adversarial training, which an update descends.
+"""Losses of adversarial training.
 
-Each names the loss and the start of the attack that belongs to it.
+Each entry also names the loss and the start of the attack that goes with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils.attacks import kl_divergence
 
 Network = Callable[[Tensor], Tensor]
-LossOf = Callable[[nn.Module], Tensor]  # the mean loss of one batch, of any network
+LossOf = Callable[[nn.Module], Tensor]  # mean loss of one batch for any network
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Options:
 
 
 NO_OPTIONS = Options()
-# Network, images [N, C, H, W], the same attacked, labels [N], options -> the mean loss over the
-# batch, and the logits of the attacked images.
+# Network, images [N, C, H, W], their adversarial images, labels [N], options -> the mean loss over
+# the batch, and the logits of the adversarial images.
 Compute = Callable[[Network, Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class TrainLoss:
-    """A loss to train by; ``LOSSES`` names them, and a custom one is added there.
+    """A training loss; ``LOSSES`` lists them by name, and a custom one is added there.
 
     Attributes:
         compute: the loss.
-        reference: where it comes from.
-        beta: the default weight of its robust term; None without one.
-        further_passes: an image, beyond the attacked image's to the weights and back.
-        attack: loss that PGD ascends in training, one of ``utils.attacks.LOSSES``.
+        reference: its source.
+        beta: default weight of its robust term; None if it has none.
+        further_passes: per image, beyond those of the adversarial image to the weights and back.
+        attack: the loss that PGD ascends in training, one of ``utils.attacks.LOSSES``.
         start: where PGD starts in training, one of ``utils.attacks.STARTS``.
         attack_mode: the network's mode while it is attacked in training.
     """
@@ -57,7 +57,7 @@ class TrainLoss:
 def cross_entropy(
     network: Network, images: Tensor, attacked: Tensor, y: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the attacked images."""
+    """Cross-entropy of the adversarial images."""
     logits = network(attacked)
     return F.cross_entropy(logits, y, label_smoothing=options.label_smoothing), logits
 
@@ -67,8 +67,8 @@ def trades(
 ) -> tuple[Tensor, Tensor]:
     """CE(p(x), y) + beta KL(p(x) || p(x')): accuracy on clean images against stability around them.
 
-    Clean and attacked images pass the network one batch after the other, as in the authors' code,
-    so that batch norm sees each by itself.
+    Clean and adversarial images pass through the network in separate batches, as in the authors'
+    code, so batch norm sees each on its own.
     """
     clean, logits = network(images), network(attacked)
     loss = F.cross_entropy(clean, y, label_smoothing=options.label_smoothing)

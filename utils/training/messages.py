@@ -1,4 +1,4 @@
-"""What a run says of itself, line by line."""
+"""Texts of a run's log lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def execution_text(execution: Execution, device: torch.device) -> str:
 
 
 def epoch_text(title: str, row: Mapping[str, Any]) -> str:
-    """An epoch's figures in a line, as far as it has them."""
+    """One line with the figures that an epoch has."""
     figures = [f"{title}  lr {row['lr']:g}  loss {row['train_loss']:.3f}"]
     for part in ("train", "val", "test"):
         measured = [
@@ -46,7 +46,7 @@ def epoch_text(title: str, row: Mapping[str, Any]) -> str:
 def saved_text(
     history: Sequence[Mapping[str, Any]], partial: Mapping[str, Any] | None, steps: int
 ) -> str:
-    """How far a checkpoint has come that holds ``history`` and an epoch's ``partial`` tally."""
+    """How far a checkpoint with ``history`` and an epoch's ``partial`` tally has come."""
     done = 0 if partial is None else len(partial["weights"])
     within = f"step {done} of {steps}" if done < steps else "all steps"
     if not history:
@@ -64,8 +64,8 @@ def last_good_text(path: Path, saved: str) -> str:
 
 
 def processes_text(before: int, now: int) -> str:
-    """Of a run that other processes resume than began it."""
+    """Note for a run that is resumed with another number of processes."""
     return (
         f"the checkpoint was written by {before} process(es), {now} resume(s): from here on batch"
-        " norm sees other parts of a batch"
+        " norm sees batches split differently"
     )

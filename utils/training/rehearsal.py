@@ -1,5 +1,5 @@
-"""What must hold of a network of one's own before it trains for hours: a step and a checkpoint
-rehearsed on two images.
+"""Checks of a custom network before it trains for hours: a step and a checkpoint, rehearsed on two
+images.
 
 Nothing is written, and the network and the global generators are left as they were found.
 """
@@ -27,34 +27,34 @@ from utils.evaluation.sanity import check_answers, close
 from utils.execution.distributed import ALONE
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import full_precision
-from utils.seeding import host_draws, lent_generators
+from utils.seeding import cpu_generator_states, preserved_generators
 from utils.storage.checkpoint import checksum, load_weights, network_weights, snapshot
 from utils.storage.packing import compact, expand
 
 
 @contextlib.contextmanager
 def refusing(arch: str) -> Iterator[None]:
-    """Whatever fails with a network of ``CUSTOM_ARCHITECTURES`` as an ``InputError`` that names it;
-    other networks fail as they do."""
+    """Turn failures of a network of ``CUSTOM_ARCHITECTURES`` into an ``InputError`` that names it.
+    Those of other networks pass unchanged, and so do ``RunError``, I/O and memory errors."""
     try:
         yield
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except InputError as error:
-        if arch not in CUSTOM_ARCHITECTURES or "--" in str(error):  # a flag says what it is of
+        if arch not in CUSTOM_ARCHITECTURES or "--" in str(error):  # it already names a flag
             raise
         raise InputError(f"--arch {arch}: {error}") from error
     except Exception as error:
         if arch not in CUSTOM_ARCHITECTURES:
             raise
         raise InputError(
-            f"--arch {arch} cannot be trained so: {type(error).__name__}{_place(error)}:"
+            f"--arch {arch} cannot be trained: {type(error).__name__}{_place(error)}:"
             f" {one_line(error)[:300]}"
         ) from error
 
 
 def _place(error: Exception) -> str:
-    """The last line of the user's own code that led there."""
+    """The innermost line of the traceback outside site-packages, usually in the user's code."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -64,27 +64,27 @@ def _place(error: Exception) -> str:
 
 
 def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[list[str], bool]:
-    """One forward and backward pass in train mode and the answers in eval mode.
+    """Run a forward and a backward pass in train mode, and check the logits in eval mode.
 
     Returns:
-        The trained parameters that had no gradient, and whether the network draws by a generator of
-        the host.
+        The names of trained parameters without a gradient, and whether the network draws from a
+        global generator of the CPU.
 
     Raises:
-        InputError: the logits are none, or what ``check_answers`` finds; images or parameters
-            without any gradient.
+        InputError: output that is not logits or that ``check_answers`` refuses; no gradient at the
+            images or at any parameter.
     """
     batch = next(plain_batches(data.train, 2))
     forward = Forward(
         model, dataclasses.replace(execution, compile=False, graphs="off", world=ALONE)
     )
     buffers = [buffer.clone() for buffer in model.buffers()]
-    with lent_generators(batch.x.device):
-        before = host_draws()
+    with preserved_generators(batch.x.device):
+        before = cpu_generator_states()
         x = batch.x.detach().clone().requires_grad_()
         with in_mode(model, True):
             F.cross_entropy(_logits(forward, x, len(data.classes)), batch.y).backward()
-        draws = host_draws() != before
+        draws = cpu_generator_states() != before
         trained = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -102,7 +102,7 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     if x.grad is None:
         raise InputError("the network passes no gradient to its images, so they cannot be attacked")
     if len(idle) == len(trained):
-        raise InputError("none of the network's parameters is trained")
+        raise InputError("none of the network's parameters can be trained")
     return idle, draws
 
 
@@ -111,7 +111,7 @@ def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
         shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         if shape != [len(x), classes]:
             raise InputError(
-                f"the network answers {len(x)} images with {shape} and not with logits [{len(x)},"
+                f"the network answers {len(x)} images with {shape} instead of logits [{len(x)},"
                 f" {classes}]"
             )
 
@@ -127,16 +127,16 @@ def rehearse_checkpoint(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Write a checkpoint into memory and make the network anew from it, which must give the same
-    answers.
+    """Write a checkpoint to memory and rebuild the network from it; the logits must be the same.
 
     Args:
-        states: of the optimizer and the masks, as a checkpoint has them.
-        spec: what ``build_network`` makes the network by, from other first weights than those of
-            ``seed``.
+        states: of the optimizer and the masks, as in a checkpoint.
+        spec: the network's description for ``build_network``.
+        seed: of the run; the rebuilt network is initialized with another one, so that weights
+            missing from the checkpoint show.
 
     Raises:
-        InputError: something of the network is not in its checkpoint.
+        InputError: the checkpoint lacks part of the network.
     """
     named = dict(model.named_parameters())
     momenta = {
@@ -157,7 +157,7 @@ def rehearse_checkpoint(
     buffer.seek(0)
     stored = expand(torch.load(buffer, weights_only=True))
     if checksum(stored) != checksum(content):
-        raise InputError("the network's checkpoint does not give back what it was given")
+        raise InputError("the network's checkpoint does not restore what was saved")
     other = build_network(spec, device, seed + 1)
     load_weights(other, network_weights(stored, "its checkpoint"), "its checkpoint", spec["arch"])
     x = next(plain_batches(data.train, 2)).x
@@ -166,10 +166,10 @@ def rehearse_checkpoint(
         in_mode(other, False),
         torch.no_grad(),
         full_precision(),
-        lent_generators(device),
+        preserved_generators(device),
     ):
         if not close(other(x), model(x)):
             raise InputError(
                 "the network answers differently once it is loaded from its checkpoint: it keeps"
-                " numbers outside of its state_dict, which register_buffer takes in"
+                " state outside its state_dict; register_buffer adds it"
             )

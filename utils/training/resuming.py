@@ -1,4 +1,4 @@
-"""Whether a run's folder, or one beside it, is the run that these settings mean."""
+"""Checks whether a run folder, or one beside it, holds the run that the settings describe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.storage.paths import RunPaths
 
 
 def refuse_used_folder(paths: RunPaths, *, resuming: bool, has_checkpoint: bool) -> None:
-    """A folder with a run is resumed or left alone; one that lost its checkpoints cannot be."""
+    """Raise ``InputError`` for a used folder unless resuming, or for epochs without checkpoint."""
     if paths.holds_a_run() and not resuming:
         raise InputError(
             f"{paths.root} already holds a run with these settings; --resume resumes it, another"
@@ -25,13 +25,13 @@ def refuse_used_folder(paths: RunPaths, *, resuming: bool, has_checkpoint: bool)
     if not has_checkpoint and paths.metrics.exists() and paths.metrics.read_text().strip():
         raise InputError(
             f"{paths.root} has epochs and no checkpoint, so it cannot be resumed; another"
-            " --save_dir starts anew"
+            " --save_dir starts a new run"
         )
 
 
 def refuse_changed_images(settings: CommonSettings, paths: RunPaths, data: Data) -> None:
-    """A run beside this one with all of its settings, which read other images at the same place,
-    was meant."""
+    """Raise ``InputError`` if a run beside this one has the same settings and data path but was
+    trained on other images: it was probably meant."""
     for root, config, differs in _beside(settings, paths):
         if differs:
             continue
@@ -45,20 +45,20 @@ def refuse_changed_images(settings: CommonSettings, paths: RunPaths, data: Data)
 def refuse_other_images(
     content: Mapping[str, Any], path: Path, data: Data, given: str | None
 ) -> None:
-    """``content`` of a checkpoint or a ``config.json``; older ones lack the digests of their
-    data."""
+    """Raise ``InputError`` if ``content`` (a checkpoint or ``config.json``) is of other data; older
+    ones without digests of their data pass."""
     theirs = content.get("digests")
     theirs = theirs if isinstance(theirs, Mapping) else {}
     changed = [part for part, digest in data.digests.items() if theirs.get(part, digest) != digest]
     if changed:
         raise InputError(
-            f"{path} was trained on other data than {given} holds now: its {', '.join(changed)}"
+            f"{path} was trained on other data than {given} has now: its {', '.join(changed)}"
             " differ"
         )
 
 
-def refuse_grown(settings: CommonSettings, stored: Mapping[str, Any], root: Path) -> None:
-    """A run that was given more epochs keeps the folder named by fewer, which these flags name."""
+def refuse_extended_run(settings: CommonSettings, stored: Mapping[str, Any], root: Path) -> None:
+    """Raise ``InputError`` for an extended run, whose folder is still named by its first length."""
     for name in settings.may_grow if settings.resume_dir is None else ():
         if stored.get(name) != getattr(settings, name):
             raise InputError(
@@ -68,7 +68,7 @@ def refuse_grown(settings: CommonSettings, stored: Mapping[str, Any], root: Path
 
 
 def closest_existing_run(settings: CommonSettings, paths: RunPaths) -> str:
-    """A run beside this one that differs in one or two settings, and may have been meant."""
+    """Text that names the closest run beside this one: same seed, at most two other settings."""
     found = [
         (len(differs), root, ", ".join(differs) or "these settings and other data")
         for root, _, differs in _beside(settings, paths)
@@ -80,7 +80,7 @@ def closest_existing_run(settings: CommonSettings, paths: RunPaths) -> str:
 def _beside(
     settings: CommonSettings, paths: RunPaths
 ) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
-    """Other runs beside this one: folder, ``config.json`` and the flags in which they differ."""
+    """Other runs beside this one: folder, ``config.json`` and the flags that differ."""
     mine = settings.canonical()
     results = [field.name for field in dataclasses.fields(settings) if field.metadata["result"]]
     for path in paths.root.parent.glob("*/" + paths.config.name):
@@ -89,7 +89,7 @@ def _beside(
         try:
             config = read_object(path)
             theirs = settings_from(type(settings), settings_in(config, path)).canonical()
-        except InputError:  # whatever else lies there
+        except InputError:  # not a run of this script
             continue
         differs = [f"--{name} {theirs[name]}" for name in results if theirs[name] != mine[name]]
         yield path.parent, config, differs

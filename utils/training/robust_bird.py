@@ -1,5 +1,5 @@
-"""The two stages of Robust Bird in one run: find a ticket in cheap training, prune to it, train it
-adversarially (docs/algorithms.md)."""
+"""The two stages of Robust Bird in one run: find a ticket by cheap training, prune the network to
+it, and train it adversarially (docs/algorithms.md)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def main(kind: type[TicketSettings], description: str) -> None:
-    """A Robust Bird script with the settings ``kind``."""
+    """Run a Robust Bird script with settings of the class ``kind``."""
 
     with joined() as world:
         settings = world.agree(
@@ -53,7 +53,7 @@ class RobustBirdRun(Run):
 
     settings: TicketSettings
 
-    # ---- where it begins, or goes on
+    # ---- start and resume
 
     def first_stage(self) -> Stage:
         settings = self.settings
@@ -94,13 +94,13 @@ class RobustBirdRun(Run):
         return stage
 
     def _on_dense_weights(self, stage: Stage) -> Stage:
-        """Remember what the dense network costs; the ticket is compared with it."""
-        self.number = 1
+        """Remember the dense network's costs, with which the ticket's are compared."""
+        self.stage_number = 1
         self.dense_costs = stage.costs
         return stage
 
     def _refuse_what_cannot_be_pruned(self, model: nn.Module) -> None:
-        """Known from the start, so that nobody trains a stage for it."""
+        """Raise ``InputError`` now instead of after stage 1."""
         settings = self.settings
         try:
             if settings.pruning == "channel":
@@ -118,7 +118,7 @@ class RobustBirdRun(Run):
         return plan_largest(model, shape, s.density, s.floor, s.channel_multiple)
 
     def _pretrained(self, path: str) -> nn.Module:
-        """The network of ``--stage1_pretrained``: dense, whole and of this architecture."""
+        """The network of ``--stage1_pretrained``; raises ``InputError`` if it does not fit."""
         content = read_checkpoint(path)
         if "channels" in (spec_in(content, path) or {}):
             raise InputError(
@@ -140,11 +140,11 @@ class RobustBirdRun(Run):
         )
         if self.settings.pruning == "unstructured" and live < round(self.settings.density * total):
             sparse = (
-                f"--stage1_pretrained {path} is sparse already: {live / total:.4f} of its weights"
+                f"--stage1_pretrained {path} is already sparse: {live / total:.4f} of its weights"
                 " are not zero"
             )
-            # Some grew and had no gradient since: where a map has one pixel, all of a 3x3 kernel
-            # but its centre.
+            # Grown weights stay zero without a gradient, e.g. all of a 3x3 kernel but its centre
+            # where the feature map has one pixel.
             why = (
                 f"fewer than --density {self.settings.density:g} keeps (the density of its run"
                 " counts live weights that are zero too)"
@@ -153,7 +153,7 @@ class RobustBirdRun(Run):
         return model
 
     def _refuse_other_spec(self, path: str, theirs: Mapping[str, Any]) -> None:
-        """Name the flags in which a checkpoint that says what it is differs from this run."""
+        """Raise ``InputError`` naming the flags in which a self-describing checkpoint differs."""
         names = [
             name
             for name in ("arch", "width", "depth_factor", "width_factor")
@@ -194,29 +194,29 @@ class RobustBirdRun(Run):
         return f"{what}, {now}, {then}, {execution_text(self.execution, self.device)}"
 
     def cautions(self) -> Sequence[str]:
-        return self.settings.cautions() if self.number == 1 else ()
+        return self.settings.cautions() if self.stage_number == 1 else ()
 
     def further_state(self) -> dict[str, Any]:
-        return {"stage": self.number}
+        return {"stage": self.stage_number}
 
     def where(self) -> str:
-        return f"stage {self.number}: "
+        return f"stage {self.stage_number}: "
 
     def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
-        return {"stage": self.number, **super().common_row(epoch, trained, seconds)}
+        return {"stage": self.stage_number, **super().common_row(epoch, trained, seconds)}
 
     # ---- the two stages
 
     def train_stages(self) -> None:
         settings = self.settings
-        if self.number == 1:
+        if self.stage_number == 1:
             if settings.stage1_pretrained is None:
                 self._find_ticket()
             self._prune()
         for epoch in range(len(self.rows), settings.epochs2):
             self.adversarial_epoch(epoch, f"stage 2 epoch {epoch + 1}/{settings.epochs2}")
-        # Not before: should the last checkpoint of stage 1 be damaged, the one before goes on with
-        # these masks.
+        # Only now: if the last checkpoint of stage 1 is damaged, a run resumes from the one before,
+        # with these masks.
         self.folder.drop(self.paths.mask(1).parent)
 
     def _find_ticket(self) -> None:
@@ -236,7 +236,7 @@ class RobustBirdRun(Run):
             found = f"the ticket emerged after epoch {last['epoch']}"
         else:
             found = (
-                f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; going on"
+                f"warning: no ticket emerged within --epochs1 {self.settings.epochs1}; continuing"
                 " with the mask of its last epoch"
             )
         if recent:
@@ -253,7 +253,7 @@ class RobustBirdRun(Run):
         )
 
     def _epoch_of_stage_1(self, epoch: int) -> None:
-        """Train, look at the clean validation images, draw the mask, record."""
+        """Train and evaluate one epoch (from 0) of stage 1, draw its mask, and record it."""
         title = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}"
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
         if self.settings.stage1_ra:
@@ -290,7 +290,7 @@ class RobustBirdRun(Run):
         self.say_epoch(title)
 
     def _prune(self) -> None:
-        """From the weights of stage 1, without rewinding, to the ticket with a fresh optimizer."""
+        """Prune the weights of stage 1 without rewinding; stage 2 starts with a fresh optimizer."""
         settings, model = self.settings, self.stage.model
         if settings.density == 1:
             self.folder.say("warning: --density 1 keeps everything, nothing is pruned")
@@ -305,7 +305,7 @@ class RobustBirdRun(Run):
                 )
             self.spec = {**self.spec, "channels": plan.channels.kept(live)}
             weights = narrow(model, self.spec["channels"]).state_dict()
-            # as a resumed run builds it, so that not even strides differ
+            # built the way a resumed run builds it, so that even the strides agree
             model = build_network(self.spec, self.device)
             model.load_state_dict(weights)
         masks = None
@@ -319,8 +319,8 @@ class RobustBirdRun(Run):
 
     def _second_stage(self, model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> Stage:
         settings = self.settings
-        self.number = 2
-        self.forecast = Forecast()  # attacks, and fewer weights or channels: another pace
+        self.stage_number = 2
+        self.forecast = Forecast()  # its pace differs: other attacks, fewer weights or channels
         stage = Stage(
             model,
             self.data,
@@ -352,7 +352,7 @@ class RobustBirdRun(Run):
 
     def draw(self) -> None:
         super().draw()
-        if self.number == 1 and self.rows1 and self.folder.writes:
+        if self.stage_number == 1 and self.rows1 and self.folder.writes:
             self.folder.write_picture(self.paths.distances, self._picture())
 
     def _picture(self) -> Figure:
@@ -386,7 +386,7 @@ class RobustBirdRun(Run):
         return {**super().summary(), "stage1": first, "channels": kept}
 
     def flops(self) -> dict[str, dict[str, int]]:
-        """Both counts of the ticket, with what stage 1 took added to the training."""
+        """Real and paper FLOPs of the ticket; those of training include stage 1."""
         counts, rows = super().flops(), self.rows1
         images, steps = len(self.data.train), self.settings.plan1.attack_steps
         counts["real"]["training"] += flops.real_training(

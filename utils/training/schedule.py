@@ -1,4 +1,4 @@
-"""Learning rates, and the plan of a training."""
+"""The plan of a training stage, and its learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ LR_SCHEDULES = ("step", "cosine", "onecycle")
 
 @dataclass(frozen=True)
 class Plan:
-    """One training from its first step to its last: what it sees, what it descends and at which
-    rate.
+    """The settings of one stage of training: attack, loss, learning rate and averages.
 
     Attributes:
-        epochs: how many.
-        attack: None trains on the images as they are.
-        attack_training: craft in train mode (the paper's way) or eval mode.
-        seed: of the order, the augmentation and the attack's starts.
+        epochs: number of epochs.
+        attack: the attack in training; None trains on clean images.
+        attack_training: whether to attack in train mode (as in the paper) or in eval mode.
+        seed: of the order of the images, their augmentation and the random starts.
         lr: rate at the start, or the peak of a cycle.
         milestones: epochs at which the rate is divided by ten.
         schedule: ``step``, by the milestones; ``cosine``, from ``lr`` to 0; ``onecycle``, up to
             ``lr`` and down to 0.
-        loss: what an update descends, with its options.
+        loss, options: the training loss and its settings.
         awp: length of the adversarial weight perturbation relative to each layer; 0 for none.
-        awp_start: the first epoch (from 0) with it.
+        awp_start: the first epoch (from 0) with that perturbation.
         ema: decay of an exponential average of the weights; 0 for none.
         guarded: whether one-step training is watched for catastrophic overfitting.
         swa_start: the first epoch (from 0) whose weights enter a mean over epochs; None for none.
@@ -58,18 +57,18 @@ class Plan:
         return 0 if self.attack is None else self.attack.steps
 
     def further_passes(self, epoch: int) -> int:
-        """Passes an image in an epoch (from 0), beyond those of attack steps and one update, where
-        a pass to the weights and back counts as three."""
+        """Passes per image in an epoch (from 0) beyond the attack steps and one update; a forward
+        pass with a backward pass to the weights counts as three."""
         update = 3 + self.loss.further_passes
         reference = int(self.attack is not None and self.attack.loss == "kl")
         return reference + update * (2 if self.perturbs(epoch) else 1) - 3
 
     def perturbs(self, epoch: int) -> bool:
-        """Whether an epoch (from 0) has the weights perturbed."""
+        """Whether the weights are perturbed in an epoch (from 0)."""
         return self.awp > 0 and epoch >= self.awp_start
 
     def step_options(self, epoch: int) -> dict[str, Any]:
-        """What ``train_step`` takes of this plan in an epoch (from 0)."""
+        """Arguments of ``train_step`` in an epoch (from 0)."""
         return {
             "attack": self.attack,
             "attack_training": self.attack_training,
@@ -90,13 +89,13 @@ class Plan:
 
 
 def cyclic_rate(fraction: float, peak: float) -> float:
-    """Up from 0 and down to 0 in straight lines over ``fraction`` 0 to 1 of a training, with the
-    peak at two fifths."""
+    """Linear from 0 up to ``peak`` and down to 0 over a training, with the peak at ``fraction`` 0.4
+    of it."""
     return peak * min(fraction / 0.4, (1 - fraction) / 0.6)
 
 
 def learning_rate(epoch: int, initial: float, milestones: Sequence[int]) -> float:
-    """The rate during ``epoch`` (from 0): a tenth of the one before from each milestone on."""
+    """The rate during ``epoch`` (from 0), divided by ten at each milestone."""
     return initial * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 

@@ -29,16 +29,16 @@ Row = dict[str, Any]
 
 
 class Stage:
-    """A network in training: its optimizer, its masks if it has any, and what one image costs it.
+    """A network in training: its optimizer, its masks if it has any, and its cost per image.
 
     Args:
         model: trained in place.
-        data: its training split is used.
+        data: trained on its training split.
         plan: epochs, attack and learning rate.
         settings: batch size, momentum and weight decay.
         execution: how the network is computed, and by which processes.
-        dense: weights of each prunable layer before channels were removed; the network's own by
-            default.
+        dense: number of weights of each prunable layer before channels were removed; the network's
+            own by default.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return len(self.loader)
 
     def prepare(self) -> str | None:
-        """Compile, before the first step, if that is to be; what to say of it."""
+        """Compile before the first step, if that is due; returns a note for the log."""
         if self._is_prepared:
             return None
         self._is_prepared = True
@@ -119,9 +119,9 @@ class Stage:
         )
 
     def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
-        """The steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to
+        """Train the steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to
         ``engine.train_epoch``."""
-        if self._synchronized:  # not before: the processes build their stages each for itself
+        if self._synchronized:  # not earlier: each process builds its stage on its own
             synchronize_batch_norm(self.model)
         batches = self.loader.epoch(epoch, first_step=tally.step)
         plan = self.plan
@@ -141,7 +141,7 @@ class Stage:
         )
 
     def _follow(self, move: ChannelMove) -> None:
-        """What else depends on the shapes of the network, or on where its channels lie."""
+        """Update what else depends on the network's shapes or on the positions of its channels."""
         if self.average is not None:
             self.average.follow(move)
         if move.reshapes:
@@ -149,7 +149,7 @@ class Stage:
             self.costs = flops.layer_costs(self.model, self._image_shape)
 
     def finish_epoch(self, epoch: int) -> None:
-        """Take the weights after an epoch (from 0) into a mean over epochs, if there is one."""
+        """Add the weights after an epoch (from 0) to the average over epochs, if there is one."""
         start = self.plan.swa_start
         if self.average is not None and (start is None or epoch >= start):
             self.average.after_epoch(self.model, self.masking)
@@ -171,15 +171,15 @@ class Stage:
         return {cost.name: cost.weights for cost in self.costs}
 
     def removed(self) -> Row:
-        """Of the network's description what is known by its masks alone: its live channels."""
+        """The part of the network's description that only its masks know: its live channels."""
         masking = self.masking
         return {"channels": masking.kept()} if isinstance(masking, ChannelMasking) else {}
 
     def figures(self) -> Row:
-        """How sparse the network is and what one image costs it, for ``metrics.jsonl``."""
+        """Sparsity and cost per image of the network, for ``metrics.jsonl``."""
         live = self.live_counts()
         masks = self.masking.masks if self.masking else {}
-        # a layer that is not used costs nothing
+        # an unused layer has no costs, so its mask gives its size
         dense = {name: self._dense.get(name) or masks[name].numel() for name in live}
         density = sum(live.values()) / sum(dense.values())
         return {
@@ -203,7 +203,7 @@ class Stage:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, kept in self.optimizer.state.items():
             for name, value in kept.items():
-                # laid out as the weights are: a step is one pass
+                # memory layout of the weights, so that a step is one pass
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     kept[name] = torch.empty_like(
                         parameter, dtype=value.dtype, requires_grad=False
@@ -225,14 +225,14 @@ def _average(model: nn.Module, plan: Plan) -> Average | None:
 def _rehearsed(
     model: nn.Module, data: Data, arch: str, execution: Execution
 ) -> tuple[list[str], bool]:
-    """What ``rehearse_step`` finds of a network of one's own; the others are known."""
+    """What ``rehearse_step`` finds about a custom network; built-in ones need no rehearsal."""
     if arch not in CUSTOM_ARCHITECTURES:
         return [], False
     with refusing(arch):
         idle, draws = rehearse_step(model, data, execution)
     if idle:
         warnings.warn(
-            f"without a gradient on the first images, so they stay as they are: {', '.join(idle)}",
+            f"without a gradient on the first images, so these stay unchanged: {', '.join(idle)}",
             stacklevel=2,
         )
     return idle, draws

@@ -1,4 +1,4 @@
-"""The summary of a run."""
+"""The summary of a run: final scores, FLOPs and checksums."""
 
 from __future__ import annotations
 
@@ -11,23 +11,44 @@ import torch
 from models import flops
 from models.loading import network_of, spec_in
 from utils.evaluation.scores import FinalScores
+from utils.settings.common import CommonSettings
 from utils.storage.checkpoint import checksum, load_checkpoint
 from utils.storage.paths import RunPaths
 from utils.training.stage import Row, Stage
 
 
-def figures(row: Mapping[str, Any], scores: FinalScores, *, averaged: bool = False) -> Row:
-    """One network's entry: the epoch it is of, whether its weights are averaged, and its final
-    scores."""
+def entry(row: Mapping[str, Any], scores: FinalScores, *, averaged: bool = False) -> Row:
+    """One network's entry: its epoch, validation RA, whether its weights are averaged, and its
+    final scores."""
     average = {"averaged": True} if averaged else {}
     return {"epoch": row["epoch"], "val_ra": row["val_ra"], **average, **dataclasses.asdict(scores)}
 
 
+def summary_content(
+    settings: CommonSettings, name: str, history: Sequence[Row], entries: Mapping[str, Row]
+) -> Row:
+    """What ``summary.json`` says of a run called ``name``: its settings, its networks' ``entries``,
+    and the sparsity and time in its ``history``."""
+    last, best, final = history[-1], entries["best"], entries["final"]
+    return {
+        "method": settings.method,
+        "run": name,
+        "settings": dataclasses.asdict(settings),
+        **entries,
+        "diff": best["test_ra"] - final["test_ra"],
+        "robust_gap": final["robust_gap"],
+        "density": last["density"],
+        "layer_densities": last["layer_densities"],
+        "explored": last["explored"],
+        "seconds": sum(row["seconds"] for row in history),
+    }
+
+
 def weight_checksums(paths: RunPaths) -> dict[str, str]:
-    """A checksum of each network that an evaluation may be of, by its file."""
+    """Checksums of the saved networks that may be evaluated, by file name."""
     found = {}
     for path in (paths.best_ra, paths.best_sa, paths.checkpoint, paths.average):
-        if not path.exists():  # no average is kept
+        if not path.exists():  # e.g. without an averaged network
             continue
         content = load_checkpoint(path)
         network = network_of(content, path, spec_in(content, path) or {}, torch.device("cpu"))
@@ -36,7 +57,7 @@ def weight_checksums(paths: RunPaths) -> dict[str, str]:
 
 
 def run_flops(stage: Stage, rows: Sequence[Row], images: int) -> dict[str, dict[str, int]]:
-    """The FLOPs of a stage, as its ``rows`` of metrics have them and as the paper counts them."""
+    """FLOPs of a stage: real ones from its ``rows`` of metrics, and as the paper counts them."""
     steps, by_epoch = stage.plan.attack_steps, [row["inference_flops"] for row in rows]
     further = [stage.plan.further_passes(epoch) for epoch in range(len(rows))]
     paper = flops.paper_inference(stage.costs, stage.live_counts())
@@ -53,7 +74,7 @@ def run_flops(stage: Stage, rows: Sequence[Row], images: int) -> dict[str, dict[
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """The end of a run in a few lines."""
+    """The summary in a few lines, for the end of a run's log."""
     best, final, first = summary["best"], summary["final"], summary.get("stage1")
     lines = [_ticket_text(first)] if first else []
     average, kind = summary.get("average"), "best averaged" if best.get("averaged") else "best"

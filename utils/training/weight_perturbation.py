@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-_TINY = 1e-20  # of the authors' code: a layer without a gradient is not moved
+_TINY = 1e-20  # from the authors' code: a layer whose gradient is zero is not moved
 
 
 @contextlib.contextmanager
@@ -18,14 +18,14 @@ def perturbed_weights(
     loss: Callable[[], Tensor],
     masks: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within, each layer is moved uphill by ``gamma`` of its norm, along ``loss()``'s gradient.
+    """Inside, each layer is moved by ``gamma`` times its norm along the gradient of ``loss()``.
 
-    Afterwards weights are bit for bit as before, and gradients are those computed within. The
-    ascent leaves no trace in batch-norm statistics.
+    On exit the weights are restored bit for bit, and the gradients are those computed inside. The
+    ascent leaves the batch-norm statistics unchanged.
 
     Args:
-        model: its trained parameters of two dimensions or more are moved, so no bias or norm.
-        gamma: length of the move in relation to the layer's norm.
+        model: its trained parameters of two or more dimensions are moved, so no bias or norm.
+        gamma: length of the move relative to the layer's norm.
         loss: computes the training loss of a batch, with the gradients averaged over processes.
         masks: live positions by weight name; the others stay zero.
     """

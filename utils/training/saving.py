@@ -1,0 +1,147 @@
+"""What a run saves of itself: the contents of its checkpoints and of ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data import Data
+from utils.settings.common import CommonSettings
+from utils.storage.checkpoint import load_newest
+from utils.storage.packing import compact
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import RunFolder
+from utils.training import messages
+from utils.training.engine import EpochResult
+from utils.training.stage import Row, Stage
+
+AVERAGE = "average_"  # prefix of the averaged network's figures
+
+
+class Checkpoints:
+    """The checkpoints that a run can be resumed from: the newest one and the one before it.
+
+    Attributes:
+        last_good: path of the newest one that is whole.
+        progress: how far the run has come there, in words; empty before the first one.
+        warning: why the newest one was not loaded, if it was not.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._saved_at = time.monotonic()
+        self.last_good = paths.checkpoint
+        self.progress = ""
+        self.warning: str | None = None
+
+    def exist(self) -> bool:
+        return self._paths.checkpoint.exists() or self._paths.previous.exists()
+
+    def load(self) -> dict[str, Any]:
+        """The contents of the newest one that is whole; raises ``InputError`` if none is."""
+        content, self.last_good, self.warning = load_newest(
+            self._paths.checkpoint, self._paths.previous
+        )
+        return content
+
+    def save(
+        self, folder: RunFolder, content: Mapping[str, Any], names: Sequence[str], progress: str
+    ) -> None:
+        """Queue a checkpoint for writing; ``names`` are those of the network's parameters."""
+
+        def on_disk() -> None:
+            self.progress, self.last_good = progress, self._paths.checkpoint
+
+        # A damaged checkpoint never replaces a whole one.
+        keep = self._paths.previous if self.last_good == self._paths.checkpoint else None
+        folder.save(self._paths.checkpoint, compact(content, names), keep=keep, on_disk=on_disk)
+        self._saved_at = time.monotonic()
+
+    def is_due(self, settings: CommonSettings, step: int) -> bool:
+        """Whether ``--save_every`` or ``--save_minutes`` asks for one after ``step`` of an
+        epoch."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        every = settings.save_every
+        return bool(every and step % every == 0) or minutes >= settings.save_minutes
+
+    def text(self, *, with_progress: bool = True) -> str:
+        """Which one a run that ends early can be resumed from."""
+        return messages.last_good_text(self.last_good, self.progress if with_progress else "")
+
+
+def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
+    """The row with the highest ``key``, and ``AVERAGE`` if the averaged network reached it, else
+    an empty string. The first of equals wins."""
+    every = [(row, kind) for row in rows for kind in ("", AVERAGE) if kind + key in row]
+    return max(every, key=lambda found: found[0][found[1] + key])
+
+
+def network_content(
+    stage: Stage,
+    settings: CommonSettings,
+    data: Data,
+    network: Mapping[str, Any],
+    row: Mapping[str, Any],
+    prefix: str = "",
+) -> dict[str, Any]:
+    """The network, or its average if ``prefix`` is ``AVERAGE``, with its description ``network``
+    and the ``row`` of metrics of its epoch: part of every checkpoint."""
+    model = stage.average.model if prefix and stage.average is not None else stage.model
+    return {
+        "state_dict": model.state_dict(),
+        **({"averaged": True} if prefix else {}),
+        "network": dict(network),
+        "script": settings.script,
+        "settings": dataclasses.asdict(settings),
+        "digests": dict(data.digests),
+        "epoch": row.get("epoch", 0),
+        "val_ra": row.get(prefix + "val_ra"),
+        "val_sa": row.get(prefix + "val_sa"),
+    }
+
+
+def config_content(
+    stage: Stage,
+    settings: CommonSettings,
+    data: Data,
+    network: Mapping[str, Any],
+    *,
+    epochs: int,
+    made_by: Sequence[Row],
+) -> Row:
+    """Contents of ``config.json``; ``epochs`` are those of the last stage."""
+    images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return {
+        "method": settings.method,
+        "settings": dataclasses.asdict(settings),
+        "milestones": settings.milestones_in(epochs),
+        "network": dict(network),
+        "classes": data.classes,
+        "digests": dict(data.digests),
+        "images": images,
+        "steps_per_epoch": stage.steps,
+        "compiled": stage.execution.compile,
+        "made_by": list(made_by),
+    }
+
+
+def epoch_row(stage: Stage, epoch: int, trained: EpochResult, seconds: float) -> Row:
+    """What every line of ``metrics.jsonl`` has; epochs count from 1 there (``epoch`` from 0),
+    accuracies are in percent."""
+    return {
+        "epoch": epoch + 1,
+        "lr": stage.plan.rate(epoch, 0, stage.steps),
+        "train_loss": trained.loss,
+        "train_sa" if stage.plan.attack is None else "train_ra": trained.accuracy,
+        **stage.figures(),
+        "updates": (
+            [{**e, "epoch": epoch + 1} for e in stage.masking.events if e["epoch"] == epoch]
+            if stage.masking
+            else []
+        ),
+        "images_per_second": trained.images / trained.seconds,
+        "train_seconds": trained.seconds,
+        "seconds": seconds,
+    }
