@@ -250,6 +250,15 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
     return states
 
 
+def _plan_apart(call: Call) -> list[tuple[str, str, float]]:
+    """``plan`` in a process of its own, which frees memory and GPU before the runs need them."""
+    planner = [sys.executable, __file__, "--plan", call.table, call.data, *call.extra]
+    planned = subprocess.run(planner, stdout=subprocess.PIPE)
+    if planned.returncode:
+        sys.exit(128 - planned.returncode if planned.returncode < 0 else planned.returncode)
+    return [tuple(state) for state in json.loads(planned.stdout)]
+
+
 def visible_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     visible = variable("CUDA_VISIBLE_DEVICES")
@@ -393,12 +402,7 @@ def main() -> None:
     for name in ("EPOCH", "SEED", "JOB"):
         if variable(name):
             print(f"note: {name} is ignored; did you mean {name}S?", file=sys.stderr, flush=True)
-    # In a process of its own, which frees memory and GPU before the runs need them.
-    planner = [sys.executable, __file__, "--plan", *(call.table, call.data, *call.extra)]
-    planned = subprocess.run(planner, stdout=subprocess.PIPE)
-    if planned.returncode:
-        sys.exit(128 - planned.returncode if planned.returncode < 0 else planned.returncode)
-    states = json.loads(planned.stdout)
+    states = plan(runs, call.jobs) if variable("PLAN") else _plan_apart(call)
     folders = [folder for _, folder, _ in states]
     left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":

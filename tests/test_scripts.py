@@ -54,61 +54,68 @@ def script(name, data, environment, *flags, **variables):
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=900)
 
 
-def planned(result):
+def planned(names):
     """Methods of the runs in a plan: the first parts of their folders' names."""
-    return [name.split("_")[0] for name in names_in(result)]
+    return [name.split("_")[0] for name in names]
 
 
-def names_in(result):
-    assert result.returncode == 0, result.stderr
+def names_in(plan):
     return [
         line.split()[0]
-        for line in result.stderr.splitlines()
+        for line in plan.splitlines()
         if re.match(r"[a-z-]+_(resnet|vgg|wide)", line)
     ]
 
 
+@pytest.fixture
+def plan_of(monkeypatch, capsys, environment):
+    """What a table's script prints with PLAN=1, without the process that it would start."""
+
+    def plan_of(name, *flags, **variables):
+        for key, value in {**environment, "PLAN": "1", **variables}.items():
+            monkeypatch.setenv(key, value)
+        result = toy.Command("tables", monkeypatch, capsys)(name, *flags)
+        assert result.code == 0, result.err
+        assert not Path(environment["OUT"]).exists()
+        return result.err
+
+    return plan_of
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_what_each_script_would_run(name, images, environment):
-    result = script(
-        name,
-        images,
-        environment,
-        PLAN=1,
-        SMOKE=1,
-        DENSITIES="0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else "",
-    )
+def test_what_each_script_would_run(name, images, plan_of):
+    densities = "0.8 0.6 0.4 0.2 0.1 0.05" if name == "fig1" else ""
+    plan = plan_of(name, images, SMOKE="1", DENSITIES=densities)
     expected = RUNS[name] if name != "benchmark" else RUNS[name][:6]  # a single density at toy size
-    assert planned(result) == expected
-    assert len(set(names_in(result))) == len(expected)
+    names = names_in(plan)
+    assert planned(names) == expected
+    assert len(set(names)) == len(expected)
     if name == "fig1":
         sparse = [
-            part
-            for run in names_in(result)[1:]
-            for part in run.split("_")
-            if re.fullmatch(r"d0\.\d+", part)
+            part for run in names[1:] for part in run.split("_") if re.fullmatch(r"d0\.\d+", part)
         ]
         assert sparse == [
             density for d in "0.8 0.6 0.4 0.2 0.1 0.05".split() for density in [f"d{d}"] * 2
         ]
     if name in ("architectures", "benchmark"):
-        assert [run.split("_")[1] for run in names_in(result)].count("vgg16") == len(expected) / 2
-    assert f"{len(expected)} of {len(expected)} runs to train, about" in result.stderr
-    assert not Path(environment["OUT"]).exists()
+        assert [run.split("_")[1] for run in names].count("vgg16") == len(expected) / 2
+    assert f"{len(expected)} of {len(expected)} runs to train, about" in plan
 
 
-def test_the_study_sets_sparsity_against_capacity(images, environment):
-    result = script("study", images, environment, "--train_subset", "50", PLAN=1, SMOKE=1, SEEDS=1)
+def test_the_study_sets_sparsity_against_capacity(images, environment, plan_of):
+    flags = ["--train_subset", "50", "--image_size", "16"]
+    names = names_in(plan_of("study", images, *flags, SMOKE="1", SEEDS="1"))
     assert (
-        planned(result)
+        planned(names)
         == (
             "dense fb fbp dense dense dense fb-channel rb-channel rb static static"
             " dense fb fbp fb dense fb dense fb dense"
         ).split()
     )
-    assert len(set(names_in(result))) == 20
+    assert len(set(names)) == 20
     some = script("study", images, environment, "--train_subset", "50", PLAN=1, PARTS="small awp")
-    assert planned(some) == ["dense", "dense", "dense", "dense", "fb", "fbp"] * 3
+    assert some.returncode == 0, some.stderr
+    assert planned(names_in(some.stderr)) == ["dense", "dense", "dense", "dense", "fb", "fbp"] * 3
     new = {**environment, "OUT": environment["OUT"] + "-new"}
     wrong = script("study", images, new, PLAN=1, PARTS="little")
     assert wrong.returncode == 2
@@ -116,7 +123,7 @@ def test_the_study_sets_sparsity_against_capacity(images, environment):
     assert not Path(new["OUT"]).exists()
 
 
-def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
+def test_the_papers_commands_are_what_a_full_run_asks_for(plan_of):
     """Nothing is shortened unless asked: the run names are those of the README's commands."""
     from data import load_data
     from utils.settings.adversarial import AdversarialSettings
@@ -124,8 +131,8 @@ def test_the_papers_commands_are_what_a_full_run_asks_for(environment):
     from utils.settings.command_line import parse_settings
     from utils.settings.robust_bird import EarlyBirdSettings
 
-    result = script("table1", "digits", environment, PLAN=1, CHANNELS=0, SEEDS="1 2")
-    names = [line.split()[0] for line in result.stderr.splitlines()[:-1]]
+    plan = plan_of("table1", "digits", CHANNELS="0", SEEDS="1 2")
+    names = [line.split()[0] for line in plan.splitlines()[:-1]]
     sparse = ["--density", "0.2", "--dynamic_fre"]
     paper = [
         AdversarialSettings,
@@ -391,11 +398,10 @@ def test_help_starts_nothing(name, environment):
     assert "set -" not in result.stdout
 
 
-def test_a_variable_of_another_name_is_told(environment):
-    result = script("fb", "digits", environment, PLAN=1, SMOKE=1, EPOCH=2)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("note: EPOCH is ignored; did you mean EPOCHS?\n")
-    assert "note: " not in script("fb", "digits", environment, PLAN=1, SMOKE=1).stderr
+def test_a_variable_of_another_name_is_told(plan_of):
+    assert "note: " not in plan_of("fb", "digits", SMOKE="1")
+    again = plan_of("fb", "digits", SMOKE="1", EPOCH="2")
+    assert again.startswith("note: EPOCH is ignored; did you mean EPOCHS?\n")
 
 
 def test_setting_up_says_what_to_do_next(environment):
