@@ -67,11 +67,6 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in ``folder``, sorted by name; other types and hidden files are skipped."""
-    return _sorted_out(folder)[0]
-
-
 def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in ``folder`` and its other visible entries, each sorted by name."""
     extensions = Image.registered_extensions()

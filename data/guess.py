@@ -1,10 +1,8 @@
-"""Guess which data set a folder holds, by its content or else its name: ``python -m data.guess
-FOLDER`` prints it, or exits with 1."""
+"""Guess which data set a folder holds, by its content or else its name."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 # Files that torchvision leaves, and patterns of folder names such as "cifar-100-python" or
@@ -58,9 +56,3 @@ def _by_name(name: str) -> str | None:
         if re.search(rf"(?<![a-z0-9]){pattern}(?![a-z0-9])", name.lower())
     )
     return next(found, None)
-
-
-if __name__ == "__main__":
-    name = guess_data_set(sys.argv[1])
-    print(name or "", end="")
-    sys.exit(name is None)

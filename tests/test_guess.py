@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 
 from data.guess import guess_data_set
@@ -71,11 +68,3 @@ def test_every_script_guesses_alike(kind, image_tree):
         parse_settings(kind, ["--data", str(image_tree)], "", lambda given: {}).dataset
         == "imagefolder"
     )
-
-
-def test_shell_scripts_ask_the_same(image_tree, tmp_path):
-    for path, answer in ((image_tree, (0, "imagefolder")), (tmp_path / "tiny", (1, ""))):
-        result = subprocess.run(
-            [sys.executable, "-m", "data.guess", path], capture_output=True, text=True
-        )
-        assert (result.returncode, result.stdout) == answer

@@ -179,7 +179,7 @@ def test_fractions_of_the_run():
         ("--resume_dir x --save_dir y", "names the folder itself"),
         ("--eval --pretrained x --eval_attack autoattack --train_subset 5", "test images alone"),
         ("--lr 0", "positive"),
-        ("--train_eps -1", "negative"),
+        ("--train_eps -1", "0 or more"),
         ("--train_subset 0", "at least 1"),
         ("--resume --resume_dir x", "choose one"),
         ("--eval", "needs --pretrained"),

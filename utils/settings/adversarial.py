@@ -322,29 +322,16 @@ class AdversarialSettings(CommonSettings):
     def check_values(self) -> None:
         super().check_values()
         counts = ["epochs", "update_frequency", "second_frequency", "epoch_range"]
-        self.check_numbers(at_least_one=counts, not_negative=["prune_ratio", "growth_ratio"])
-        require(
-            0 < self.density <= 1,
-            f"--density is the kept fraction and must lie in (0, 1], not {self.density:g}",
-        )
-        flops, multiple = self.flops, self.channel_multiple
-        require(flops is None or 0 < flops <= 1, f"--flops lies in (0, 1], not at {flops}")
-        require(
-            multiple is None or multiple >= 1,
-            f"--channel_multiple must be at least 1, not {multiple}",
-        )
-        outside = f"--death_rate must lie in (0, 1], not {self.death_rate:g}"
-        require(0 < self.death_rate <= 1, outside)
-        require(
-            0 < self.update_threshold <= 1,
-            f"--update_threshold lies in (0, 1], not {self.update_threshold:g}",
+        self.check_numbers(
+            at_least_one=[*counts, "channel_multiple"],
+            not_negative=["prune_ratio", "growth_ratio"],
+            fractions=["density", "flops", "death_rate", "update_threshold"],
         )
         self.check_milestones(self.epochs)
         require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
 
     def refuse_idle(self, given: frozenset[str]) -> None:
-        # Flags of the training were compared with the checkpoint and request nothing.
-        super().refuse_idle(given - {"train_gamma", "attack_mode"} if self.eval else given)
+        super().refuse_idle(given)
         if not self.eval:
             self.refuse_late_remedies(self.epochs)
             if "decreasing_lr" in given:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from data import Data, load_data
-from utils.settings.common import CommonSettings
+from utils.settings.common import CommonSettings, S
 from utils.storage.paths import RunPaths
 
 
@@ -23,9 +23,6 @@ def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
         test_subset=settings.test_subset,
         cache_dir=settings.cache_dir,
     )
-
-
-S = TypeVar("S", bound=CommonSettings)
 
 
 def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:

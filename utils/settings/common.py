@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -503,19 +503,20 @@ class CommonSettings:
             self.batch_size >= 2,
             f"--batch_size must be at least 2 (batch norm needs two images), not {self.batch_size}",
         )
-        for name in ("image_size", "train_subset", "test_subset", "gap_subset", "save_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
+        subsets = ["train_subset", "test_subset", "gap_subset"]
         self.check_numbers(
-            at_least_one=["print_freq", "eval_every", "test_every"],
+            at_least_one=[
+                *subsets,
+                "image_size",
+                "save_every",
+                "print_freq",
+                "eval_every",
+                "test_every",
+            ],
             positive=["lr", "width", "save_minutes"],
-            not_negative=_NOT_NEGATIVE,
+            not_negative=[*_NOT_NEGATIVE, "beta"],
+            shares=["ema", "label_smoothing", "awp"],
         )
-        for name in ("ema", "label_smoothing", "awp"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"--{name} must lie in [0, 1), not be {value:g}")
-        beta = self.beta
-        require(beta is None or beta >= 0, f"--beta must not be negative, but is {beta}")
         require(
             self.time_limit is None or self.time_limit > 0,
             f"--time_limit must be positive, not {self.time_limit}",
@@ -527,21 +528,22 @@ class CommonSettings:
         at_least_one: Sequence[str] = (),
         positive: Sequence[str] = (),
         not_negative: Sequence[str] = (),
+        fractions: Sequence[str] = (),
+        shares: Sequence[str] = (),
     ) -> None:
-        """Raise ``InputError`` for fields (by name) outside of their range."""
-        for name in at_least_one:
-            require(
-                getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}"
-            )
-        for name in positive:
-            require(
-                getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}"
-            )
-        for name in not_negative:
-            require(
-                getattr(self, name) >= 0,
-                f"--{name} must not be negative, but is {getattr(self, name)}",
-            )
+        """Raise ``InputError`` for fields (by name) outside of their range, which is (0, 1] for
+        ``fractions`` and [0, 1) for ``shares``; a field that is None is not given."""
+        ranges: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
+            (at_least_one, lambda value: value >= 1, "be at least 1"),
+            (positive, lambda value: value > 0, "be positive"),
+            (not_negative, lambda value: value >= 0, "be 0 or more"),
+            (fractions, lambda value: 0 < value <= 1, "lie in (0, 1]"),
+            (shares, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        ]
+        for names, fits, must in ranges:
+            for name in names:
+                value = getattr(self, name)
+                require(value is None or fits(value), f"--{name} is {value}, but must {must}")
 
     def canonical_starts(self, epochs: int) -> dict[str, str | None]:
         """First epochs of the remedies, as text, in a last stage of ``epochs``."""
@@ -593,8 +595,7 @@ class CommonSettings:
             require(
                 not everything,
                 f"--{name} is in 1/255 and must lie in [0, 255] with --norm linf, not be"
-                f" {value:g}; 8"
-                " is usual",
+                f" {value:g}; 8 is usual",
             )
 
     def attack_cautions(self, part: str, own_steps: bool = False) -> list[str]:

@@ -213,20 +213,12 @@ class TicketSettings(CommonSettings):
 
     def check_values(self) -> None:
         super().check_values()
-        self.check_numbers(at_least_one=["epochs1", "epochs2"])
-        require(
-            0 < self.density <= 1,
-            f"--density is the kept fraction and must lie in (0, 1], not {self.density:g}",
-        )
-        multiple = self.channel_multiple
-        require(
-            multiple is None or multiple >= 1,
-            f"--channel_multiple must be at least 1, not {multiple}",
+        self.check_numbers(
+            at_least_one=["epochs1", "epochs2", "channel_multiple"], fractions=["density"]
         )
         fits = (
             f"--channel_floor {self.floor:g} must lie in [0, --density {self.density:g}]: no"
-            " group can"
-            " keep more than its share for sure"
+            " group can keep more than its share for sure"
         )
         require(0 <= self.floor <= self.density, fits)
         for epochs in (self.epochs1, self.epochs2):
@@ -265,8 +257,7 @@ class TicketSettings(CommonSettings):
         ):
             found.append(
                 f"the learning rate of stage 2 is never lowered: --decreasing_lr"
-                f" {self.decreasing_lr}"
-                " lies past its end"
+                f" {self.decreasing_lr} lies past its end"
             )
         return found
 

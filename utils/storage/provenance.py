@@ -7,17 +7,13 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from utils.errors import InputError
 from utils.storage.json_files import misfit, read_object
 from utils.storage.paths import RunPaths
-
-if TYPE_CHECKING:
-    pass
-
 
 _ENVIRONMENT = ("versions", "revision", "device", "hardware")
 
