@@ -35,9 +35,11 @@ for ((i = 1; i <= $#; i++)); do
 done
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# A test of the network costs as much as whole epochs of this training: few of them, and the gap on
-# 1,000 training images.
-.venv/bin/python main_adv.py "${source[@]}" --recipe fast --epochs "$epochs" --test_step 10 --eval_every 5 --test_every "$epochs" \
+# A test of the network costs as much as whole epochs of this training, and one cycle ends at its
+# best: one test at the end, and the gap on 1,000 training images. The guard against catastrophic
+# overfitting measures PGD-10 on 256 validation images all along.
+.venv/bin/python main_adv.py "${source[@]}" --recipe fast --epochs "$epochs" --test_step 10 --eval_every "$epochs" \
+    --test_every "$epochs" \
     --gap_subset 1000 --save_dir "${OUT:-runs/speedrun}" --resume "${flags[@]}" "$@" | tee "$log"
 folder=$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")
 [ "$images" = 0 ] || .venv/bin/python main_adv.py --eval --pretrained "$folder/model_RA_best.pth.tar" "${source[@]}" \

@@ -179,6 +179,25 @@ def test_training_is_what_the_flags_ask_for(run_adv, tmp_path, monkeypatch, mode
         assert options["plan"].attack_training == (mode == "train")
 
 
+@pytest.mark.parametrize(("best", "networks"), [(2, 1), (1, 2)])
+def test_a_network_that_is_best_and_last_is_measured_once(
+    run_adv, tmp_path, monkeypatch, best, networks
+):
+    rows = iter([{"val_ra": float(epoch == best), "val_sa": 0.0} for epoch in (1, 2)])
+    original, measured = utils.training.testing.final_scores, []
+    monkeypatch.setattr(utils.training.testing, "epoch_scores", lambda *args, **options: next(rows))
+    monkeypatch.setattr(
+        utils.training.testing,
+        "final_scores",
+        lambda *args, **options: measured.append(1) or original(*args, **options),
+    )
+    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path).code == 0
+    assert len(measured) == networks
+    summary = read_summary(only_run(tmp_path))
+    assert summary["best"]["epoch"] == best
+    assert (summary["best"]["test_ra"] == summary["final"]["test_ra"]) or networks == 2
+
+
 def test_models_are_chosen_by_validation_and_never_by_the_test(run_adv, tmp_path, monkeypatch):
     """Validation RA is best in epoch 2, validation SA in epoch 1, both test figures in the last."""
     measured = ("val_sa", "val_ra", "val_loss", "test_sa", "test_ra")

@@ -12,6 +12,7 @@ from utils.evaluation.scores import FinalScores, epoch_scores, final_scores
 from utils.execution.distributed import World
 from utils.execution.forward import Forward
 from utils.settings.common import CommonSettings
+from utils.storage.checkpoint import checksum
 from utils.storage.run_folder import RunFolder
 from utils.training.display import EpochDisplay
 from utils.training.saving import AVERAGE
@@ -31,6 +32,7 @@ class Tester:
     ) -> None:
         self._data, self._settings, self._world = data, settings, world
         self._folder, self._leave_if_asked = folder, leave_if_asked
+        self._final: dict[str, FinalScores] = {}  # by checksum of the network
 
     def on_batch(self, display: EpochDisplay) -> Callable[[int], None]:
         def on_batch(images: int) -> None:
@@ -66,7 +68,14 @@ class Tester:
             )
 
     def final(self, name: str, model: nn.Module) -> FinalScores:
-        """The figures reported of a network, in float32; ``name`` says which it is."""
+        """The figures reported of a network, in float32; ``name`` says which it is. The best, last
+        and averaged network are often the same, which is measured once."""
+        weights = self._world.from_first(lambda: checksum(model.state_dict()))
+        if weights not in self._final:
+            self._final[weights] = self._final_scores(name, model)
+        return self._final[weights]
+
+    def _final_scores(self, name: str, model: nn.Module) -> FinalScores:
         train, subset = self._data.train, self._settings.gap_subset
         if subset is not None:
             train = train.subset(train.spread(subset))
