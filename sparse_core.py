@@ -254,7 +254,7 @@ class DropFractionSchedule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Flying Bird+ adds to a mask update in all layers: an extra prune or an extra growth."""
+    """What Flying Bird+ adds to a mask update: an extra prune, an extra growth, or both."""
 
     prune: bool = False
     grow: bool = False
@@ -290,6 +290,8 @@ class DensityController:
         """The verdict during ``epoch`` (from 0), from the epochs observed before it."""
         if epoch < self.start_epoch:
             return Verdict()
+        if any(map(math.isnan, [*self.gaps[:epoch], *self.val_losses[:epoch]])):
+            raise ValueError("Flying Bird+ needs numbers from every epoch's validation, not NaN")
         rises = [after > before for before, after in self._recent(self.gaps[:epoch])]
         not_falls = [after >= before for before, after in self._recent(self.val_losses[:epoch])]
         return Verdict(prune=self._reached(rises), grow=self._reached(not_falls))
@@ -343,7 +345,7 @@ def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
     else:
         asked = [
             (name, p)
-            for name, p in model.named_parameters()
+            for name, p in model.named_parameters(remove_duplicate=False)
             if isinstance(p, nn.UninitializedParameter) or p.dim() > 1
         ]
         return _chosen(model, {n: p for n, p in asked if choice(n, _layer_of(model, n)[1], p)})
@@ -369,7 +371,8 @@ def _layer_of(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
     layer = model.get_submodule(path)
     ends = ("_orig", "_g", "_v")  # of torch's older norms and pruning
     plain = next((leaf.removesuffix(end) for end in ends if leaf.endswith(end)), leaf)
-    return path, layer, plain if hasattr(layer, plain) else leaf
+    is_weight = hasattr(layer, plain) and not isinstance(getattr(layer, plain), nn.Module)
+    return path, layer, plain if is_weight else leaf
 
 
 def _weight_names(module: nn.Module) -> list[str]:
@@ -663,7 +666,10 @@ class _OptimizerState:
         self._weights = weights
 
     def refuse_other(self) -> None:
-        """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy."""
+        """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy, or mixes
+        all weights in its state."""
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self._optimizers):
+            raise ValueError("LBFGS keeps one history of all weights, which cannot be masked")
         trained = {id(parameter) for _, group in self._groups() for parameter in group["params"]}
         for name, weight in self._weights.items():
             if id(weight) not in trained:
@@ -677,7 +683,13 @@ class _OptimizerState:
                 raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
 
     def refuse_hidden(self) -> None:
-        """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``."""
+        """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``, and for
+        weights that the model no longer has."""
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, weight in self._weights.items():
+            if own.get(name) is not weight:
+                problem = f"{name} of the model is no longer the parameter that is masked"
+                raise ValueError(f"{problem}: replace parameters before making the Masking")
         like = {tuple(weight.shape): name for name, weight in self._weights.items()}
         masked = {id(weight) for weight in self._weights.values()}
         trained = (parameter for _, group in self._groups() for parameter in group["params"])
@@ -828,8 +840,10 @@ class MaskingConfig:
         ]:
             if value not in known:
                 raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-        frequencies = (self.update_frequency, self.second_frequency)
-        if any(frequency is not None and frequency < 1 for frequency in frequencies):
+        counts = (self.total_steps, self.update_frequency, self.second_frequency or 1)
+        if any(int(count) != count for count in counts):
+            raise ValueError(f"numbers of steps must be whole: {', '.join(map(str, counts))}")
+        if min(counts[1:]) < 1 or self.second_frequency == 0:
             raise ValueError("update frequencies count optimizer steps and are at least 1")
         if self.prune_ratio < 0 or self.growth_ratio < 0:
             raise ValueError("prune_ratio and growth_ratio must not be negative")
@@ -871,7 +885,9 @@ class Masking:
             that keeps weight-shaped tensors where they cannot be masked.
 
     Warns if masks that are not ``fixed`` would never change in ``total_steps``, about frozen
-    layers, and once about each layer without a live weight.
+    layers, recurrent ones left dense, weights that other masks have pruned, and once about each
+    layer without a live weight; while training, if masks or the optimizer are stepped in the wrong
+    order, and if updates find no gradients or momentum.
     """
 
     def __init__(
@@ -895,18 +911,20 @@ class Masking:
         )
         chosen = _chosen(model, prunable)
         self.weights = weights = _unfrozen(chosen)
-        self._memory = _OptimizerState(optimizer, model, weights)
+        self._state = _OptimizerState(optimizer, model, weights)
         self._postponed = False  # a due update found no usable gradients or momentum
+        self._has_warned = False  # of such updates
         self._known_dead: set[str] = set()
         _refuse_nothing(weights)
         frozen = [name for name in chosen if name not in weights]
         if frozen:  # which a caller may expect to be masked
             named = ", ".join(frozen)
             warnings.warn(f"frozen layers are left alone and do not count: {named}", stacklevel=2)
-        self._memory.refuse_other()
+        if prunable is None:
+            _warn_of_recurrent(model)
+        self._state.refuse_other()
         if config.growth == "momentum" and not config.fixed:
-            self._memory.refuse_without_momentum()
-        _warn_of_idle_updates(config)
+            self._state.refuse_without_momentum()
         if masks is None:
             masks = initial_masks(
                 model,
@@ -918,8 +936,12 @@ class Masking:
             )
         self._set_masks(masks)
         self._explored = {name: mask.clone() for name, mask in self.masks.items()}
-        self._warn_of_dead(self.live_counts())
+        counts = self.live_counts()
+        _warn_of_idle_updates(config, is_full=self.density() == 1)
+        self._warn_of_dead(counts)
+        self._warn_of_other_masks(counts)
         self.apply()
+        self._versions = [weight._version for weight in weights.values()]
 
     # ---- every step
 
@@ -928,9 +950,12 @@ class Masking:
         gradients are cleared."""
         self.steps += 1
         if self.steps == 1:
-            self._memory.refuse_hidden()
-        due = self.update_due()
+            self._state.refuse_hidden()
+            self._warn_of_order()
+        due, was_postponed = self.update_due(), self._postponed
         self._postponed = due and self.config.growth in _SIGNALS and not self._signals_are_useful()
+        if self._postponed and was_postponed and update_is_due(self.config, self.steps):
+            self._warn_of_postponed()
         if due and not self._postponed:
             self.update_topology()
         else:
@@ -941,8 +966,8 @@ class Masking:
         return self._postponed or update_is_due(self.config, self.steps)
 
     def _signals_are_useful(self) -> bool:
-        """Whether gradients or momentum are finite and not all zero; after a step that a gradient
-        scaler skipped they are not.
+        """Whether gradients or momentum are finite, and not zero at all dead weights; after a step
+        that a gradient scaler skipped they are not.
 
         Zeros are useful, too, while an empty layer lets nothing through: then the draw among ties
         decides.
@@ -950,15 +975,22 @@ class Masking:
         signals = self._signals()
         if not signals and self.config.growth == "momentum":  # no step was made yet
             return False
-        largest = torch.stack([signal.abs().amax() for signal in self._required(signals)])
+        self._required(signals)
+        finite = torch.stack([signal.isfinite().all() for signal in signals.values()]).all()
+        dead = [(signal, self._dead[name]) for name, signal in signals.items()]
+        moves = torch.stack([((signal != 0) & where).any() for signal, where in dead]).any()
         emptied = torch.stack([~mask.any() for mask in self.masks.values()]).any()
-        return bool(largest.isfinite().all() & ((largest > 0).any() | emptied))
+        full = torch.stack([mask.all() for mask in self.masks.values()]).all()
+        return bool(finite & (moves | emptied | full))
 
-    def _signals(self) -> list[Tensor]:
-        found = [_SIGNALS[self.config.growth](self, name) for name in self.weights]
-        return [signal for signal in found if signal is not None]
+    def _signals(self) -> dict[str, Tensor]:
+        found = {name: _SIGNALS[self.config.growth](self, name) for name in self.weights}
+        signals = {name: signal for name, signal in found.items() if signal is not None}
+        if sparse := [name for name, signal in signals.items() if signal.is_sparse]:
+            raise ValueError(f"{', '.join(sparse)}: sparse gradients cannot say which weights grow")
+        return signals
 
-    def _required(self, signals: list[Tensor]) -> list[Tensor]:
+    def _required(self, signals: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not signals:
             needed = {
                 "gradient": "the gradients of the last batch: update masks before zero_grad()",
@@ -978,7 +1010,7 @@ class Masking:
     def moments(self, name: str) -> Iterable[Tensor]:
         """The tensors shaped like a layer's weight in the state of the optimizer and of those it
         wraps, e.g. SGD's momentum."""
-        return self._memory.of(name)
+        return self._state.of(name)
 
     # ---- every update
 
@@ -995,7 +1027,7 @@ class Masking:
         the layer with the most live weights (one that is not fully dense, if there is one) gives
         one up, so the total stays exact.
         """
-        self._memory.refuse_hidden()
+        self._state.refuse_hidden()
         if self.config.growth in _SIGNALS:
             self._required(self._signals())  # raises if no layer has one: nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
@@ -1028,10 +1060,16 @@ class Masking:
         return n_dropped, min(n_grow, size - live + n_dropped)
 
     def _can_grow(self, name: str) -> bool:
-        """False for an unused layer, which has no gradient or momentum to grow by and keeps its
-        mask."""
+        """False for a frozen or unused layer, which has no gradient or momentum to grow by and
+        keeps its mask."""
+        if not self.weights[name].requires_grad:
+            return False
         signal = _SIGNALS.get(self.config.growth)
-        return signal is None or signal(self, name) is not None
+        if signal is not None:
+            return signal(self, name) is not None
+        # Random growth also works after zero_grad(), when no layer has a gradient.
+        gradients = {other: weight.grad for other, weight in self.weights.items()}
+        return gradients[name] is not None or all(g is None for g in gradients.values())
 
     def _revive(self, changes: dict[str, tuple[int, int]], counts: Mapping[str, int]) -> None:
         """Let each layer left without a live weight grow one, which the layer with the most live
@@ -1071,6 +1109,36 @@ class Masking:
             then = "fixed masks leave it so" if fixed else "a mask update lets each grow one"
             what = f"layers without a live weight let nothing through, {then}: {', '.join(dead)}"
             warnings.warn(what, stacklevel=3)
+
+    def _warn_of_other_masks(self, counts: Mapping[str, int]) -> None:
+        """Masks put on weights that others have pruned would leave few of both."""
+        for name, weight in self.weights.items():
+            nonzero = weight.detach() != 0
+            kept = int((nonzero & self.masks[name]).sum())
+            if 2 * kept < min(counts[name], int(nonzero.sum())):
+                what = f"{name} is sparse already, and these masks keep {kept} weights of it"
+                advice = "load a checkpoint after making the Masking, or give its masks="
+                warnings.warn(f"{what}: {advice}", stacklevel=3)
+                return
+
+    def _warn_of_order(self) -> None:
+        """The first step shows whether the optimizer has stepped before the masks."""
+        stepped = [weight._version for weight in self.weights.values()] != self._versions
+        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        if stepped or not gradients:
+            return
+        if all(bool(g.isfinite().all()) for g in gradients) and any(map(Tensor.any, gradients)):
+            order = "masking.step() belongs after optimizer.step(), which has not been called"
+            warnings.warn(order, stacklevel=3)
+
+    def _warn_of_postponed(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            growth = self.config.growth
+            what = f"no mask update since step {self.steps - self.config.update_frequency}"
+            why = f"{growth} growth finds only zeros at dead weights, or values not finite"
+            advice = "call masking.step() before zero_grad(), and do not mask gradients"
+            warnings.warn(f"{what}: {why}; {advice}", stacklevel=3)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         shapes = {name: weight.shape for name, weight in self.weights.items()}
@@ -1139,9 +1207,19 @@ class Masking:
         self.apply()
 
 
-def _warn_of_idle_updates(config: MaskingConfig) -> None:
-    steps = range(1, config.total_steps + 1)
-    if not config.fixed and not any(update_is_due(config, step) for step in steps):
+def _warn_of_recurrent(model: nn.Module) -> None:
+    kinds = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+    left = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if left:
+        what = f"only convolutions, linear layers and attention are masked, not {', '.join(left)}"
+        warnings.warn(f"{what}; prunable= chooses weights", stacklevel=3)
+
+
+def _warn_of_idle_updates(config: MaskingConfig, *, is_full: bool) -> None:
+    steps = range(1, int(config.total_steps) + 1)
+    if is_full and not config.fixed:
+        warnings.warn("every weight is live, so no mask will ever change", stacklevel=3)
+    elif not config.fixed and not any(update_is_due(config, step) for step in steps):
         problem = f"update_frequency={config.update_frequency} no mask update falls into"
         advice = "a smaller one moves the masks, fixed=True keeps them on purpose"
         # stacklevel: the warning names the line that creates the Masking.
@@ -1154,13 +1232,13 @@ def _random_growth(masking: Masking, name: str) -> Tensor:
 
 def _signal_growth(masking: Masking, name: str) -> Tensor:
     signal = _SIGNALS[masking.config.growth](masking, name)
-    return masking._required([] if signal is None else [signal])[0].abs()
+    return masking._required({} if signal is None else {name: signal})[name].abs()
 
 
 # The tensor that a growth rule ranks by, shaped like a layer's weight; None for an unused layer.
 _SIGNALS: dict[str, Callable[[Masking, str], Tensor | None]] = {
     "gradient": lambda masking, name: masking.weights[name].grad,
-    "momentum": lambda masking, name: masking._memory.momentum(name),
+    "momentum": lambda masking, name: masking._state.momentum(name),
 }
 
 # Growth rules: (masking, layer name) -> scores shaped like the layer's weight; the dead positions

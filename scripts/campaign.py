@@ -4,7 +4,6 @@ their results into a few small files."""
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -36,12 +35,7 @@ def main() -> None:
     end = time.monotonic() + 60 * tables.decimal("MINUTES", minutes)
     call = tables.read_call("campaign", data, *extra)
     commands = tables.commands(call)
-    asked = [sys.executable, tables.__file__, "--plan", "campaign", call.data, *extra]
-    # in a process of its own, which frees the GPU when it ends
-    planned = subprocess.run(asked, stdout=subprocess.PIPE)
-    if planned.returncode:
-        sys.exit(planned.returncode)
-    plan = json.loads(planned.stdout)
+    plan = tables.plan_apart(call)
     code = train(plan, commands, end)
     pack([Path(folder) for _, folder, _ in plan], Path(call.out, "packed"))
     sys.exit(code)

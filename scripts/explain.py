@@ -35,7 +35,7 @@ def main() -> None:
     checkpoint, arguments, settings = _read(sys.argv[1:])
     captum_methods()  # fails before anything is computed or written
     device = pick_device(settings)
-    judged, data = network_and_data(settings, device)
+    evaluated, data = network_and_data(settings, device)
     images = len(data.test)
     require(
         arguments.explain_images <= images,
@@ -60,7 +60,7 @@ def main() -> None:
             "grid": arguments.grid,
             "seed": settings.seed,
         }
-        found = explain(judged.model, data.test, attack, on_point=bar.update, **options)
+        found = explain(evaluated.model, data.test, attack, on_point=bar.update, **options)
     require(
         bool(found.losses.isfinite().all()),
         f"the losses of {checkpoint}, or around it, are not finite",

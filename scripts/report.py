@@ -39,7 +39,9 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", help="where to write tables, figures and index.html"
     )
     parser.add_argument(
-        "--paper", choices=list(DATASETS), help="the paper's data set to lay beside runs on others"
+        "--paper",
+        choices=list(DATASETS),
+        help="the paper's data set to compare with runs on other data",
     )
     parser.add_argument(
         "--figure",

@@ -30,8 +30,7 @@ also=() # flags that say how and where, for the evaluation too
 for ((i = 1; i <= $#; i++)); do
     [[ ${!i} =~ ^--(device|gpu|cache[_-]dir|time[_-]limit|image[_-]size)(=.*)?$ ]] || continue
     also+=("${!i}")
-    next=$((i + 1))
-    [[ ${!i} == *=* ]] || also+=("${!next}")
+    [[ ${!i} == *=* ]] || also+=("${@:i+1:1}")
 done
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

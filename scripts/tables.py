@@ -250,7 +250,7 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
     return states
 
 
-def _plan_apart(call: Call) -> list[tuple[str, str, float]]:
+def plan_apart(call: Call) -> list[tuple[str, str, float]]:
     """``plan`` in a process of its own, which frees memory and GPU before the runs need them."""
     planner = [sys.executable, __file__, "--plan", call.table, call.data, *call.extra]
     planned = subprocess.run(planner, stdout=subprocess.PIPE)
@@ -402,12 +402,11 @@ def main() -> None:
     for name in ("EPOCH", "SEED", "JOB"):
         if variable(name):
             print(f"note: {name} is ignored; did you mean {name}S?", file=sys.stderr, flush=True)
-    states = plan(runs, call.jobs) if variable("PLAN") else _plan_apart(call)
+    states = plan(runs, call.jobs) if variable("PLAN") else plan_apart(call)
     folders = [folder for _, folder, _ in states]
     left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":
-        words = "plus a strong evaluation of each, not included in this time"
-        print(words, file=sys.stderr, flush=True)
+        print("plus a strong evaluation of each, not in this time", file=sys.stderr, flush=True)
     if variable("PLAN"):
         return
     Path(call.out).mkdir(parents=True, exist_ok=True)

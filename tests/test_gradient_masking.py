@@ -53,7 +53,7 @@ def test_a_masked_network_has_signs():
     _, signs = looked_at(Masked(model), split)
     assert {
         "does the loss rise along the gradient?",
-        "does any image survive a large ball?",
+        "do many images survive a large ball?",
     } <= set(suspicious(signs))
     assert "do not trust its RA" in diagnosis.text(signs)[-1]
     assert any(line.startswith("SUSPICIOUS") for line in diagnosis.text(signs))
@@ -71,7 +71,7 @@ FINE |= {f"PGD-20, steps of {part:g} eps": 50.0 for part in diagnosis.STEP_SIZES
         ({"one step": 40.0}, "does one step find more than many?"),
         ({"PGD-100": 45.0}, "do more steps keep finding more?"),
         ({"PGD-20, steps of 0.5 eps": 40.0}, "does another step size find more?"),
-        ({"PGD-20 in 16 eps": 30.0}, "does any image survive a large ball?"),
+        ({"PGD-20 in 16 eps": 30.0}, "do many images survive a large ball?"),
         ({"noise": 60.0}, "does noise do as much as the gradient?"),
     ],
 )

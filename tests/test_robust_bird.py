@@ -320,7 +320,7 @@ def test_density_one_prunes_nothing_and_says_so(run_eb, tmp_path, pruning):
     assert read_summary(only_run(tmp_path))["density"] == 1
 
 
-def test_a_trained_network_can_be_pruned_instead(run_eb, run_adv, finished, tmp_path):
+def test_a_trained_network_can_be_pruned_instead(run_eb, finished, tmp_path):
     """From our checkpoint or a bare state dict; content, not path, determines the run's name."""
     finished(*toy.TOY_RUN, to=tmp_path / "dense")
     path = only_run(tmp_path / "dense").checkpoint
@@ -561,7 +561,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run_eb, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_that_cannot_be_pruned_are_refused(run_eb, run_adv, tmp_path):
+def test_networks_that_cannot_be_pruned_are_refused(run_eb, tmp_path):
     assert (
         run_eb(
             *BIRD, "--save_dir", tmp_path / "narrow", "--density", 0.5, "--pruning", "channel"

@@ -128,8 +128,8 @@ def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, wor
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """An evaluation's ``title``, its trials in order, and the two trials whose accuracies are
-    reported as test RA and training RA."""
+    """An evaluation's ``title``, its trials in order, and the trials whose accuracies are
+    reported as test RA and, unless it is None, training RA."""
 
     title: str
     trials: Sequence[Trial]

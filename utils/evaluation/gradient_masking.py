@@ -127,7 +127,7 @@ def signs(
             pgd - best_size > _TOLERANCE,
         ),
         Sign(
-            "does any image survive a large ball?",
+            "do many images survive a large ball?",
             f"{RADII[-1]:g} eps leaves {widest:.2f}",
             widest > _LARGE_BALL_RA,
         ),

@@ -35,7 +35,7 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
             " would mislead"
         )
     check_answers(model, x)
-    return _look_at_gradients(model, x, y)
+    return _check_gradients(model, x, y)
 
 
 def check_answers(model: nn.Module, x: Tensor) -> None:
@@ -58,11 +58,11 @@ def check_answers(model: nn.Module, x: Tensor) -> None:
         )
 
 
-def _look_at_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+def _check_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     silent = images_without_gradient(model, x, y)
     if silent == len(x):
         raise InputError(
-            f"the gradient is zero at all {silent} images looked at, so attacks by gradient say"
+            f"the gradient is zero at all {silent} images checked, so attacks by gradient say"
             " nothing"
         )
     if silent > MAX_ZERO_GRADIENT_SHARE * len(x):
@@ -78,8 +78,7 @@ def _refuse_probabilities(logits: Tensor) -> None:
     if bool((logits >= 0).all() and (logits <= 1).all()) and close(sums, torch.ones_like(sums)):
         raise InputError(
             "the network gives probabilities instead of logits: their softmax hides its"
-            " gradients from"
-            " attacks"
+            " gradients from attacks"
         )
     if bool((log_sums.abs() < 1e-4).all()):
         raise InputError(

@@ -105,7 +105,7 @@ def _check_gradients(forward: Forward, split: Split, attack: PGD) -> None:
     if silent > MAX_ZERO_GRADIENT_SHARE * len(indices) and forward.world.is_first:
         counted = (
             f"the attack's loss ({attack.loss}) has no gradient at {silent} of {len(indices)}"
-            " images looked at"
+            " images checked"
         )
         warnings.warn(
             f"{counted}: PGD is weak there, and the robust accuracy may be too high; see"

@@ -30,6 +30,7 @@ from utils.training.schedule import LR_SCHEDULES, ON_COLLAPSE, Plan
 # A stage trains on clean images, on those of PGD, or of FGSM-RS with a cyclic learning rate.
 STAGE_KINDS = ("sgd", "pgd", "fast")
 ONE_STEP = ("n-fgsm", "fgsm-rs")
+_MEANINGS = {"density": ": it is the fraction kept"}
 _FAST_PEAK = 0.2  # peak learning rate of ``fast``
 
 _REMEDIES_RULES = (
@@ -232,7 +233,9 @@ class CommonSettings:
         result=False,
     )
     train_loss: str = flag.remedies("ce", "training loss", choices=lambda: tuple(LOSSES))
-    beta: float | None = flag.remedies(None, "weight of the robust term of trades (default: 6)")
+    beta: float | None = flag.remedies(
+        None, "weight of the robust term of the loss (default: 6 for trades)"
+    )
     label_smoothing: float = flag.remedies(0.0, "label smoothing of the training loss")
     awp: float = flag.remedies(
         0.0, "size of the adversarial weight perturbation (usual: .01; for trades .005)"
@@ -271,15 +274,15 @@ class CommonSettings:
     )
     eval_every: int = flag.hardware(
         1,
-        "epochs between validations; the best model is chosen among them",
+        "epochs of the last stage between validations; the best model is chosen among them",
         metavar="EPOCHS",
         result=True,
     )
-    test_every: int = flag.hardware(1, "epochs between tests", metavar="EPOCHS")
+    test_every: int = flag.hardware(1, "epochs of the last stage between tests", metavar="EPOCHS")
     # attacks
     train_attack: str = flag.attack(
         "pgd",
-        "training attack: PGD, one of the one-step attacks, or clean images",
+        "training attack of the last stage: PGD, a one-step attack, or clean images",
         choices=("pgd", *ONE_STEP, "none"),
     )
     norm: str = flag.attack("linf", "norm of the attacks", choices=NORMS)
@@ -332,7 +335,8 @@ class CommonSettings:
 
     @property
     def trains_in_one_step(self) -> bool:
-        """Whether the last stage's attack takes a single step, which training can overfit to."""
+        """Whether the last stage's attack takes a single step to the edge of the ball, which
+        training can overfit to."""
         attack = self.trainings()[-1][0].attack
         return attack is not None and attack.is_one_step
 
@@ -532,7 +536,7 @@ class CommonSettings:
         shares: Sequence[str] = (),
     ) -> None:
         """Raise ``InputError`` for fields (by name) outside of their range, which is (0, 1] for
-        ``fractions`` and [0, 1) for ``shares``; a field that is None is not given."""
+        ``fractions`` and [0, 1) for ``shares``; None is always accepted."""
         ranges: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
             (at_least_one, lambda value: value >= 1, "be at least 1"),
             (positive, lambda value: value > 0, "be positive"),
@@ -543,7 +547,8 @@ class CommonSettings:
         for names, fits, must in ranges:
             for name in names:
                 value = getattr(self, name)
-                require(value is None or fits(value), f"--{name} is {value}, but must {must}")
+                what = f"--{name} is {value}, but must {must}"
+                require(value is None or fits(value), what + _MEANINGS.get(name, ""))
 
     def canonical_starts(self, epochs: int) -> dict[str, str | None]:
         """First epochs of the remedies, as text, in a last stage of ``epochs``."""
@@ -594,7 +599,7 @@ class CommonSettings:
             everything = kind == "eps" and self.norm == "linf" and value > 255
             require(
                 not everything,
-                f"--{name} is in 1/255 and must lie in [0, 255] with --norm linf, not be"
+                f"--{name} is in 1/255 and must lie in [0, 255] with --norm linf, but is"
                 f" {value:g}; 8 is usual",
             )
 

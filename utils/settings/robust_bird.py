@@ -81,7 +81,7 @@ class TicketSettings(CommonSettings):
     # training
     decreasing_lr: str = flag.training(
         "50,150",
-        "epochs of a stage at which it is divided by 10; fractions of the stage too",
+        "epochs, or fractions of a stage, at which --lr is divided by 10",
         metavar="EPOCHS",
     )
     # stages

@@ -99,8 +99,7 @@ class RunFolder:
                 lock.release()
                 raise InputError(
                     f"another process has trained in {paths.root} in the meantime; --resume"
-                    " continues"
-                    " from there"
+                    " continues from there"
                 )
             for cut_off in paths.half_written():
                 cut_off.unlink()
@@ -295,7 +294,6 @@ def read_summary(paths: RunPaths) -> dict[str, Any]:
     if wrong := misfit(summary, shape):
         raise InputError(
             f"{paths.summary} is not the summary of a run: {wrong}; without that file, --resume"
-            " writes"
-            " it anew"
+            " writes it anew"
         )
     return summary

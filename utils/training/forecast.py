@@ -62,8 +62,8 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
         total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
         total += further * images.train
         total += looks * (validated + tested) * test if attacked else epochs * images.val
-    # Final scores of the best and the final model on test and training images, in float32, which
-    # takes about twice as long as bf16.
+    # Final scores of the best and the final model, measured once if they are one, on test and
+    # training images, in float32, which takes about twice as long as bf16.
     train = min(images.train, settings.gap_subset or images.train)
     return total + 2 * 2 * test * (train + images.test)
 
@@ -78,7 +78,7 @@ class Forecast:
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
         self._is_warm = False
-        self._is_told = False
+        self._has_reported = False
 
     def update(self, images: int, seconds: float, is_over: bool) -> float | None:
         """Seconds per image, the first time they are known; None otherwise.
@@ -88,14 +88,14 @@ class Forecast:
             seconds: time that they took.
             is_over: whether the epoch ends here.
         """
-        if self._is_told:
+        if self._has_reported:
             return None
         start, before = self._first = self._first or (
             (0.0, 0) if self._is_warm else (seconds, images)
         )
         took = seconds - start
         if took >= _MIN_SECONDS or (is_over and took and self._is_warm):
-            self._is_told = True
+            self._has_reported = True
             return took / (images - before)
         if is_over:
             self._first, self._is_warm = None, True
