@@ -1457,7 +1457,7 @@ def test_updates_that_never_come_are_warned_of_once():
 
 
 def test_masks_stepped_before_the_optimizer_are_warned_of():
-    model, optimizer, masking = start()
+    model, _, masking = start()
     x, y = toy.images()
     F.cross_entropy(model(x), y).backward()
     with pytest.warns(UserWarning, match="belongs after optimizer.step"):
