@@ -676,6 +676,11 @@ class _OptimizerState:
                 advice = "make it of this model's parameters, after the model is complete"
                 raise ValueError(f"the optimizer does not hold {name}: {advice}")
 
+    def call_after_step(self, call: Callable[..., None]) -> list[Any]:
+        """Have the optimizers call after each step; returns handles that end it."""
+        able = [o for o in self._optimizers if hasattr(o, "_optimizer_step_post_hooks")]
+        return [optimizer.register_step_post_hook(call) for optimizer in able]
+
     def refuse_without_momentum(self) -> None:
         """Raise ``ValueError`` if the optimizer will keep no momentum; unknown ones pass."""
         for name, weight in self._weights.items():
@@ -941,7 +946,8 @@ class Masking:
         self._warn_of_dead(counts)
         self._warn_of_other_masks(counts)
         self.apply()
-        self._versions = [weight._version for weight in weights.values()]
+        self._has_stepped: list[Any] = []  # filled by the optimizer's first step
+        self._hooks = self._state.call_after_step(functools.partial(_note, self._has_stepped))
 
     # ---- every step
 
@@ -1123,9 +1129,11 @@ class Masking:
 
     def _warn_of_order(self) -> None:
         """The first step shows whether the optimizer has stepped before the masks."""
-        stepped = [weight._version for weight in self.weights.values()] != self._versions
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]
-        if stepped or not gradients:
+        is_unknown = not self._hooks  # of an optimizer that does not say when it steps
+        while self._hooks:
+            self._hooks.pop().remove()
+        if is_unknown or self._has_stepped or not gradients:
             return
         if all(bool(g.isfinite().all()) for g in gradients) and any(map(Tensor.any, gradients)):
             order = "masking.step() belongs after optimizer.step(), which has not been called"
@@ -1199,12 +1207,17 @@ class Masking:
         explored = state["explored"]
         self._explored = {n: explored[n].to(mask.device).clone() for n, mask in self.masks.items()}
         self.steps = int(state["steps"])
+        self._has_stepped.append(True)  # before it was saved
         self._postponed = bool(state.get("put_off", False))
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
         self.events = [dict(event) for event in state["events"]]
         self._warn_of_dead(self.live_counts())
         self.apply()
+
+
+def _note(noted: list[Any], *given: Any) -> None:
+    noted.append(True)
 
 
 def _warn_of_recurrent(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -479,8 +480,13 @@ def _groups(
     names = {id(module): name for name, module in traced.named_modules()}
     # two images, since some networks squeeze a batch of one
     image = torch.full((2, *image_shape), 0.5)
-    graph = torch_pruning.DependencyGraph().build_dependency(traced, image, verbose=False)
+    try:
+        graph = torch_pruning.DependencyGraph().build_dependency(traced, image, verbose=False)
+    except Exception as error:  # the library can raise any error
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"torch-pruning cannot follow this network ({what})") from error
     seen: set[tuple[str, int]] = set()
+    claimed: set[tuple[str, int, int]] = set()
     groups: dict[str, _Group] = {}
     whole: dict[str, str] = {}
     for name, layer in traced.named_modules():
@@ -497,13 +503,38 @@ def _groups(
             pruner = graph.get_pruner_of_module(layer)
             members = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(size)))
             group = _group_of(members, names, size)
+            claims = _claims(traced, group)
+            if claims & claimed:
+                raise ValueError("another group has some of its channels")
         except Exception as error:  # the library can raise any error
             whole[name] = f"{type(error).__name__}: {error}"[:200]
             continue
         seen |= group.written.keys()
         if group.read:  # no layer reads the logits
             groups[name] = group
+            claimed |= claims
     return groups, whole
+
+
+def _claims(model: nn.Module, group: _Group) -> set[tuple[str, int, int]]:
+    """The tensors, dimensions and indices of a group; raises ``ValueError`` where removing one of
+    its channels would change others or weights that must not change."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    state, uses = model.state_dict(keep_vars=True), Counter(map(id, own.values()))
+    found: set[tuple[str, int, int]] = set()
+    for (name, dim), pairs in [*group.written.items(), *group.read.items()]:
+        if name in own and uses[id(own[name])] > 1:
+            raise ValueError(f"{name} is shared with another layer")
+        if name in own and not own[name].requires_grad:
+            raise ValueError(f"{name} is frozen")
+        roots: dict[int, int] = {}
+        for root, index in pairs:
+            if not 0 <= index < state[name].shape[dim]:
+                raise ValueError(f"torch-pruning finds channel {index} of {name}, which has fewer")
+            if roots.setdefault(index, root) != root:
+                raise ValueError(f"its channels meet in {name}")
+            found.add((name, dim, index))
+    return found
 
 
 def _group_of(members: Iterable[Any], names: Mapping[int, str], size: int) -> _Group:
@@ -555,26 +586,34 @@ def _channels(model: nn.Module, groups: Mapping[str, _Group], whole: Mapping[str
 
 @torch.no_grad()
 def _is_exact(model: nn.Module, channels: Channels, image_shape: Sequence[int]) -> bool:
-    """Whether removing every other channel gives the same output as zeroing the weights that read
-    those channels."""
+    """Whether removing channels gives the same output as zeroing the weights that read them: every
+    other channel, and random ones, since halves could hide that channels are coupled."""
     full = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     for value in (*full.parameters(), *full.buffers()):
         if value.is_floating_point():  # initial values (1 and 0 of norms) could hide a mistake
             value.mul_(0.5 + torch.rand(value.shape, generator=generator, dtype=value.dtype))
             value.add_(0.01 * torch.rand(value.shape, generator=generator, dtype=value.dtype))
-    live = torch.cat([torch.arange(size) % 2 == 0 for size in channels.sizes.values()])
     x = torch.rand(2, *image_shape, generator=generator, dtype=torch.float64)
-    try:
-        small = narrow(copy.deepcopy(full), channels.kept(live))
-        silence(full, channels, ~live)
-        with in_mode(full, False), in_mode(small, False):
-            expected, found = full(x), small(x)
-    except Exception:  # whatever a forward pass with other sizes may raise
-        return False
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
-        return False
-    return bool((expected - found).abs().max() <= _TOLERANCE * expected.abs().max())
+    sizes = channels.sizes
+    tried = [torch.cat([torch.arange(size) % 2 == 0 for size in sizes.values()])]
+    for seed, share in enumerate((0.3, 0.7)):
+        counts = {name: math.ceil(share * size) for name, size in sizes.items()}
+        tried.append(channels.first(counts, seed))
+    for live in tried:
+        try:
+            small = narrow(copy.deepcopy(full), channels.kept(live))
+            silenced = copy.deepcopy(full)
+            silence(silenced, channels, ~live)
+            with in_mode(silenced, False), in_mode(small, False):
+                expected, found = silenced(x), small(x)
+        except Exception:  # whatever a forward pass with other sizes may raise
+            return False
+        if not isinstance(expected, Tensor) or expected.shape != found.shape:
+            return False
+        if (expected - found).abs().max() > _TOLERANCE * expected.abs().max():
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -117,11 +117,15 @@ def full_size_state(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
     full = build_network(full_size(spec), torch.device("cpu"))
     numbered = copy.deepcopy(full).double()  # exact up to 2^53 positions
     for value in numbered.state_dict().values():
-        value.copy_(torch.arange(value.numel()).view(value.shape))
+        if value.is_floating_point():
+            value.copy_(torch.arange(value.numel()).view(value.shape))
     # removing channels from element numbers instead of weights tells where each weight belongs
     positions = narrow(numbered, spec["channels"]).state_dict()
     spread = {}
     for name, value in full.state_dict().items():
+        if state[name].shape == value.shape:
+            spread[name] = state[name].cpu().clone()
+            continue
         fill = 1 if name.endswith("running_var") else 0
         whole = torch.full((value.numel(),), fill, dtype=state[name].dtype)
         whole[positions[name].long().flatten()] = state[name].cpu().flatten()

@@ -1,5 +1,6 @@
 import json
 import math
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -1545,3 +1546,24 @@ def test_sparse_gradients_cannot_be_grown_by():
     optimizer.step()
     with pytest.raises(ValueError, match=r"^0\.weight: sparse gradients"):
         masking.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, fused=True),
+        lambda p: torch.optim.SGD(p, 0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, fused=True),
+    ],
+)
+def test_the_right_order_is_not_warned_of(make):
+    """Fused optimizers do not count up a tensor's version."""
+    model = toy.network()
+    optimizer = make(model.parameters())
+    masking = Masking(model, optimizer, MaskingConfig(0.3, 8, update_frequency=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, masking, 2)
+        copied = pickle.loads(pickle.dumps((model, optimizer, masking)))
+        train(*copied, 2, first=2)
+    assert not optimizer._optimizer_step_post_hooks

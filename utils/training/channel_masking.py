@@ -338,9 +338,10 @@ class ChannelMasking:
             state[name].index_fill_(0, index, 1.0)
             if layer + "bias" in state:
                 state[layer + "bias"].index_fill_(0, index, 0.0)
-            for leaf in ("running_mean", "running_var"):
-                if layer + leaf in statistics:
-                    state[layer + leaf][index] = statistics[layer + leaf][index]
+        for name in statistics.keys() & self.channels.owners.keys():  # norms without a scale, too
+            owner = self.channels.owners[name][0]
+            index = (chosen[owner] & (owner >= 0)).nonzero().squeeze(1).to(state[name].device)
+            state[name][index] = statistics[name][index]
 
     # ---- store and network
 
