@@ -349,3 +349,80 @@ def test_a_trained_narrow_network_loads_by_itself_and_exports_in_full_size(run_a
     full.load_state_dict(torch.load(out, weights_only=True))
     x = torch.rand(2, 1, 8, 8)
     assert (full(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
+
+
+# ---------------------------------------------------------------- coupled, shared, frozen
+
+
+class Gated(nn.Module):
+    """Halves of a convolution's channels gate each other; a second block can be divided."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split = split
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.c, self.linear = nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        left, right = self.split(self.a(x))
+        return self.linear(self.c(self.b(left * right.sigmoid()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: x.chunk(2, 1),
+        lambda x: x.split(8, 1),
+        lambda x: (x[:, :8], x[:, 8:]),
+        lambda x: (x[:, ::2], x[:, 1::2]),
+    ],
+)
+def test_channels_that_gate_each_other_are_removed_exactly_or_left_whole(split):
+    model = randomized(Gated(split))
+    channels = find_channels(model, (3, 8, 8))
+    assert {"b", "c"} <= set(channels.sizes)
+    for seed in range(12):
+        live = half(channels, seed)
+        small, silenced = narrow(copy.deepcopy(model), channels.kept(live)), copy.deepcopy(model)
+        silence(silenced, channels, ~live)
+        x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+        assert torch.allclose(small.eval()(x), silenced.eval()(x), rtol=1e-9, atol=1e-12)
+
+
+def chain():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(384, 3),
+    )
+
+
+def test_shared_and_frozen_layers_keep_their_channels():
+    tied, frozen = chain(), chain()
+    tied[2].weight = tied[4].weight
+    frozen[4].weight.requires_grad_(False)
+    for model, reason in ((tied, "is shared with another layer"), (frozen, "4.weight is frozen")):
+        channels = find_channels(model, (3, 8, 8))
+        assert channels.sizes
+        assert any(reason in why for why in channels.whole.values())
+
+
+def test_a_network_that_the_library_cannot_follow_is_refused_or_keeps_channels():
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(n, 16, 3, padding=1) for n in (3, 4, 16))
+            self.linear = nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = nn.functional.pixel_shuffle(self.a(x), 2)
+            return self.linear(self.c(self.b(x).relu()).relu().mean((2, 3)))
+
+    channels = find_channels(Shuffled(), (3, 8, 8))
+    assert set(channels.sizes) <= {"b", "c"}

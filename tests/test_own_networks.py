@@ -258,6 +258,63 @@ def wrapped(**parts):
     return lambda classes, normalize: Wrapped(classes, normalize, **parts)
 
 
+class Standardized(nn.Conv2d):
+    """Convolves with its weight minus its mean, over its standard deviation."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class Same(nn.Conv2d):
+    """Pads its input itself, as networks converted from TensorFlow do."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def with_layer(layer):
+    return lambda classes, normalize: nn.Sequential(
+        normalize, layer(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes)
+    )
+
+
+def built(layer):
+    def build(classes, normalize):
+        model = with_layer(layer)(classes, normalize)
+        model(torch.zeros(2, 1, 8, 8))
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("flags", [["--fb", *toy.TOY_MASKS], []])
+def test_a_weight_that_is_standardized_can_only_train_dense(run_adv, tmp_path, monkeypatch, flags):
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "std", built(Standardized))
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "same", built(Same))
+    assert run_adv(*RUN, "--arch", "same", "--save_dir", tmp_path / "same", *flags).code == 0
+    outcome = run_adv(*RUN, "--arch", "std", "--save_dir", tmp_path / "std", *flags)
+    assert outcome.code == (2 if flags else 0)
+    assert ("1 does not multiply by its weight" in outcome.err) == bool(flags)
+
+
+def test_layers_whose_weight_is_used_without_a_call_are_named(run_adv, tmp_path, monkeypatch):
+    class Cosine(nn.Module):
+        def __init__(self, classes, normalize):
+            super().__init__()
+            self.body, self.head = plain(16, normalize), nn.Linear(16, classes, bias=False)
+
+        def forward(self, x):
+            return 8 * F.linear(self.body(x), F.normalize(self.head.weight, dim=1))
+
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "cosine", Cosine)
+    with pytest.warns(
+        UserWarning, match=r"FLOPs leave out layers that are not called: head\.weight"
+    ):
+        assert run_adv(*RUN, "--arch", "cosine", "--save_dir", tmp_path).code == 0
+
+
 REFUSED = {
     "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained: RuntimeError in"),
     "other classes": (

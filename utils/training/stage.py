@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class Stage:
         self.masking: Masking | ChannelMasking | None = None
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
+        if settings.arch in CUSTOM_ARCHITECTURES:
+            _warn_of_uncounted(model, self.costs, idle)
         further = [plan.further_passes(epoch) for epoch in range(plan.epochs)]
         dense_costs = [flops.real_inference(self.costs)] * plan.epochs
         work = flops.real_training(dense_costs, len(data.train), plan.attack_steps, further)
@@ -220,6 +222,19 @@ def _average(model: nn.Module, plan: Plan) -> Average | None:
     if plan.ema:
         return ExponentialAverage(model, plan.ema)
     return None if plan.swa_start is None else EpochAverage(model)
+
+
+def _warn_of_uncounted(
+    model: nn.Module, costs: Sequence[flops.LayerCost], idle: Sequence[str]
+) -> None:
+    """FLOPs are counted where layers are called, not where only their weights are used."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    weights = [f"{n}.weight" for n, module in model.named_modules() if isinstance(module, kinds)]
+    counted = {cost.name for cost in costs}
+    if left := [name for name in weights if name not in counted and name not in idle]:
+        warnings.warn(
+            f"FLOPs leave out layers that are not called: {', '.join(left)}", stacklevel=3
+        )
 
 
 def _rehearsed(
