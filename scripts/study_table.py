@@ -50,11 +50,13 @@ for _density in ("0.5", "0.1", "0.05"):
     NAMES[f"small-{_density}"] = f"Small dense, {_density} of the weights"
 # the runs compared, seed by seed
 PAIRS = (
-    *((name, "dense") for name in ("fb", "fbp", "rb", "static", "fb-channel", "rb-channel")),
+    *((name, "dense") for name in ("fb", "fbp", "rb", "static", "random")),
+    *((name, "dense") for name in ("fb-channel", "rb-channel")),
     *((f"small-{kind}", "dense") for kind in ("flops", "channels", "weights")),
     ("fb", "small-flops"),
     ("fb", "small-weights"),
     ("fb", "static"),
+    ("fb", "random"),
     ("fb-channel", "fb"),
     ("fb-channel", "rb-channel"),
     ("fb-channel", "small-channels"),
