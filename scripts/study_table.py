@@ -180,7 +180,8 @@ def figure(runs: Runs) -> Figure:
         "Flying Bird by density": ("s", [n for n in runs if re.fullmatch(r"fb(-[\d.]+)?", n)]),
         "Flying Bird+": ("D", ["fbp"]),
         "Robust Bird": ("^", ["rb"]),
-        "static masks": ("v", ["static", "random"]),
+        "static masks, IGQ": ("v", ["static"]),
+        "static masks, random": ("<", ["random"]),
         "Flying Bird, channels": ("P", ["fb-channel"]),
         "Robust Bird, channels": ("X", ["rb-channel"]),
     }
