@@ -1119,6 +1119,8 @@ class Masking:
     def _warn_of_other_masks(self, counts: Mapping[str, int]) -> None:
         """Masks put on weights that others have pruned would leave few of both."""
         for name, weight in self.weights.items():
+            if weight.is_meta:  # it has no values
+                return
             nonzero = weight.detach() != 0
             kept = int((nonzero & self.masks[name]).sum())
             if 2 * kept < min(counts[name], int(nonzero.sum())):

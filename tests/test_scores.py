@@ -174,7 +174,7 @@ def test_an_attack_without_gradients_is_said_and_left_as_found(recwarn, images, 
     lines = [str(warning.message) for warning in recwarn.list]
     assert len(lines) == (told is not None)
     assert all(
-        f"the attack's loss (ce) has no gradient {told} images looked at: PGD is weak" in line
+        f"the attack's loss (ce) has no gradient {told} images checked: PGD is weak" in line
         for line in lines
     )
     assert all(warning.filename == __file__ for warning in recwarn.list)
