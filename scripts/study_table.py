@@ -65,6 +65,7 @@ PAIRS = (
     ("dense-awp", "dense"),
     ("fb-awp", "fb"),
     ("fb-awp", "dense-awp"),
+    *((f"fb-{density}", "dense") for density in ("0.5", "0.1", "0.05")),
     *((f"fb-{density}", f"small-{density}") for density in ("0.5", "0.1", "0.05")),
 )
 FIGURES: dict[str, Callable[[Row], float]] = {
