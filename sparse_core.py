@@ -942,7 +942,9 @@ class Masking:
         self._set_masks(masks)
         self._explored = {name: mask.clone() for name, mask in self.masks.items()}
         counts = self.live_counts()
-        _warn_of_idle_updates(config, is_full=self.density() == 1)
+        _warn_of_idle_updates(
+            config, is_full=sum(counts.values()) == sum(map(torch.numel, masks.values()))
+        )
         self._warn_of_dead(counts)
         self._warn_of_other_masks(counts)
         self.apply()
@@ -1133,19 +1135,22 @@ class Masking:
         """The first step shows whether the optimizer has stepped before the masks."""
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]
         is_unknown = not self._hooks  # of an optimizer that does not say when it steps
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._remove_hooks()
         if is_unknown or self._has_stepped or not gradients:
             return
         if all(bool(g.isfinite().all()) for g in gradients) and any(map(Tensor.any, gradients)):
             order = "masking.step() belongs after optimizer.step(), which has not been called"
             warnings.warn(order, stacklevel=3)
 
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
     def _warn_of_postponed(self) -> None:
         if not self._has_warned:
             self._has_warned = True
             growth = self.config.growth
-            what = f"no mask update since step {self.steps - self.config.update_frequency}"
+            what = f"no mask update since step {self.events[-1]['step'] if self.events else 0}"
             why = f"{growth} growth finds only zeros at dead weights, or values not finite"
             advice = "call masking.step() before zero_grad(), and do not mask gradients"
             warnings.warn(f"{what}: {why}; {advice}", stacklevel=3)
@@ -1209,7 +1214,7 @@ class Masking:
         explored = state["explored"]
         self._explored = {n: explored[n].to(mask.device).clone() for n, mask in self.masks.items()}
         self.steps = int(state["steps"])
-        self._has_stepped.append(True)  # before it was saved
+        self._remove_hooks()  # the first step was made before it was saved
         self._postponed = bool(state.get("put_off", False))
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]

@@ -1448,7 +1448,7 @@ def test_updates_that_never_come_are_warned_of_once():
         warnings.simplefilter("error")
         for _ in range(3):
             step()
-    with pytest.warns(UserWarning, match=r"no mask update since step 2: gradient growth finds"):
+    with pytest.warns(UserWarning, match=r"no mask update since step 0: gradient growth finds"):
         step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1566,4 +1566,7 @@ def test_the_right_order_is_not_warned_of(make):
         train(model, optimizer, masking, 2)
         copied = pickle.loads(pickle.dumps((model, optimizer, masking)))
         train(*copied, 2, first=2)
+    assert not optimizer._optimizer_step_post_hooks
+    resumed = Masking(model, optimizer, masking.config, masks=masking.masks)
+    resumed.load_state_dict(masking.state_dict())
     assert not optimizer._optimizer_step_post_hooks

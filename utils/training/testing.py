@@ -34,7 +34,7 @@ class Tester:
         self._folder, self._leave_if_asked = folder, leave_if_asked
         self._final: dict[str, FinalScores] = {}  # by checksum of the network
 
-    def on_batch(self, display: EpochDisplay) -> Callable[[int], None]:
+    def _on_batch(self, display: EpochDisplay) -> Callable[[int], None]:
         def on_batch(images: int) -> None:
             display.images(images)
             self._leave_if_asked()
@@ -64,7 +64,7 @@ class Tester:
                 seed=self._settings.seed,
                 parts=parts,
                 forward=forward,
-                on_batch=self.on_batch(display),
+                on_batch=self._on_batch(display),
             )
 
     def final(self, name: str, model: nn.Module) -> FinalScores:
@@ -88,5 +88,5 @@ class Tester:
                 seed=self._settings.seed,
                 train=train,
                 world=self._world,
-                on_batch=self.on_batch(display),
+                on_batch=self._on_batch(display),
             )
