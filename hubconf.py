@@ -16,7 +16,7 @@ from torch import nn as _nn
 from models import build_model as _build_model
 from models import load_model as _load_model
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"]
+dependencies = ["torch", "numpy", "safetensors", "filelock"]
 
 
 def load(path_or_url: str | _Path, device: str = "cpu", **description: _Any) -> _nn.Module:

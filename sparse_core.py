@@ -80,15 +80,16 @@ def layer_densities(
     if not shapes:
         raise ValueError("no layers to spread a density over")
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if method not in DENSITY_METHODS:
+        known = ", ".join(DENSITY_METHODS)
+        raise ValueError(f"unknown density method {method!r}; known: {known}")
     if method == "uniform" or density == 1.0:
         return dict.fromkeys(shapes, density)
     if method == "igq":
         return _igq(sizes, density)
-    if method in ("erk", "er"):
-        dims = {name: s if method == "erk" else s[:2] for name, s in shapes.items()}
-        weights = {name: sum(d) / math.prod(d) for name, d in dims.items()}
-        return _erdos_renyi(sizes, weights, density)
-    raise ValueError(f"unknown density method {method!r}; known: {', '.join(DENSITY_METHODS)}")
+    dims = {name: s if method == "erk" else s[:2] for name, s in shapes.items()}
+    weights = {name: sum(d) / math.prod(d) for name, d in dims.items()}
+    return _erdos_renyi(sizes, weights, density)
 
 
 def _igq(sizes: Mapping[str, int], density: float) -> dict[str, float]:
@@ -312,9 +313,9 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights of convolutions (1-d to 3-d, transposed), linear layers and attention's projections.
 
-    Biases, norms, embeddings and free parameters are never masked, whatever their shape; frozen
-    weights (``requires_grad`` False) are left alone and do not count. A weight that several layers
-    share counts once.
+    Biases, norms, free parameters and embeddings are never masked, whatever their shape, but for an
+    embedding whose table is the weight of a linear layer, too; frozen weights (``requires_grad``
+    False) are left alone and do not count. A weight that several layers share counts once.
 
     Raises:
         ValueError: a layer whose weight is computed from others, as by ``weight_norm`` or
@@ -668,8 +669,11 @@ class _OptimizerState:
     def refuse_other(self) -> None:
         """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy, or mixes
         all weights in its state."""
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self._optimizers):
-            raise ValueError("LBFGS keeps one history of all weights, which cannot be masked")
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("LBFGS keeps one history of all weights, which cannot be masked")
+            if isinstance(optimizer, torch.optim.Rprop):
+                raise ValueError("Rprop keeps a step size of each weight, which masks would reset")
         trained = {id(parameter) for _, group in self._groups() for parameter in group["params"]}
         for name, weight in self._weights.items():
             if id(weight) not in trained:
@@ -926,7 +930,7 @@ class Masking:
             named = ", ".join(frozen)
             warnings.warn(f"frozen layers are left alone and do not count: {named}", stacklevel=2)
         if prunable is None:
-            _warn_of_recurrent(model)
+            _warn_of_unmasked(model, weights)
         self._state.refuse_other()
         if config.growth == "momentum" and not config.fixed:
             self._state.refuse_without_momentum()
@@ -1223,13 +1227,28 @@ class Masking:
         self.apply()
 
 
+_MUCH = 0.1  # unmasked weights that the user is told of, as a fraction of the masked ones
+
+
 def _note(noted: list[Any], *given: Any) -> None:
     noted.append(True)
 
 
-def _warn_of_recurrent(model: nn.Module) -> None:
+def _warn_of_unmasked(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
     kinds = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
     left = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    known = {id(p) for p in (*weights.values(), *(e.weight for e in embeddings))}
+    free = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and parameter.dim() > 1
+        and id(parameter) not in known
+        and name.rpartition(".")[0] not in left
+    }
+    if sum(free.values()) > _MUCH * sum(weight.numel() for weight in weights.values()):
+        left += free
     if left:
         what = f"only convolutions, linear layers and attention are masked, not {', '.join(left)}"
         warnings.warn(f"{what}; prunable= chooses weights", stacklevel=3)

@@ -7,7 +7,6 @@ update in steps, and file sizes.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import sys
@@ -75,7 +74,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"setting": timing.setting(options), "rows": rows}))
         return
-    print(f"{timing.setting(options)}, {dataclasses.asdict(execution)['precision']}")
+    print(f"{timing.setting(options)}, {execution.precision}")
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

@@ -7,6 +7,7 @@
 # --device cpu tries out the script itself, at toy size.
 set -uo pipefail
 source "$(dirname "$0")/../scripts/help.sh"
+caller=$PWD
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu}
@@ -16,7 +17,8 @@ if [ "${1:-}" = --device ]; then
     shift $(($# < 2 ? $# : 2))
 fi
 case $device in cpu | cuda) ;; *) echo "error: --device is cpu or cuda, not '$device'" >&2; exit 2 ;; esac
-if [ $# -gt 1 ] || { [ $# = 1 ] && [ ! -d "$1" ]; }; then
+[ $# = 0 ] || images=$(cd "$caller" && realpath -- "$1")
+if [ $# -gt 1 ] || { [ $# = 1 ] && [ ! -d "$images" ]; }; then
     echo "error: gpu.sh takes one folder of images, not '$*'" >&2
     exit 2
 fi
@@ -27,7 +29,7 @@ fi
 mkdir -p "$out"
 data=(--dataset digits --batch_size 64)
 if [ $# -gt 0 ]; then
-    data=(--dataset imagefolder --data "$1" --cache_dir "$out/cache")
+    data=(--dataset imagefolder --data "$images" --cache_dir "$out/cache")
 fi
 timed=(--device "$device" --json)
 if [ $device = cpu ]; then
@@ -72,4 +74,5 @@ for name in ("step", "channels", "parts"):
         parts = record["epoch_seconds"]
         print(f"an epoch of CIFAR-10 takes {sum(parts.values()):.1f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
 END
-grep -E '^epoch|is finished|everything is in' "$out/run.log" || echo "the run did not get through an epoch, see $out/run.log"
+grep -E '^epoch|is finished|everything is in' "$out/run.log" || { echo "the run did not get through an epoch, see $out/run.log"; exit 3; }
+exit "$tests"

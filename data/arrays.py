@@ -89,7 +89,9 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
         " channels)",
     )
     if all(
-        isinstance(found.images, Path) and arrays[part].dtype == np.uint8
+        isinstance(found.images, Path)
+        and arrays[part].dtype == np.uint8
+        and found.opened().ndim == 4
         for part, found in parts.items()
     ):
         return dict(parts), []  # decoded by us: valid without reading them

@@ -44,7 +44,8 @@ class Split:
     def batches(self, wanted: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each index tensor of ``wanted`` (on the images' device), the images and the indices,
         both on ``device``."""
-        if self.images.device == self.device:
+        # not ``device``, which may lack the index
+        if self.images.device == self.indices.device:
             return ((self.images[indices], indices) for indices in wanted)
         return streamed(self.images, wanted, self.device)
 

@@ -16,23 +16,10 @@ from torch import Tensor
 from data.arrays import in_form
 from data.augment import Augmentation
 from data.folders import DIGEST_BYTES, pixels_digest
-from data.loader import Batch, Split, TrainLoader, plain_batches
-from data.sources import DECODED_HERE, SOURCES, DataLocation, ImageSet, Source, stratified
+from data.loader import Split, plain_batches
+from data.sources import SOURCES, DataLocation, ImageSet, Source, stratified
 from utils.errors import InputError, one_line
 from utils.seeding import permutation, stream
-
-__all__ = [
-    "DECODED_HERE",
-    "SOURCES",
-    "Augmentation",
-    "Batch",
-    "Data",
-    "Split",
-    "TrainLoader",
-    "calibration_batches",
-    "load_data",
-    "plain_batches",
-]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ FROM python:3.11-slim
 WORKDIR /work
 # torch.compile calls a C compiler
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-COPY requirements.txt ./
+COPY requirements*.txt ./
 COPY scripts/setup.sh scripts/help.sh scripts/
-RUN bash scripts/setup.sh
+RUN bash scripts/setup.sh requirements-dev.txt
 COPY . .
 ENV PATH=/work/.venv/bin:$PATH
 CMD ["bash", "benchmarks/gpu.sh"]

@@ -222,7 +222,8 @@ def plan_channels(
         multiple: divides the counts; by default 16, or 8 if a group has fewer than 64 channels.
 
     Raises:
-        ValueError: no group can be divided, or one would keep less than half a multiple.
+        ValueError: no group can be divided, one would keep less than half a multiple, or all stay
+            whole.
     """
     channels = find_channels(model, image_shape)
     sizes, costs = channels.sizes, layer_costs(model, image_shape)
@@ -235,7 +236,19 @@ def plan_channels(
                 f"--density {density:g} keeps {density * size:.3g} of the {size} channels of"
                 f" {name}, less than half of a --channel_multiple of {multiple}"
             )
-    return ChannelPlan(channels, costs, channel_counts(sizes, density, multiple), multiple)
+    counts = channel_counts(sizes, density, multiple)
+    asked = f"--density {density:g}" if flops is None else f"--flops {flops:g}"
+    _refuse_whole(sizes, counts, asked, multiple)
+    return ChannelPlan(channels, costs, counts, multiple)
+
+
+def _refuse_whole(
+    sizes: Mapping[str, int], counts: Mapping[str, int], asked: str, multiple: int
+) -> None:
+    if counts == sizes:
+        raise ValueError(
+            f"{asked} keeps all channels when rounded to a --channel_multiple of {multiple}"
+        )
 
 
 def _multiple(sizes: Mapping[str, int], asked: int | None) -> int:

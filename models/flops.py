@@ -8,7 +8,7 @@ paper's table.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,12 +82,7 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
-    named, first = (
-        dict(model.named_parameters(remove_duplicate=False)),
-        {id(p): name for name, p in model.named_parameters()},
-    )
-    # a weight that layers share is named after the first
-    return [replace(cost, name=first.get(id(named.get(cost.name)), cost.name)) for cost in costs]
+    return costs
 
 
 def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, str]) -> str:

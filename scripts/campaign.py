@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -53,10 +53,14 @@ def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: fl
             say(f"{needed} and {duration(max(0.0, left))} are left: not started")
             continue
         start = time.monotonic()
-        limited = [sys.executable, *command, "--time_limit", f"{left / 60:.2f}"]
-        codes.append(subprocess.run(limited).returncode)
+        limited = [*command, "--time_limit", f"{left / 60:.2f}"]
+        try:
+            failed = tables.run_all({name: limited}, jobs=1)
+        except SystemExit as stop:
+            failed = [(int(stop.code or 0), name)]
+        codes.append(max((code for code, _ in failed), default=0))
         took = time.monotonic() - start
-        if codes[-1] in (130, 143):
+        if codes[-1] in tables.STOPPED:
             break
         if codes[-1]:
             say(f"{name} ended with exit code {codes[-1]} after {duration(took)}")
@@ -67,39 +71,44 @@ def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: fl
 
 
 def pack(folders: list[Path], out: Path) -> None:
-    """Write an archive for each finished run, split if it is large; weights are left out if there
-    would be too many files."""
+    """Write an archive for each finished run, split if it is large. The last file takes all runs
+    that would be too many files, without their weights."""
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.tar.xz*"):
+        old.unlink()
     written: list[str] = []
-    for folder in folders:
-        paths = RunPaths(folder)
-        if not paths.summary.exists():
-            continue
-        content = archive(paths, with_weights=True)
-        if len(written) + -(-len(content) // _BYTES) > _FILES:
-            say(f"{folder.name}: packed without its weights, which would be too many files")
-            content = archive(paths, with_weights=False)
-        name = f"{folder.name}.tar.xz"
+    finished = [paths for paths in map(RunPaths, folders) if paths.summary.exists()]
+    for number, paths in enumerate(finished):
+        content, name = archive([paths], with_weights=True), f"{paths.root.name}.tar.xz"
+        is_last = number + 1 == len(finished)
+        if len(written) + -(-len(content) // _BYTES) > _FILES - (not is_last):
+            rest = finished[number:]
+            say(f"{', '.join(p.root.name for p in rest)}: packed without weights, for few files")
+            content, name = archive(rest, with_weights=False), "others.tar.xz"
         parts = [content[start : start + _BYTES] for start in range(0, len(content), _BYTES)]
-        for number, part in enumerate(parts):
-            written.append(name if len(parts) == 1 else f"{name}.{number}")
+        for place, part in enumerate(parts):
+            written.append(name if len(parts) == 1 else f"{name}.{place}")
             (out / written[-1]).write_bytes(part)
+        if name == "others.tar.xz":
+            break
     say(f"packed in {out}: {', '.join(written) or 'nothing, since no run is finished'}")
     if any(name[-1].isdigit() for name in written):
         say("parts of an archive: cat NAME.tar.xz.* | tar xJ")
 
 
-def archive(paths: RunPaths, with_weights: bool) -> bytes:
-    """A tar.xz of config, metrics, summary and packed best model, which ``load_model`` reads."""
+def archive(runs: Sequence[RunPaths], with_weights: bool) -> bytes:
+    """A tar.xz of each run's config, metrics, summary and packed best model, which ``load_model``
+    reads."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=1) as file:
-        for path in (paths.config, paths.metrics, paths.summary):
-            file.add(path, f"{paths.root.name}/{path.name}")
-        if with_weights:
-            content = packed_bytes(Trained.read(paths.best_ra))
-            information = tarfile.TarInfo(f"{paths.root.name}/{paths.best_ra.name}")
-            information.size = len(content)
-            file.addfile(information, io.BytesIO(content))
+        for paths in runs:
+            for path in (paths.config, paths.metrics, paths.summary):
+                file.add(path, f"{paths.root.name}/{path.name}")
+            if with_weights:
+                content = packed_bytes(Trained.read(paths.best_ra))
+                information = tarfile.TarInfo(f"{paths.root.name}/{paths.best_ra.name}")
+                information.size = len(content)
+                file.addfile(information, io.BytesIO(content))
     return packed.getvalue()
 
 

@@ -53,7 +53,7 @@ def _line(f: dataclasses.Field[Any]) -> str:
     )
     choices = f" ({', '.join(allowed(f))})" if allowed(f) else ""
     return (
-        f"| `--{f.name}` | {default} | {f.metadata['help']}{choices} |"
+        f"| `--{f.name}` | {default} | {f.metadata['help'].replace('|', '&#124;')}{choices} |"
         f" {GROUPS[f.metadata['group']]} |"
     )
 

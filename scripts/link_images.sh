@@ -5,10 +5,21 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 data=${1:-} out=${2:-} train=${3:-} test=${4:-}
+if [ -z "$out" ] || [[ ! $train =~ ^[1-9][0-9]*$ || ! $test =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: link_images.sh takes FOLDER OUT TRAIN TEST, the last two numbers of images" >&2
+    exit 2
+fi
 if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
     echo "error: '$data' is no folder of images with train/<class>/* and test/<class>/*" >&2
     exit 2
 fi
+wanted="$(realpath -- "$data"): $train training and $test test images of each class"
+mkdir -p "$out"
+if [ -e "$out/.linked" ] && [ "$(cat "$out/.linked")" != "$wanted" ]; then
+    echo "error: $out holds links to $(cat "$out/.linked"); remove it or take another folder" >&2
+    exit 2
+fi
+echo "$wanted" > "$out/.linked"
 for class in "$data"/train/*/; do
     name=$(basename "$class")
     for part in train test; do

@@ -62,7 +62,7 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     datasets = {group.settings.dataset for group in groups}
     idle = (
-        f"--paper {arguments.paper} has no effect: the paper has the data of these runs"
+        f"--paper {arguments.paper} has no effect: the paper already covers the data of these runs"
         f" ({', '.join(sorted(datasets))})"
     )
     require(arguments.paper in {None, *datasets} or not datasets <= set(DATASETS), idle)

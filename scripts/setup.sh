@@ -9,13 +9,17 @@ requirements=${1:-requirements.txt}
 python=${PYTHON:-python3}
 
 [ -f "$requirements" ] || { echo "error: there is no file '$requirements' with requirements to install" >&2; exit 2; }
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 chooses one" >&2
-    exit 2
-fi
-if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+if ! .venv/bin/python -c '' 2>/dev/null; then
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 chooses one" >&2
+        exit 2
+    fi
     rm -rf .venv
     "$python" -m venv .venv
+fi
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+    echo "error: .venv has no pip, as if another tool had made it; remove it, or add pip to it" >&2
+    exit 2
 fi
 # The stamp holds a checksum of the requirements: changed ones are installed, unchanged ones cost
 # nothing.
@@ -26,4 +30,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     echo "$wanted" > "$stamp"
 fi
-[ -n "${QUIET:-}" ] || echo ".venv is ready; this shell takes it by: source .venv/bin/activate"
+[ -n "${QUIET:-}" ] || echo ".venv is ready; activate it with: source .venv/bin/activate"

@@ -4,7 +4,8 @@
 #   bash scripts/speedrun.sh DATA [flags]       DATA as for scripts/table1.sh
 # NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird at half of the full one's
 #                   channels, at the same cost
-# EPOCHS=30         OUT=runs/speedrun         AA_IMAGES=1000 for AutoAttack; 0 leaves it out
+# EPOCHS=30         OUT=runs/speedrun         AA_IMAGES=1000 for AutoAttack (all, if
+#                   there are fewer); 0 leaves it out
 # DATASET says what DATA is, if its contents and name do not. Run again, it skips what is finished
 # and resumes what was interrupted.
 set -euo pipefail
@@ -19,7 +20,7 @@ for number in "$epochs" "$images"; do
     [[ $number =~ ^[0-9]+$ ]] || { echo "error: EPOCHS and AA_IMAGES are numbers, not '$number'" >&2; exit 2; }
 done
 [ $# -gt 0 ] || { echo "error: the folder of the data is missing" >&2; exit 2; }
-data=$([ -e "$1" ] && realpath -s -- "$1" || echo "$1")
+data=$([ "$1" = digits ] && echo digits || realpath -ms -- "$1")
 shift
 cd "$(dirname "$0")/.."
 QUIET=1 bash scripts/setup.sh
@@ -40,5 +41,7 @@ trap 'rm -f "$log"' EXIT
     --test_every "$epochs" \
     --gap_subset 1000 --save_dir "${OUT:-runs/speedrun}" --resume "${flags[@]}" "$@" | tee "$log"
 folder=$(sed -n 's/^writing to //p; s/ is finished:$//p' "$log")
+available=$(.venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["images"]["test"])' "$folder/config.json")
+images=$((images < available ? images : available))
 [ "$images" = 0 ] || .venv/bin/python main_adv.py --eval --pretrained "$folder/model_RA_best.pth.tar" "${source[@]}" \
     --eval_attack autoattack --test_subset "$images" "${also[@]}"

@@ -101,7 +101,7 @@ def read(folder: Path) -> Runs:
 
 def name_of(summary: Row) -> str:
     """The key of a run in ``NAMES``."""
-    settings, method = summary["settings"], str(summary["method"])
+    settings, method = {"awp": 0, **summary["settings"]}, str(summary["method"])
     if method == "dense" and settings["width"] != _WIDTH:
         method = f"small-{_SMALL.get(settings['width'])}"
     elif method == "static" and settings["sparse_init"] == "random_global":

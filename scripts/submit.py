@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import RunError, require, run_command
+from utils.errors import InputError, RunError, require, run_command
 from utils.settings.command_line import OneLineParser
 from utils.storage.files import writable_folder
 from utils.submission import hugging_face, pruning_benchmark, release, robustbench
@@ -42,8 +42,8 @@ def main() -> None:
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
-    except RunError as error:  # it names the temporary folder
-        raise RunError(str(error).replace(str(temporary), str(out))) from error
+    except (InputError, RunError) as error:  # it may name the temporary folder
+        raise type(error)(str(error).replace(str(temporary), str(out))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -61,7 +61,7 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--for", dest="destination", required=True, choices=DESTINATIONS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--name", help="of the method there (default: by the runs)")
+    parser.add_argument("--name", help="of the method in the submission (default: from the runs)")
     fmn = parser.add_argument_group("HO-FMN, for ap-benchmark")
     fmn.add_argument("--fmn_steps", type=int, metavar="N", help="of the attack (default 200)")
     fmn.add_argument("--fmn_trials", type=int, metavar="N", help="settings tried (default 32)")

@@ -32,11 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.guess import guess_data_set
 from utils.errors import InputError, require, run_command
+from utils.execution.interruption import SIGNALS, TIME_LIMIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 _MODES = ("--plan", "--task", "--report")  # for the processes that a call starts
 _TABLES = "table1 architectures baselines fig1 benchmark campaign study dense rb fb fbp".split()
-_STOPS = (75, 130, 143)  # exit codes of a run that was asked to stop; then all stop
+# exit codes of a run that was asked to stop, by a signal or its time limit; then all stop
+STOPPED = tuple(128 + number for number in SIGNALS)
+_STOPS = (TIME_LIMIT_CODE, *STOPPED)
 _BIRD = "Robust-Bird/train_eb.py --stage1 sgd --stage2 pgd --arch {arch} --seed {seed} --pruning"
 _FLYING = "main_adv.py --arch {arch} --seed {seed} --density {density}"
 METHODS = {
@@ -87,6 +90,11 @@ def variable(name: str, default: str = "") -> str:
     return os.environ.get(name) or default
 
 
+def switch(name: str) -> bool:
+    """Whether an environment variable turns something on."""
+    return variable(name, "0") != "0"
+
+
 def number(name: str, value: str, pattern: str = r"\d+") -> str:
     require(bool(re.fullmatch(pattern, value)), f"{name} is a number, not '{value}'")
     return value
@@ -98,7 +106,7 @@ def decimal(name: str, value: str) -> float:
 
 def rows(table: str) -> list[Run]:
     """The runs of a table for one seed."""
-    smoke = variable("SMOKE")
+    smoke = switch("SMOKE")
     birds = [Run("rb"), Run("fb"), Run("fbp")]
     if table == "table1":
         channels = [Run("rb-channel", "0.5")] if variable("CHANNELS", "1") != "0" else []
@@ -163,7 +171,7 @@ def _study() -> list[Run]:
 
 def command(call: Call, run: Run) -> list[str]:
     """The script and flags of a run. Flags of the call come last, so they win."""
-    smoke = variable("SMOKE")
+    smoke = switch("SMOKE")
     flags = f"{METHODS[run.method]} {{flags}}".format(**vars(run)).split()
     if run.method.startswith("fb"):
         twice = "--dynamic_fre" in flags
@@ -172,9 +180,10 @@ def command(call: Call, run: Run) -> list[str]:
             flags += [f"--{name}", steps] if steps else []
     epochs = "3" if smoke else variable("EPOCHS")  # the schedule keeps the paper's proportions
     if epochs and run.method.startswith("rb"):
-        flags += ["--epochs1", epochs, "--epochs2", epochs, "--decreasing_lr", "0.25,0.75"]
+        flags += ["--epochs1", epochs, "--epochs2", epochs, *_milestones("0.25 0.75", epochs)]
     elif epochs:
-        flags += ["--epochs", epochs, "--decreasing_lr", "0.5,0.75"]
+        steps = not any(re.match("--(recipe|lr[_-]schedule)", flag) for flag in call.extra)
+        flags += ["--epochs", epochs, *(_milestones("0.5 0.75", epochs) if steps else [])]
         flags += ["--dynamic_epoch", "0.5"] if run.method.startswith("fbp") else []
     flags += ["--dataset", call.dataset]
     width = run.width * (0.0625 if smoke else decimal("WIDTH", variable("WIDTH", "1")))
@@ -185,6 +194,12 @@ def command(call: Call, run: Run) -> list[str]:
     toy = "--train_subset 64 --test_subset 32 --batch_size 16 --train_step 1 --test_step 1"
     flags += call.source + (toy.split() if smoke else [])
     return [*flags, "--save_dir", call.out, "--resume", *call.extra]
+
+
+def _milestones(fractions: str, epochs: str) -> list[str]:
+    """Where the rate falls, but for what rounds to the end of a very short run."""
+    kept = [f for f in fractions.split() if round(float(f) * int(epochs)) < int(epochs)]
+    return ["--decreasing_lr", ",".join(kept)] if kept else []
 
 
 def commands(call: Call) -> list[list[str]]:
@@ -261,8 +276,9 @@ def plan_apart(call: Call) -> list[tuple[str, str, float]]:
 
 def visible_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    visible = variable("CUDA_VISIBLE_DEVICES")
-    if not visible:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:  # empty, it hides all
+        visible = ""
         with contextlib.suppress(OSError):
             visible = subprocess.run(query, capture_output=True, text=True).stdout
     return re.split(r"[,\s]+", visible.strip()) if visible.strip() else []
@@ -321,7 +337,7 @@ def checks(call: Call, folders: list[str]) -> dict[str, list[str]]:
     """Commands, by name, that run AutoAttack on the best models; empty but for the benchmark."""
     if call.table != "benchmark":
         return {}
-    images = variable("AA_IMAGES", "10" if variable("SMOKE") else "")
+    images = variable("AA_IMAGES", "10" if switch("SMOKE") else "")
     flags = [*call.source]
     for flag, value in itertools.pairwise([*call.extra, ""]):  # that say how and where to run
         if re.fullmatch("--(device|gpu|cache[_-]dir|time[_-]limit)(=.*)?", flag):
@@ -361,15 +377,15 @@ def submit(call: Call, left: list[int]) -> None:
 
 
 def read_call(table: str, data: str, *extra: str) -> Call:
-    data = os.path.realpath(data) if os.path.exists(data) else data
+    given, data = data, data if data == "digits" else os.path.realpath(data)
     os.chdir(ROOT)
     dataset = variable("DATASET") or ("digits" if data == "digits" else guess_data_set(data))
     if not dataset:
         contents = "neither train/<class>/* nor the name of a known data set"
-        raise InputError(f"'{data}' has {contents}; DATASET=... says what it is")
+        raise InputError(f"'{given}' has {contents}; DATASET=... says what it is")
     jobs = int(number("JOBS", variable("JOBS", "1")))
     require(jobs >= 1, f"JOBS must be at least 1, not {jobs}")
-    out = f"runs/{table}-{dataset}{'-smoke' if variable('SMOKE') else ''}"
+    out = f"runs/{table}-{dataset}{'-smoke' if switch('SMOKE') else ''}"
     return Call(table, data, dataset, variable("OUT", out), jobs, extra)
 
 
@@ -402,17 +418,17 @@ def main() -> None:
     for name in ("EPOCH", "SEED", "JOB"):
         if variable(name):
             print(f"note: {name} is ignored; did you mean {name}S?", file=sys.stderr, flush=True)
-    states = plan(runs, call.jobs) if variable("PLAN") else plan_apart(call)
+    states = plan(runs, call.jobs) if switch("PLAN") else plan_apart(call)
     folders = [folder for _, folder, _ in states]
     left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":
         print("plus a strong evaluation of each, not in this time", file=sys.stderr, flush=True)
-    if variable("PLAN"):
+    if switch("PLAN"):
         return
     Path(call.out).mkdir(parents=True, exist_ok=True)
     if mode == "--report":  # the array has ended
         sys.exit(finish(call, folders, [(3, folders[number]) for number in left], 1))
-    if variable("SLURM"):
+    if switch("SLURM"):
         submit(call, left)
         return
     failed = run_all({folders[number]: runs[number] for number in left}, call.jobs)

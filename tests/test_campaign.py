@@ -1,7 +1,6 @@
 """Scripts for a GPU that is available for minutes only, tried on a CPU at toy size."""
 
 import json
-import lzma
 import os
 import subprocess
 import sys
@@ -70,17 +69,15 @@ def test_only_what_ends_in_time_is_started(forecasts, started, monkeypatch, caps
     """One of 10 minutes is reserved for packing; each run takes half as long again as forecast."""
     now, begun = [0.0], []
 
-    class Done:
-        returncode = 0
-
-    def run(command, **options):
+    def run(tasks, jobs):
+        ((_, command),) = tasks.items()
         assert float(command[-1]) == pytest.approx((600 - 60 - now[0]) / 60, abs=0.01)
-        begun.append(command[1])
-        now[0] += 1.5 * forecasts["abc".index(command[1])]
-        return Done()
+        begun.append(command[0])
+        now[0] += 1.5 * forecasts["abc".index(command[0])]
+        return []
 
     monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(campaign.subprocess, "run", run)
+    monkeypatch.setattr(campaign.tables, "run_all", run)
     plan = [("new", f"runs/{name}", f) for name, f in zip("abc", forecasts, strict=True)]
     assert campaign.train(plan, [["a"], ["b"], ["c"]], 600.0) == 0
     assert "".join(begun) == started
@@ -90,11 +87,13 @@ def test_only_what_ends_in_time_is_started(forecasts, started, monkeypatch, caps
 
 
 def test_finished_runs_are_skipped_and_a_stopped_one_ends_all(monkeypatch, capsys):
-    class Stopped:
-        returncode = 130
-
     begun = []
-    monkeypatch.setattr(campaign.subprocess, "run", lambda c, **_: begun.append(c[1]) or Stopped())
+
+    def stopped(tasks, jobs):
+        begun.extend(tasks)
+        raise SystemExit(130)
+
+    monkeypatch.setattr(campaign.tables, "run_all", stopped)
     plan = [("finished", "runs/a", 0.0), ("begun", "runs/b", 1.0), ("new", "runs/c", 1.0)]
     assert campaign.train(plan, [["a"], ["b"], ["c"]], campaign.time.monotonic() + 600) == 130
     assert begun == ["b"]
@@ -104,16 +103,19 @@ def test_archives_are_cut_and_weights_left_out_where_files_would_be_too_many(
     finished, tmp_path, monkeypatch, capsys
 ):
     root = finished(*toy.TOY_RUN, to=tmp_path / "runs")
-    whole = campaign.archive(RunPaths(root), with_weights=True)
-    monkeypatch.setattr(campaign, "_BYTES", len(whole) // 2)
+    whole = campaign.archive([RunPaths(root)], with_weights=True)
+    monkeypatch.setattr(campaign, "_BYTES", len(whole) * 2 // 3)
     monkeypatch.setattr(campaign, "_FILES", 3)
-    campaign.pack([root, tmp_path / "nothing", root], tmp_path / "packed")
-    parts = sorted((tmp_path / "packed").iterdir())
-    assert len(parts) >= 2
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / f"{root.name}.tar.xz").write_text("of an earlier call")
+    campaign.pack([root, tmp_path / "nothing", *[root] * 5], tmp_path / "packed")
+    names = [f"{root.name}.tar.xz.0", f"{root.name}.tar.xz.1", "others.tar.xz"]
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == sorted(names)
     told = capsys.readouterr().err
-    assert "packed without its weights" in told
+    assert "packed without weights" in told
     assert "cat NAME.tar.xz.* | tar xJ" in told
-    lzma.decompress(campaign.archive(only_run(tmp_path / "runs"), with_weights=False))
+    with tarfile.open(tmp_path / "packed" / "others.tar.xz") as file:
+        assert len(file.getnames()) == 5 * 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from models.channels import channel_counts, find_channels, narrow, silence
-from sparse_core import MaskingConfig
+from sparse_core import MaskingConfig, Verdict
 from tests.test_channels import Joined, randomized
 from utils.training.averages import EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking
@@ -180,6 +180,30 @@ def test_what_grows_has_its_old_weights_nobody_who_reads_it_and_a_new_norm():
         assert not momenta["layer1.0.conv2.weight"][:, k].any()
     stayed = [k for k in range(len(live_inside)) if k not in new]
     assert momenta["layer1.0.conv1.weight"][stayed].any()
+
+
+def test_swaps_and_pruning_leave_a_channel():
+    training = Training(drop_fraction=0.5, prune_ratio=10.0)
+    counts = training.masking.counts()
+    scores = torch.rand(training.channels.total, dtype=torch.float64)
+    changes = training.masking._changes(scores, 0.5, Verdict(prune=True))
+    assert all(dropped < counts[name] for name, (dropped, _) in changes.items())
+    assert any(dropped == counts[name] - 1 for name, (dropped, _) in changes.items())
+
+
+def test_channels_move_with_deterministic_kernels_too():
+    plain, careful = Training("resnet18"), Training("resnet18")
+    for _ in range(5):
+        plain.step()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(5):
+            careful.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(plain.masking.live, careful.masking.live)
+    states = plain.model.state_dict(), careful.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_the_lowest_scores_are_dropped_and_the_highest_gradients_grow():

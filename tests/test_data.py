@@ -827,6 +827,20 @@ def test_floats_in_a_file_of_ones_own_are_not_divided_twice(own, tmp_path):
     assert torch.equal(own(tmp_path / "images.npy", LABELS).test.images, torch.from_numpy(PIXELS))
 
 
+def test_grey_images_in_a_file_have_one_channel(own, tmp_path):
+    np.save(tmp_path / "grey.npy", PIXELS[..., 0])
+    ours = own(tmp_path / "grey.npy", LABELS)
+    assert ours.image_shape == (1, 4, 5)
+    assert torch.equal(ours.test.images[..., 0], torch.from_numpy(PIXELS[..., 0]))
+
+
+def test_images_on_a_device_that_is_named_without_its_index_are_not_streamed(monkeypatch):
+    monkeypatch.setattr("data.loader.streamed", None)
+    split = dataclasses.replace(toy.split(6), device=torch.device("cpu", 0))
+    (batch,) = TrainLoader(split, 6, Augmentation(), 1).epoch(0)
+    assert len(batch.x) == 6
+
+
 def test_grey_images_without_channels_have_one(own):
     grey = own(PIXELS[..., 0], LABELS)
     assert grey.image_shape == (1, 4, 5)

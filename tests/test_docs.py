@@ -306,6 +306,18 @@ def test_a_wheel_in_a_project_with_rooms_of_its_own(tmp_path):
     assert Path(result.stdout.splitlines()[-1]) == site / "sparse_core.py"
 
 
+def test_gradients_are_clipped_by_the_norm_of_live_weights():
+    page = blocks(ROOT / "docs" / "extending.md", "python")
+    (masked,), (clipped,) = (
+        [block for block in page if part in block] for part in ("prunable=", "get_total_norm")
+    )
+    names = {}
+    exec(compile(masked + clipped, "extending.md", "exec"), names)
+    masking, norm = names["masking"], names["norm"]
+    assert masking.steps == 1
+    assert 0 < norm < 1e6
+
+
 def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):
     """The snippet adapts its density; interrupted after four epochs, it resumes to the bit."""
     (snippet,) = [

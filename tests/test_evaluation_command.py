@@ -193,9 +193,53 @@ def test_autoattack_by_image(run_adv, trained):
     assert "test RA (PGD-20, linf 8/255)" in pgd
 
 
+def test_the_gap_is_of_the_training_images_that_the_run_took(run_adv, finished, tmp_path):
+    run = finished(*toy.TOY_RUN, "--gap_subset", 20, to=tmp_path)
+    evaluation(run_adv, run / "model_RA_best.pth.tar")
+    (result,) = results(run / "model_RA_best.pth.tar").values()
+    summary = json.loads((run / "summary.json").read_text())
+    assert result["images"]["train"] == 20
+    assert result["train_ra"] == summary["best"]["train_ra"]
+
+
+def test_a_weak_start_and_the_data_are_told(run_adv, trained):
+    out = evaluation(run_adv, trained, "--no-test_randinit")
+    (result,) = results(trained).values()
+    assert "without random start" in out
+    assert result["digests"] == json.loads((trained.parent / "config.json").read_text())["digests"]
+    assert result["when"] > "2026"
+
+
+def test_what_others_store_as_an_epoch_does_not_spoil_the_result(run_adv, trained):
+    content = load_checkpoint(trained)
+    torch.save({**content, "epoch": torch.tensor(3)}, trained)
+    evaluation(run_adv, trained)
+    (result,) = results(trained).values()
+    assert result["network"]["epoch"] is None
+
+
+def test_a_network_trained_in_one_step_is_evaluated_in_another_ball(run_adv, finished, tmp_path):
+    run = finished(*toy.TOY_RUN, "--train_attack", "n-fgsm", to=tmp_path)
+    evaluation(run_adv, run / "model_RA_best.pth.tar", "--norm", "l2", "--test_eps", 128)
+
+
+def test_an_attack_is_judged_by_its_own_loss(run_adv, trained):
+    """Huge logits leave the cross-entropy without a gradient, and the margin with one."""
+    content = load_checkpoint(trained)
+    content["state_dict"]["linear.weight"] *= 1e9
+    torch.save(content, trained)
+    evaluation(run_adv, trained, "--eval_attack", "cw", "--test_subset", 20, "--test_step", 1)
+    refused = run_adv("--eval", "--pretrained", trained, "--test_subset", 20)
+    assert refused.code == 2
+    assert "gradient-based attacks are meaningless" in refused.err
+
+
 def test_transfer_names_its_source(run_adv, trained, tmp_path):
-    assert run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "other", "--seed", 9).code == 0
-    (other,) = (tmp_path / "other").glob("*/model_RA_best.pth.tar")
+    other = trained.parent.with_name("fb_d0.2_s9") / trained.name
+    other.parent.mkdir()
+    content = load_checkpoint(trained)
+    content["state_dict"]["linear.weight"] += 0.01
+    torch.save(content, other)
     out = evaluation(run_adv, trained, "--source", other)
     (result,) = results(trained).values()
     assert result["attack"] == "transfer"
@@ -209,7 +253,7 @@ def test_signs_of_gradient_masking(run_adv, trained):
     (result,) = results(trained).values()
     assert {"noise", "one step", "PGD-10", "PGD-100", "PGD-20 in 16 eps"} <= set(result["trials"])
     assert len(result["signs"]) == 6
-    assert "does noise do as much as the gradient?" in out
+    assert "does noise do more than half of what PGD does?" in out
     (picture,) = (trained.parent / "evaluations").glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -107,6 +107,10 @@ def test_what_other_code_leaves_out_or_wraps(tmp_path):
     ):
         loaded = load_model(tmp_path / "other.pth", **DESCRIBED)
     assert torch.equal(loaded.conv1.weight, weight * mask)
+    exported = tmp_path / "exported.pth"
+    with pytest.warns(UserWarning, match="stripped"):
+        export(tmp_path / "other.pth", "state_dict", exported, **DESCRIBED)
+    assert torch.load(exported).keys() == model.state_dict().keys()
     with torch.no_grad():
         model.conv1.weight.mul_(mask)
         images = torch.rand(3, 3, 8, 8)

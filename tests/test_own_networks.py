@@ -361,6 +361,57 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+class Skips(nn.Module):
+    """A block that its first step does not use."""
+
+    def __init__(self, classes, normalize):
+        super().__init__()
+        self.normalize, self.convolution = normalize, nn.Conv2d(1, 4, 3)
+        self.block, self.head = nn.Linear(4, 4), nn.Linear(4, classes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        x = self.convolution(self.normalize(x)).mean((2, 3))
+        if self.training:
+            self.calls += 1
+        if not self.training or self.calls > 4:
+            x = x + self.block(x)
+        return self.head(x)
+
+
+def test_a_block_may_be_used_later_than_the_first_step(run_adv, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "skips", Skips)
+    outcome = run_adv(*RUN, "--arch", "skips", "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+
+
+def linear(classes, normalize):
+    return nn.Sequential(normalize, nn.Flatten(), nn.Linear(64, classes))
+
+
+def test_a_network_without_a_ticket_is_refused_before_its_first_stage(
+    run_eb, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "linear", linear)
+    flags = [flag for flag in toy.TOY_BIRD if flag not in ("--width", "0.0625")]
+    outcome = run_eb(*flags, "--arch", "linear", "--save_dir", tmp_path / "out")
+    assert outcome.code == 2
+    assert "without convolutions has no unstructured ticket" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_norm_that_starts_in_eval_mode_is_named(run_adv, tmp_path, monkeypatch):
+    def frozen(classes, normalize):
+        model = plain(classes, normalize)
+        next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+        return model
+
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "frozen", frozen)
+    outcome = run_adv(*RUN, "--arch", "frozen", "--epochs", 1, "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "into train mode" in outcome.err
+
+
 # ---------------------------------------------------------------- random draws
 
 

@@ -392,6 +392,40 @@ def test_an_averaged_network_is_evaluated_as_it_was_scored(run_adv, tmp_path):
     assert evaluation["network"]["weights"] == read_summary(paths)["weights"][paths.average.name]
 
 
+def test_an_epoch_that_is_finished_twice_is_averaged_once():
+    """As when a run is stopped during the tests that follow an epoch."""
+    model = toy.network()
+    average = EpochAverage(model)
+    average.after_epoch(model, None, 3)
+    with torch.no_grad():
+        model[5].weight.mul_(3)
+    resumed = EpochAverage(toy.network())
+    resumed.load_state_dict(average.state_dict())
+    for one in (average, resumed):
+        one.after_epoch(model, None, 3)
+        assert one.count == 1
+        one.after_epoch(model, None, 4)
+        assert torch.allclose(one.model[5].weight, 2 / 3 * model[5].weight)
+
+
+def test_statistics_of_an_average_are_of_mixed_classes(run_adv, tmp_path, monkeypatch):
+    """Image folders are sorted by class, and a last batch of one image would be too small."""
+    folder = toy.write_image_tree(tmp_path / "images", per_class=(96, 8))
+    batches = []
+
+    def estimate(self, given):
+        batches.append([batch.mean((0, 2, 3)) for batch in given])
+
+    monkeypatch.setattr(EpochAverage, "estimate_statistics", estimate)
+    flags = ["--data", folder, "--dataset", "imagefolder", "--width", ".0625", "--epochs", "1"]
+    flags += ["--train_step", "1", "--test_step", "1", "--swa", "0", "--train_subset", "257"]
+    outcome = run_adv(*flags, "--save_dir", tmp_path / "runs")
+    assert outcome.code == 0, outcome.err
+    (means,) = batches
+    assert len(means) == 1  # 257 images
+    assert (means[0].max() - means[0].min()) < 0.1  # of three colours
+
+
 # ---------------------------------------------------------------- catastrophic overfitting
 
 ONE_STEP = [*toy.TOY_RUN, "--epochs", "3", "--train_attack", "fgsm-rs", "--fb", *toy.TOY_MASKS]
@@ -445,6 +479,26 @@ def test_a_collapse_may_be_rolled_back_with_a_smaller_step(run_adv, tmp_path, ac
     assert sizes[1::2][6:] == [7.5] * 8
     rows = read_epochs(only_run(tmp_path))
     assert [(row["epoch"], row.get("step_size")) for row in rows] == [(1, None), (2, 7.5), (3, 7.5)]
+
+
+def test_a_collapse_that_returns_after_every_rollback_ends_the_run(run_adv, tmp_path, accuracies):
+    sizes = accuracies(*[FINE] * 5, *[COLLAPSED] * 20)
+    flags = ["--on_collapse", "rollback", "--save_every", "1"]
+    outcome = run_adv(*ONE_STEP, *flags, "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "again after 8 rollbacks" in outcome.err
+    assert len(set(sizes[1::2])) == 9
+    # only networks that were measured are saved
+    assert "resuming after epoch 1, and step 1 of 4 of the next" in outcome.out
+    assert "step 2 of 4" not in outcome.out
+
+
+def test_a_ticket_does_not_roll_back_into_its_first_stage(run_eb, tmp_path, accuracies):
+    accuracies(FINE, COLLAPSED)
+    flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--train_attack", "fgsm-rs"]
+    outcome = run_eb(*flags, "--on_collapse", "rollback", "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "before there was a checkpoint" in outcome.err
 
 
 def test_a_collapse_before_a_checkpoint_cannot_be_rolled_back(run_adv, tmp_path, accuracies):
@@ -548,7 +602,9 @@ def test_a_recipe_sets_what_was_not_given():
     assert parse(AdversarialSettings, "--recipe modern --train_loss ce").awp == 0.01
     ticket = parse(EarlyBirdSettings, "--recipe fast")
     assert (ticket.epochs1, ticket.epochs2, ticket.plan2.attack.start) == (200, 30, "wide")
-    assert ticket.plan1.attack is None
+    assert (ticket.plan1.attack, ticket.plan1.lr) == (None, 0.1)  # the search is the paper's
+    given = parse(EarlyBirdSettings, "--recipe modern --decreasing_lr 20,40")
+    assert (given.lr_schedule, given.plan1.milestones) == ("cosine", (20, 40))
 
 
 def test_a_start_has_one_name_as_epoch_and_as_fraction():

@@ -614,6 +614,17 @@ def test_what_schedulers_send_asks_to_stop(number):
     assert (str(stopped), stopped.code) == ("terminated", 128 + number)
 
 
+def test_a_closing_terminal_does_not_stop_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert interruption.asked() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_others_hide_in_a_run_folder_stays_and_the_umask_counts(run_adv, finished, tmp_path):
     finished(*toy.TOY_RUN, to=tmp_path)
     paths = only_run(tmp_path)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shlex
 
 import pytest
 
@@ -10,11 +11,13 @@ from utils.report.runs import (
     METHOD_NAMES,
     FinishedRun,
     Measured,
+    command_of,
     find_runs,
     grouped,
     lines_by_density,
 )
 from utils.settings.adversarial import AdversarialSettings
+from utils.settings.command_line import parse_settings
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
 
 FLAGS = {
@@ -258,6 +261,36 @@ def test_lines_by_density_begin_with_the_dense_run_of_their_scale(tmp_path):
     assert (fb, fbp) == ("Flying Bird (width factor 1)", "Flying Bird+ (width factor 0.5)")
     assert [group.density for group in line] == [1.0, 0.2, 0.1, 0.05]
     assert [group.method for group in alone] == ["fbp"]
+
+
+def test_a_line_begins_with_the_dense_run_that_is_most_like_it(tmp_path):
+    for awp in (0.01, 0.0):
+        for method in ("dense", "fb"):
+            write_run(tmp_path, method, 1, awp=awp)
+    groups, _ = grouped(find_runs([tmp_path])[0])
+    for _, (dense, sparse) in lines_by_density(groups):
+        assert dense.settings.awp == sparse.settings.awp
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--fb --structure channel",
+        "--fb --structure channel --density 0.2 --death_rate 0.5",
+        "--fb --structure channel --flops 0.3",
+        "--fix --structure channel",
+        "--fb --density 0.1",
+        "--fix --sparse_init erk",
+    ],
+)
+def test_the_command_of_a_run_trains_it_again(tmp_path, line):
+    asked = parse_settings(AdversarialSettings, f"--dataset digits {line}".split(), "", dict)
+    folder = write_run(tmp_path, "fb", 1)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["settings"] = dataclasses.asdict(asked)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    words = shlex.split(command_of(FinishedRun.read(folder)))[2:]
+    assert parse_settings(AdversarialSettings, words, "", dict) == asked
 
 
 def test_every_method_has_a_name():

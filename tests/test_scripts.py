@@ -450,9 +450,8 @@ def test_every_script_at_toy_size(name, images, environment):
 
 def test_a_speedrun_trains_and_evaluates(environment):
     small = "--width 0.125 --train_subset 200 --update_frequency 2 --channel_multiple 1".split()
-    result = script(
-        "speedrun", "digits", environment, *small, NETWORK="channels", EPOCHS=2, AA_IMAGES=10
-    )
+    few = ["--test_subset", "10"]  # fewer than AutoAttack takes otherwise
+    result = script("speedrun", "digits", environment, *small, *few, NETWORK="channels", EPOCHS=2)
     assert result.returncode == 0, result.stderr
     assert "AutoAttack" in result.stdout
     (run,) = (path for path in Path(environment["OUT"]).iterdir() if path.is_dir())
@@ -471,6 +470,58 @@ def test_a_speedrun_trains_and_evaluates(environment):
         )
         assert wrong.returncode == 2
         assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["{images}"], "link_images.sh takes FOLDER OUT TRAIN TEST"),
+        (["{images}", "{out}", "5"], "link_images.sh takes FOLDER OUT TRAIN TEST"),
+        (["{images}", "{out}", "5", "many"], "link_images.sh takes FOLDER OUT TRAIN TEST"),
+        (["{out}/nowhere", "{out}/links", "5", "2"], "is no folder of images"),
+    ],
+)
+def test_what_cannot_be_linked_is_refused(arguments, reason, images, environment, tmp_path):
+    words = [word.format(images=images, out=tmp_path) for word in arguments]
+    result = script("link_images", words[0], environment, *words[1:])
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert reason in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_to_other_images_are_not_taken_for_these(images, environment, tmp_path):
+    for count, code in (("5", 0), ("5", 0), ("6", 2)):
+        result = script("link_images", images, environment, str(tmp_path / "out"), count, "2")
+        assert result.returncode == code, result.stderr
+    assert "holds links to" in result.stderr
+    assert len(list((tmp_path / "out" / "train").glob("*/*"))) == 5 * 5
+
+
+def test_variables_that_turn_nothing_on(monkeypatch):
+    for name in ("SMOKE", "PLAN", "SLURM"):
+        monkeypatch.setenv(name, "0")
+        assert not tables.switch(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert tables.visible_gpus() == []
+
+
+def test_the_length_of_a_table_leaves_its_recipe_and_shortness_no_late_milestone(monkeypatch):
+    def flags(epochs, *extra):
+        monkeypatch.setenv("EPOCHS", epochs)
+        call = tables.Call("dense", "digits", "digits", "out", 1, extra)
+        return tables.command(call, tables.Run("dense", seed="1"))
+
+    assert "0.5,0.75" in flags("100")
+    assert "0.5" in flags("2")
+    assert "--decreasing_lr" not in flags("1")
+    assert "--decreasing_lr" not in flags("100", "--recipe", "modern")
+    assert "--decreasing_lr" not in flags("100", "--lr-schedule=cosine")
+
+
+def test_an_environment_that_is_ready_needs_no_other_python(environment):
+    command = ["bash", "scripts/setup.sh", "requirements-dev.txt"]
+    given = {**environment, "PYTHON": "/nowhere/python", "QUIET": "1"}
+    assert subprocess.run(command, cwd=ROOT, env=given).returncode == 0
 
 
 def test_the_page_of_results_is_what_the_summaries_say():

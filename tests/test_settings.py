@@ -599,6 +599,8 @@ def test_settings_from_a_checkpoint_are_checked_too():
     assert settings_from(AdversarialSettings, {"lr": 0.3, "unknown": 1}).lr == 0.3
     with pytest.raises(InputError, match="unknown architecture"):
         settings_from(AdversarialSettings, {"arch": "resnet19"})
+    with pytest.raises(InputError, match="unknown --train_loss mart; known: ce, trades"):
+        settings_from(AdversarialSettings, {"train_loss": "mart"})
 
 
 # ---------------------------------------------------------------- devices

@@ -92,6 +92,7 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--epochs1 2 --stage2 fast --epochs2 21 --decreasing_lr 20", "past the end of 2 epochs"),
         ("--epochs1 4 --eb_tolerance 0.1", "no ticket could emerge"),
         ("--decreasing_lr 20,10", "must not fall"),
+        ("--epochs1 9 --lr_schedule cosine --decreasing_lr 50", "past the end of 9 epochs"),
         ("--fb", "unknown argument"),
         ("--eval", "unknown argument"),
         ("--resume_dir x --density 0.3", "contradicts"),
@@ -191,6 +192,26 @@ def test_the_name_covers_what_changes_the_result_and_nothing_else(tmp_path):
     names = [parse(f"--stage1_pretrained {tmp_path / name}").run_name() for name in "abc"]
     assert names[0] == names[1] != names[2]
     assert len({*names, base}) == 3
+
+
+def test_the_attack_of_an_adversarial_first_stage_counts_in_the_name():
+    one, two = (
+        parse(f"--dataset digits --stage1 pgd --train_loss trades {mode}").run_name()
+        for mode in ("", "--attack_mode eval")
+    )
+    assert one != two
+    names = [
+        parse(f"--dataset digits --stage1 pgd {m}").run_name() for m in ("", "--attack_mode train")
+    ]
+    assert names[0] == names[1]
+
+
+def test_milestones_hold_for_the_first_stage_whatever_the_second_does():
+    settings = parse("--epochs1 60 --decreasing_lr 20,40 --lr_schedule cosine")
+    assert not settings.notes
+    assert (settings.plan1.milestones, settings.plan2.schedule) == ((20, 40), "cosine")
+    ignored = parse("--stage1 fast --decreasing_lr 20,40 --lr_schedule cosine")
+    assert "--decreasing_lr has no effect" in ignored.notes[0]
 
 
 @pytest.mark.parametrize(

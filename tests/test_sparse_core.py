@@ -744,7 +744,6 @@ OPTIMIZERS = {
     "plain rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
     "adadelta": torch.optim.Adadelta,
-    "rprop": torch.optim.Rprop,
     "adafactor": torch.optim.Adafactor,
 }
 MOMENTUM = MaskingConfig(0.2, 10, update_frequency=1, growth="momentum")
@@ -767,7 +766,7 @@ def test_momentum_growth_takes_momentum_and_nothing_else(optimizer, key):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "rprop", "adafactor"]
+    "optimizer", ["plain sgd", "plain rmsprop", "adagrad", "adadelta", "adafactor"]
 )
 def test_momentum_growth_without_momentum_is_refused_at_once(optimizer):
     model = nn.Sequential(nn.Linear(20, 20))
@@ -1503,13 +1502,23 @@ def test_flying_bird_plus_refuses_validation_that_was_not_measured():
         train(model, optimizer, masking, 1)
 
 
-def test_lbfgs_is_refused_and_recurrent_layers_are_named():
+def test_optimizers_that_cannot_be_masked_are_refused_and_unmasked_weights_are_named():
     model = toy.network()
+    config = MaskingConfig(0.3, 8, fixed=True)
     with pytest.raises(ValueError, match="LBFGS keeps one history of all weights"):
-        Masking(model, torch.optim.LBFGS(model.parameters()), MaskingConfig(0.3, 8, fixed=True))
+        Masking(model, torch.optim.LBFGS(model.parameters()), config)
+    with pytest.raises(ValueError, match="Rprop keeps a step size of each weight"):
+        Masking(model, torch.optim.Rprop(model.parameters()), config)
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 4)})
     with pytest.warns(UserWarning, match="are masked, not lstm; prunable= chooses weights"):
         masking_of(model)
+    model = nn.ModuleDict({"head": nn.Linear(40, 40), "table": nn.Embedding(99, 40)})
+    for size, warns in ((3, False), (50, True)):
+        model.experts = nn.Parameter(torch.rand(size, 2, 2))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            masking_of(model)
+        assert ["not experts" in str(warning.message) for warning in caught] == [True] * warns
 
 
 def test_a_tied_weight_is_chosen_by_either_of_its_names():

@@ -266,6 +266,23 @@ def test_an_evaluation_of_a_network_that_was_trained_on_is_left_out(tmp_path):
     assert note in markdown(evaluation_table(strong_evaluations(groups), [note]))
 
 
+def test_evaluations_that_differ_in_data_or_training_images_are_not_mixed(tmp_path):
+    run = write_run(tmp_path, "fb", 1)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "digests": {"test pixels": "own"}}))
+    write_evaluation(run, "a", digests={"test pixels": "other"}, test_ra=10.0)
+    write_evaluation(run, "b", digests={"test pixels": "own"}, test_ra=20.0)
+    write_evaluation(run, "c", test_ra=30.0, images={"test": 1000, "train": 500})
+    write_evaluation(run, "d", test_ra=40.0, images={"test": 1000, "train": 500}, when="2026")
+    write_evaluation(run, "e", test_ra=50.0, images={"test": 1000, "train": 500}, when="2025")
+    found = strong_evaluations(groups_in(tmp_path))
+    assert [(one.title, one.ra.mean) for one in found] == [
+        ("AutoAttack", 20.0),
+        ("AutoAttack", 40.0),
+        ("AutoAttack on other data", 10.0),
+    ]
+
+
 def test_a_file_that_is_no_evaluation_is_named(tmp_path):
     run = write_run(tmp_path, "fb", 1)
     write_evaluation(run, test_sa=None, images={})

@@ -20,7 +20,7 @@ TOLERANCES = {"unstructured": 0.08, "channel": 0.1}
 class EarlyBird:
     """Watches a network in training and says when its ticket has emerged.
 
-    After each epoch it records the mask that pruning would draw. The ticket has emerged when
+    After each epoch it records a mask of the largest weights or scales. The ticket has emerged when
     ``window`` masks exist and the newest differs from each of the ``window - 1`` before it in at
     most ``tolerance`` of the positions. Bad arguments raise ``ValueError``.
 
@@ -91,7 +91,7 @@ class EarlyBird:
 
 @torch.no_grad()
 def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
-    """The flat mask (bool, on the CPU) that pruning to ``density`` would draw now.
+    """The flat mask (bool, on the CPU) that keeps the largest ``density`` of the watched values.
 
     The threshold is the sorted score at ``int(n * (1 - density))``; scores strictly above it are
     kept. Raises ``ValueError`` for a network without layers of this ``kind``.
@@ -102,9 +102,13 @@ def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
 
 
 def _scores(model: nn.Module, kind: str) -> list[Tensor]:
-    watched = nn.BatchNorm2d if kind == "channel" else nn.Conv2d
+    watched: type[nn.Module] = nn.modules.conv._ConvNd
+    if kind == "channel":
+        watched = nn.modules.batchnorm._BatchNorm
     found: list[Tensor] = [
-        module.weight for module in model.modules() if isinstance(module, watched)
+        module.weight
+        for module in model.modules()
+        if isinstance(module, watched) and isinstance(module.weight, Tensor)
     ]
     if not found:
         raise ValueError(

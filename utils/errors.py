@@ -55,8 +55,8 @@ class _CtrlC:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 130
-    (Ctrl-C), 141 (closed pipe), 143 (SIGTERM).
+    """Run ``command`` and return its exit code: 0, 2 (input), 3 (failed run), 75 (time limit), 141
+    (closed pipe), 128 + a signal's number (130 for Ctrl-C).
 
     The process must end after it: it leaves Ctrl-C without effect, and warnings as one line.
     """

@@ -26,17 +26,15 @@ from utils.errors import InputError, RunError, one_line
 from utils.seeding import seeded, stream
 from utils.settings.common import CommonSettings, settings_from
 from utils.settings.stored import SETTINGS_OF
-from utils.storage.checkpoint import network_weights
 from utils.storage.files import write_atomically
 from utils.storage.packing import compact_network
 from utils.storage.safetensors import SUFFIX, safetensors_bytes
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a fraction of the largest logit
+_ROUNDED = 1e-2  # the same for weights in float16
 _BATCHES = (1, 5)  # batch sizes on which every file is checked
 _OPSET = 18  # of ONNX: what every torch from 2.11 on writes without converting
 _CHECKPOINT_SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt", SUFFIX)
-# the same for weights in float16
-_ROUNDED = 1e-2
 # kept of a checkpoint: the network's scores, and what an evaluation needs of its run
 _KEPT = ("script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged")
 # metadata in a checkpoint, or in safetensors made of one
@@ -69,7 +67,7 @@ class Trained:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return network_weights(self.content, "the file")
+        return self.model.state_dict()
 
     @property
     def density(self) -> float:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from tqdm import tqdm
 
 from data import Data, Split
 from data.augment import to_float
+from models import CUSTOM_ARCHITECTURES
 from models.loading import network_of, refuse_other_classes, spec_in
 from models.modes import in_mode
 from utils.errors import InputError, RunError, Stopped, require
 from utils.evaluation import gradient_masking
-from utils.evaluation.sanity import CHECKED_IMAGES, check_network
+from utils.evaluation.sanity import CHECKED_IMAGES, check_answers, check_network
 from utils.evaluation.trials import (
     Outcomes,
     Trial,
@@ -80,10 +82,11 @@ def network_and_data(
 
 @dataclass(frozen=True)
 class EvaluatedNetwork:
-    """A network from a checkpoint, its class names in order, and the epoch and validation RA stored
-    with it."""
+    """A network from a checkpoint, its architecture, its class names in order, and the epoch and
+    validation RA stored with it."""
 
     model: nn.Module
+    arch: str
     classes: list[str]
     epoch: int | None
     val_ra: float | None
@@ -110,9 +113,13 @@ def network_for(
         )
     refuse_other_classes(path, spec, data.classes)
     model = network_of(content, path, {**spec, "image_size": min(data.image_shape[1:])}, device)
-    return EvaluatedNetwork(
-        model, spec.get("classes") or data.classes, content.get("epoch"), content.get("val_ra")
+    classes = spec.get("classes") or data.classes
+    # Others' checkpoints may hold anything there.
+    epoch, val_ra = (
+        value if isinstance(value := content.get(name), (int, float)) else None
+        for name in ("epoch", "val_ra")
     )
+    return EvaluatedNetwork(model, spec["arch"], classes, epoch, val_ra)
 
 
 def evaluate_checkpoint(settings: AdversarialSettings, device: torch.device, world: World) -> None:
@@ -151,8 +158,12 @@ class Evaluation:
         self.evaluated, self.data = network_and_data(settings, device)
         self.model = self.evaluated.model
         self.source = None if settings.source is None else self._source(settings.source)
+        self.networks = [self.evaluated, *([self.source] if self.source else [])]
         self.plan = self._plan()
-        self.splits = {"test": self.data.test, "train": self.data.train}
+        train, subset = self.data.train, settings.gap_subset
+        if subset is not None:
+            train = train.subset(train.spread(subset))
+        self.splits = {"test": self.data.test, "train": train}
         self.warnings = self._check_network()
         self.folder = self._folder()
         self.outcomes = Outcomes(
@@ -163,14 +174,14 @@ class Evaluation:
         if self.answers.exists():
             self._resume()
 
-    def _source(self, path: str) -> nn.Module:
+    def _source(self, path: str) -> EvaluatedNetwork:
         source = network_for(path, self.settings, self.data, self.device)
         other = (
             f"--source {path} numbers the classes in another order than --pretrained"
             f" {self.settings.pretrained}"
         )
         require(source.classes == self.data.classes, other)
-        return source.model
+        return source
 
     # ---- the plan
 
@@ -192,7 +203,7 @@ class Evaluation:
         options: dict[str, Any] = {
             "restarts": settings.restarts,
             "name": name,
-            "source": self.source,
+            "source": None if self.source is None else self.source.model,
         }
         test = pgd_trials(model, attack, settings.seed, **options)
         train = (
@@ -201,21 +212,24 @@ class Evaluation:
             else pgd_trials(model, attack, settings.seed, part="train", **options)
         )
         title = name + (f" x {settings.restarts}" if settings.restarts > 1 else "")
+        title += "" if attack.random_start else " without random start"
         title += f" crafted on {_short(settings.source)}" if settings.source else ""
         return EvaluationPlan(
             title, [clean_trial(), *test, *train], test[-1], train[-1] if train else None
         )
 
     def _check_network(self) -> list[str]:
+        """Check both networks, and the gradients of the one that the attack ascends."""
         split = self.data.test
         indices = split.spread(CHECKED_IMAGES)
+        x, y = to_float(split.rows(indices)), split.labels[indices]
         warnings = []
-        for model in (self.model, self.source):
-            if model is not None:
-                with in_mode(model, False), full_precision():
-                    warnings += check_network(
-                        model, to_float(split.rows(indices)), split.labels[indices]
-                    )
+        for network in self.networks:
+            with in_mode(network.model, False), full_precision():
+                if network is self.networks[-1]:
+                    warnings += check_network(network.model, x, y, self.attack.loss)
+                else:
+                    check_answers(network.model, x)
         return warnings
 
     # ---- files
@@ -244,7 +258,7 @@ class Evaluation:
     def key(self) -> str:
         """Digest of everything that determines the answers: networks, attack, seed, images."""
         settings = self.settings
-        source = None if self.source is None else checksum(self.source.state_dict())
+        source = None if self.source is None else self.source.weights
         parts: list[Any] = [self.evaluated.weights, source, dataclasses.asdict(self.attack)]
         parts += [
             settings.eval_attack,
@@ -254,6 +268,9 @@ class Evaluation:
         ]
         parts += [self.data.digest]
         parts += [(trial.name, trial.batch) for trial in self.plan.trials]
+        # Equal weights do not make equal networks.
+        archs = [network.arch for network in self.networks]
+        parts += archs if CUSTOM_ARCHITECTURES.keys() & archs else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _resume(self) -> None:
@@ -336,8 +353,8 @@ class Evaluation:
         finally:
             progress.close()
 
-    def finish(self) -> None:
-        """Write the summary and print the result."""
+    def finish(self) -> dict[str, Any]:
+        """Write the summary, print the result and return it."""
         result = self.result()
         picture: Figure | None = None
         lines = [self._headline(result)]
@@ -361,8 +378,10 @@ class Evaluation:
                 write_figure(self._path(".png"), picture)
                 lines.append(f"picture: {self._path('.png')}")
         except OSError as error:
-            raise RunError(f"cannot write {summary} ({error.strerror or error})") from error
+            file = error.filename or summary
+            raise RunError(f"cannot write {file} ({error.strerror or error})") from error
         print("\n".join([*lines, f"by image: {self.answers}"]))
+        return result
 
     def result(self) -> dict[str, Any]:
         """The summary; accuracies in percent, radius and step size in 1/255."""
@@ -391,6 +410,8 @@ class Evaluation:
             "restarts": None if kind == "autoattack" else self.settings.restarts,
             "source": self.settings.source,
             "seed": self.settings.seed,
+            "digests": dict(self.data.digests),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "images": {
                 part: len(self.splits[part])
                 for part in {trial.part: None for trial in self.plan.trials}
@@ -427,7 +448,6 @@ class _Progress:
 
     def __init__(self, trials: Sequence[Trial], outcomes: Outcomes, quiet: bool) -> None:
         self._trials, self._outcomes = trials, outcomes
-        self._disable = True if quiet else None
         self._quiet = quiet
         self._trial: Trial | None = None
         self._bar: Any = None
@@ -443,7 +463,7 @@ class _Progress:
                 desc=trial.name,
                 unit="img",
                 leave=False,
-                disable=self._disable,
+                disable=True if self._quiet else None,
             )
             self._bar.update(
                 int((self._outcomes.predicted(trial)[self._rows] != Outcomes.NOT_SHOWN).sum())
@@ -468,7 +488,8 @@ class _Progress:
 
 def _short(path: str) -> str:
     """A checkpoint's folder and name, for a title."""
-    return "/".join(Path(path).resolve().parts[-2:]).split(".")[0]
+    folder, name = Path(path).resolve().parts[-2:]
+    return f"{folder}/{name.split('.')[0]}"
 
 
 def _digest_of_rows(split: Split) -> str:

@@ -132,7 +132,7 @@ def signs(
             widest > _LARGE_BALL_RA,
         ),
         Sign(
-            "does noise do as much as the gradient?",
+            "does noise do more than half of what PGD does?",
             f"noise takes {lost_to_noise:.2f} points, PGD-20 {lost_to_pgd:.2f}",
             lost_to_pgd > 0 and lost_to_noise > 0.5 * lost_to_pgd,
         ),
@@ -212,7 +212,7 @@ def text(signs: Signs) -> list[str]:
         ]
     return [
         *lines,
-        "no sign of gradient masking; AutoAttack (--eval_attack autoattack) is the stronger proof",
+        "no sign of gradient masking; AutoAttack (--eval_attack autoattack) is the stronger test",
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.modes import without_parameter_gradients
-from utils.attacks import Loss, cross_entropy
+from utils.attacks import LOSSES
 from utils.errors import InputError
 
 _ROUNDING = 1e-3  # relative; kernels for one image and for a batch round differently
@@ -15,9 +15,9 @@ CHECKED_IMAGES = 32  # images checked before a strong evaluation
 MAX_ZERO_GRADIENT_SHARE = 0.1  # share of images without a gradient above which the user is warned
 
 
-def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+def check_network(model: nn.Module, x: Tensor, y: Tensor, loss: str = "ce") -> list[str]:
     """Check a network, as it will be evaluated, on images ``[N, C, H, W]`` with labels ``[N]``,
-    where N is at least 2.
+    where N is at least 2; ``loss`` (of ``utils.attacks.LOSSES``) is what the attack ascends.
 
     Returns:
         Warnings, one line each.
@@ -35,7 +35,7 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
             " would mislead"
         )
     check_answers(model, x)
-    return _check_gradients(model, x, y)
+    return _check_gradients(model, x, y, loss)
 
 
 def check_answers(model: nn.Module, x: Tensor) -> None:
@@ -58,17 +58,17 @@ def check_answers(model: nn.Module, x: Tensor) -> None:
         )
 
 
-def _check_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    silent = images_without_gradient(model, x, y)
+def _check_gradients(model: nn.Module, x: Tensor, y: Tensor, loss: str) -> list[str]:
+    silent = images_without_gradient(model, x, y, loss)
     if silent == len(x):
         raise InputError(
-            f"the gradient is zero at all {silent} images checked, so attacks by gradient say"
-            " nothing"
+            f"the gradient is zero at all {silent} images checked, so gradient-based attacks are"
+            " meaningless"
         )
     if silent > MAX_ZERO_GRADIENT_SHARE * len(x):
         return [
-            f"the cross-entropy has no gradient at {silent} of {len(x)} images: PGD is weak there,"
-            " see --eval_attack cw or autoattack"
+            f"the attack's loss ({loss}) has no gradient at {silent} of {len(x)} images: PGD is"
+            " weak there, see --eval_attack cw or autoattack"
         ]
     return []
 
@@ -91,25 +91,24 @@ def close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= _ROUNDING * other.abs().max().clamp_min(1e-6))
 
 
-def images_without_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss = cross_entropy
-) -> int:
-    """Count the images ``[N, C, H, W]`` with labels ``[N]`` at which a loss has a zero gradient, in
-    the network's current mode.
+def images_without_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: str) -> int:
+    """Count the images ``[N, C, H, W]`` with labels ``[N]`` at which a loss of
+    ``utils.attacks.LOSSES`` has a zero gradient, in the network's current mode.
 
     Raises:
         InputError: the network passes no gradient to its images, or one that is not finite.
     """
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().requires_grad_()
     with without_parameter_gradients(model), torch.enable_grad():
-        value = loss(model(x), y)
+        value = LOSSES[loss](model(x), y)
         if not value.requires_grad:
             raise InputError(
-                "the network passes no gradient to its images, so attacks by gradient say nothing"
+                "the network passes no gradient to its images, so gradient-based attacks are"
+                " meaningless"
             )
         (gradient,) = torch.autograd.grad(value, x)
     if not bool(gradient.isfinite().all()):
         raise InputError(
-            "the gradient at some images is not finite, so attacks by gradient say nothing"
+            "the gradient at some images is not finite, so gradient-based attacks are meaningless"
         )
     return int((gradient.flatten(1).abs().amax(dim=1) == 0).sum())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data import Batch, Data, Split, plain_batches
 from data.augment import to_float
 from models.modes import in_mode
-from utils.attacks import LOSSES, PGD, AutoAttack, attack_draws
+from utils.attacks import PGD, AutoAttack, attack_draws
 from utils.evaluation.sanity import CHECKED_IMAGES, MAX_ZERO_GRADIENT_SHARE, images_without_gradient
 from utils.evaluation.trials import (
     EVAL_BATCH,
@@ -99,9 +99,7 @@ def _check_gradients(forward: Forward, split: Split, attack: PGD) -> None:
     indices = split.spread(CHECKED_IMAGES)
     with in_mode(forward.model, False), full_precision():
         images = to_float(split.rows(indices))
-        silent = images_without_gradient(
-            forward.model, images, split.labels[indices], LOSSES[attack.loss]
-        )
+        silent = images_without_gradient(forward.model, images, split.labels[indices], attack.loss)
     if silent > MAX_ZERO_GRADIENT_SHARE * len(indices) and forward.world.is_first:
         counted = (
             f"the attack's loss ({attack.loss}) has no gradient at {silent} of {len(indices)}"

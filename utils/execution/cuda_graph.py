@@ -159,7 +159,7 @@ class GraphedStep:
             x, y, draws = inputs
             assert x is not None
             assert y is not None
-            with self._memory.beside():
+            with self._memory.beside(), self._own_rate():
                 return self._step_once(x, y, draws)
         if self._captured is None:
             self._capture(inputs)
@@ -172,19 +172,25 @@ class GraphedStep:
         loss, right, attacked = self._captured.outputs
         return loss.clone(), right.clone(), attacked
 
+    @contextlib.contextmanager
+    def _own_rate(self) -> Iterator[None]:
+        """The learning rate as the tensor that a graph reads. Eager steps round it alike."""
+        rate = self._group["lr"]
+        self._rate.fill_(rate)
+        self._group["lr"] = self._rate
+        try:
+            yield
+        finally:
+            self._group["lr"] = rate
+
     def _capture(self, inputs: Inputs) -> None:
         self._inputs = _own(inputs)
         x, y, draws = self._inputs
         assert x is not None
         assert y is not None
-        rate = self._group["lr"]
-        self._group["lr"] = self._rate
         drawn = cpu_generator_states()
-        try:
-            with self._memory.beside():
-                self._captured = _capture(lambda: self._step_once(x, y, draws), self._memory)
-        finally:
-            self._group["lr"] = rate
+        with self._memory.beside(), self._own_rate():
+            self._captured = _capture(lambda: self._step_once(x, y, draws), self._memory)
         if cpu_generator_states() != drawn:
             raise RunError(
                 "the network draws on the host, which a CUDA graph would not repeat; --resume"

@@ -14,7 +14,7 @@ from utils.errors import Stopped
 # EX_TEMPFAIL of sysexits.h, on which a shell loop or a scheduler starts the run again
 TIME_LIMIT_CODE = 75
 # Schedulers warn with the last three; a closing terminal sends SIGHUP.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
 class Interruption:
@@ -38,7 +38,10 @@ class Interruption:
     def __enter__(self) -> Interruption:
         # Python allows no handlers in other threads
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            # nohup ignores the closing terminal
+            ignores = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            caught = [n for n in SIGNALS if not (ignores and n == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._remember) for number in caught}
         return self
 
     def __exit__(

@@ -307,7 +307,7 @@ def _curves_picture(groups: Sequence[Group]) -> Picture:
     )
     events = (
         " with the epochs in which Flying Bird+ pruned (black) or grew (red)"
-        if any(group.method == "fbp" for group in groups)
+        if any(group.method.startswith("fbp") for group in groups)
         else ""
     )
     curves = compared_curves(

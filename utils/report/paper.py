@@ -95,6 +95,10 @@ def benchmark(dataset: str | None, arch: str, structure: str, sparsity: int) -> 
 def benchmark_sparsity(group: Group) -> tuple[str, int] | None:
     """A group's structure and requested sparsity in percent, as in the benchmark; None for
     densities that it lacks."""
+    settings = group.settings
+    # The fraction of the channels is then not the requested density.
+    if group.method == "fbp-channel" or getattr(settings, "flops", None) is not None:
+        return None
     structure = "channels" if group.method.endswith("-channel") else "weights"
     sparsity = SPARSITIES[structure].get(group.density)
     return None if sparsity is None else (structure, sparsity)
@@ -146,8 +150,8 @@ def _other_settings(group: Group) -> list[str]:
         settings.canonical(),
         {f.name: f.default for f in dataclasses.fields(settings) if f.metadata["result"]},
     )
-    if "update_frequency" in defaults and group.method in ("fb", "fbp"):  # as the paper's commands
-        defaults["dynamic_fre"] = True
+    if group.method.split("-")[0] in ("fb", "fbp"):
+        defaults["dynamic_fre"] = True  # as in the paper's commands
     found = []
     for name, default in defaults.items():
         value = ours[name] if name in lengths else at_length[name]

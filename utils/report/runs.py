@@ -9,7 +9,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,14 @@ class FinishedRun:
     @cached_property
     def data(self) -> str | None:
         """Digest of the data set's content; in older runs the name of the image folder, or None."""
-        if digests := self._found.get("digests"):
-            return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        if self.digests:
+            return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()
         return Path(self.settings.data).name if self.settings.dataset == "imagefolder" else None
+
+    @property
+    def digests(self) -> Row:
+        """Digests of the parts of the data set; empty in older runs."""
+        return self._found.get("digests") or {}
 
     @property
     def precision(self) -> str:
@@ -239,10 +244,10 @@ class FinishedRun:
         """The results of ``main_adv.py --eval`` in ``evaluations/``, oldest first; raises
         ``InputError`` if one cannot be read."""
         files = (self.paths.root / "evaluations").glob("*.json")
-        return [
-            read_object(path)
-            for path in sorted(files, key=lambda path: (path.stat().st_mtime, path.name))
-        ]
+        found = [(path.stat().st_mtime, path.name, read_object(path)) for path in files]
+        # Copied files are all as old as the copy; older evaluations do not say when they were made.
+        found.sort(key=lambda entry: (str(entry[2].get("when", "")), *entry[:2]))
+        return [evaluation for _, _, evaluation in found]
 
 
 @dataclass(frozen=True)
@@ -288,9 +293,11 @@ def command_of(run: FinishedRun) -> str:
         settings.script if settings.script == "main_adv.py" else f"Robust-Bird/{settings.script}"
     )
     words = ["python", script]
+    usual = settings.guessed({"structure": getattr(settings, "structure", None)})
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
-        if value == f.default or not (f.metadata["result"] or f.name == "data"):
+        as_usual = value == usual.get(f.name, f.default)
+        if as_usual or not (f.metadata["result"] or f.name == "data"):
             continue
         words += (
             [f"--{'' if value else 'no-'}{f.name}"]
@@ -367,7 +374,7 @@ def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
 
 def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
     """Groups that differ only in the density, densest first, as one line with a title each; a line
-    begins with the dense runs of the same scale and attacks."""
+    begins with the dense runs of the same scale and attacks that are the most like it."""
     lines: dict[Any, list[Group]] = {}
     for group in groups:
         if group.method != DENSE:
@@ -376,10 +383,10 @@ def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
     labels = _labels([line[0].first for line in lines.values()], without="density")
     found = []
     for label, line in zip(labels, lines.values(), strict=True):
-        dense = [
-            group for group in groups if group.method == DENSE and _same_scale(group, line[0])
-        ][:1]
-        found.append((label, dense + sorted(line, key=lambda group: -group.measured(density).mean)))
+        dense = [g for g in groups if g.method == DENSE and _same_scale(g, line[0])]
+        closest = [max(dense, key=partial(_alike, line[0]))] if dense else []
+        by_density = sorted(line, key=lambda group: -group.measured(density).mean)
+        found.append((label, closest + by_density))
     return found
 
 
@@ -460,6 +467,12 @@ def _differs(name: str, runs: Sequence[FinishedRun]) -> bool:
     asked = [run.asked.get(name) for run in runs]
     means = [run.identity.get(name) for run in runs]
     return any(value != asked[0] for value in asked) and any(value != means[0] for value in means)
+
+
+def _alike(one: Group, other: Group) -> int:
+    """Number of settings in which two groups agree."""
+    theirs = other.first.identity
+    return sum(theirs.get(name) == value for name, value in one.first.identity.items())
 
 
 def _same_scale(one: Group, other: Group) -> bool:

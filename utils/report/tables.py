@@ -14,6 +14,7 @@ from utils.errors import InputError
 from utils.report import paper
 from utils.report.runs import METHOD_NAMES, FinishedRun, Group, Measured, density
 from utils.storage.json_files import misfit
+from utils.training.summary import percent
 
 Row = Mapping[str, Any]
 
@@ -72,15 +73,11 @@ def _cells(s: Row) -> list[str]:
         s["robust_gap"],
     ]
     return [
-        *map(_percent, figures),
+        *map(percent, figures),
         f"{s['density']:.4f}",
         f"{flops['training']:.3g}",
         f"{flops['inference']:.3g}",
     ]
-
-
-def _percent(x: float) -> str:
-    return f"{round(x, 2) + 0.0:.2f}"  # never -0.00
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], words: int = 1) -> str:
@@ -151,8 +148,8 @@ def csv_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _percents(measured: Measured | None) -> str:
     if measured is None:
         return NOTHING
-    return _percent(measured.mean) + (
-        f" \u00b1 {_percent(measured.spread)}" if measured.spread is not None else ""
+    return percent(measured.mean) + (
+        f" \u00b1 {percent(measured.spread)}" if measured.spread is not None else ""
     )
 
 
@@ -274,7 +271,7 @@ def _comparison_lines(c: Comparison) -> list[list[str]]:
     lines = [[c.label, "ours", str(len(c.group.runs)), *ours]]
     if c.theirs:
         paper_has = [
-            *(_percent(c.theirs[name]) for name in _ACCURACIES),
+            *(percent(c.theirs[name]) for name in _ACCURACIES),
             *(f"{c.theirs[name]:.3e}" for name in _PAPER_FLOPS),
         ]
         differ = {name: c.ours[name].mean - figure for name, figure in c.theirs.items()}
@@ -291,7 +288,7 @@ def _comparison_lines(c: Comparison) -> list[list[str]]:
 
 
 def _signed_percent(x: float) -> str:
-    text = _percent(x)
+    text = percent(x)
     return text if float(text) <= 0 else f"+{text}"
 
 
@@ -377,7 +374,7 @@ def _comparison_record(c: Comparison) -> list[object]:
 # ---------------------------------------------------------------- strong evaluations
 
 # checkpoint, title, norm, eps, step size, test images
-_Kind = tuple[str, str, str, float, float, int]
+_Kind = tuple[str, str, str, float, float, int, int]
 _EVALUATION = {
     "checkpoint": str,
     "title": str,
@@ -427,7 +424,7 @@ def strong_evaluations(groups: Sequence[Group]) -> list[StrongEvaluation]:
         by_kind: dict[_Kind, dict[int, Row]] = {}
         for run in group.runs:
             for evaluation in valid_evaluations(run):
-                by_kind.setdefault(_kind(evaluation), {})[run.settings.seed] = evaluation
+                by_kind.setdefault(_kind(run, evaluation), {})[run.settings.seed] = evaluation
         kinds = sorted(by_kind, key=lambda key: (_checkpoint_order(key[0]), key))
         found += [_strong(group, key, list(by_kind[key].values())) for key in kinds]
     return found
@@ -474,18 +471,20 @@ def valid_evaluations(run: FinishedRun) -> list[Row]:
     return found
 
 
-def _kind(evaluation: Row) -> _Kind:
+def _kind(run: FinishedRun, evaluation: Row) -> _Kind:
     """What must be equal for a mean over seeds to make sense."""
-    numbers = (
-        float(evaluation["eps"]),
-        float(evaluation.get("step_size") or 0.0),
-        evaluation["images"]["test"],
-    )
-    return evaluation["checkpoint"], evaluation["title"], evaluation["norm"], *numbers
+    images = evaluation["images"]
+    eps, step_size = float(evaluation["eps"]), float(evaluation.get("step_size") or 0.0)
+    numbers = (eps, step_size, images["test"], images.get("train", 0))
+    title = str(evaluation["title"])
+    theirs = evaluation.get("digests")  # older ones have none
+    if theirs and run.digests and theirs != run.digests:
+        title += " on other data"
+    return evaluation["checkpoint"], title, evaluation["norm"], *numbers
 
 
 def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> StrongEvaluation:
-    checkpoint, title, norm, eps, _, images = key
+    checkpoint, title, norm, eps, _, images, _ = key
     sa, ra = (
         Measured.of([evaluation[name] for evaluation in found]) for name in ("test_sa", "test_ra")
     )
@@ -593,8 +592,8 @@ def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:
     dataset, arch, structure, sparsity = cell
     lines = []
     for p in paper.benchmark(*cell):
-        clean = NOTHING if p.clean is None else _percent(p.clean)
-        figures = [NOTHING, f"{paper.BENCHMARK_EPS:g}", clean, _percent(p.autoattack)]
+        clean = NOTHING if p.clean is None else percent(p.clean)
+        figures = [NOTHING, f"{paper.BENCHMARK_EPS:g}", clean, percent(p.autoattack)]
         lines.append(
             (
                 p.autoattack,

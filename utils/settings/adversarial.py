@@ -27,7 +27,7 @@ EVAL_ATTACKS = ("pgd", "cw", "autoattack", "masking")
 # With --eval, flags of the network must match a checkpoint that has settings, and flags of the
 # evaluation may differ from it. All others can only repeat it.
 _NETWORK = "dataset arch width depth_factor width_factor".split()
-_EVALUATION = "image_size train_subset test_subset seed norm".split()
+_EVALUATION = "image_size train_subset test_subset gap_subset seed norm".split()
 _EVALUATION += "test_eps test_step test_gamma test_randinit".split()
 
 
@@ -66,12 +66,12 @@ _EVALUATION_RULES = (
         "--eval_attack {s.eval_attack}, which has attacks of its own",
     ),
     Rule(
-        "train_subset",
+        "train_subset gap_subset",
         lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
         "--eval_attack {s.eval_attack}, which uses test images alone",
     ),
     Rule(
-        "train_subset",
+        "train_subset gap_subset",
         lambda s: s.eval and s.source is not None,
         "--source, which uses test images alone",
     ),
@@ -115,7 +115,8 @@ _TRAINING_RULES = (
     Rule(
         "",
         lambda s: not s.eval and s.structure == "channel" and s.growth not in CHANNEL_GROWTHS,
-        "--growth {s.growth} is of weights; channels grow by " + " or ".join(CHANNEL_GROWTHS),
+        "--growth {s.growth} applies to weights only; channels grow by "
+        + " or ".join(CHANNEL_GROWTHS),
     ),
     Rule(_MOVING_MASK, lambda s: not s.eval and s.fix, "--fix, whose masks do not move"),
     Rule(
@@ -135,7 +136,8 @@ _TRAINING_RULES = (
     Rule(
         "",
         lambda s: not s.eval and s.method != DENSE and 1 in (s.density, s.flops),
-        "--density 1 leaves nothing to prune, so --fb, --fbp or --fix could not take effect",
+        "--density or --flops 1 leaves nothing to prune, so --fb, --fbp or --fix could not take"
+        " effect",
     ),
 )
 
@@ -328,7 +330,7 @@ class AdversarialSettings(CommonSettings):
             fractions=["density", "flops", "death_rate", "update_threshold"],
         )
         self.check_milestones(self.epochs)
-        require(self.first_adaptive_epoch >= 0, "--dynamic_epoch must not be negative")
+        _ = self.first_adaptive_epoch  # raises for what is no epoch
 
     def refuse_idle(self, given: frozenset[str]) -> None:
         super().refuse_idle(given)

@@ -23,7 +23,7 @@ _LONGEST_METAVAR = 30  # longer lists of choices go into the help text
 _ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # the released code's names
 EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out,
             3 the run failed (what it saved stays), 75 out of time,
-            130 interrupted, 143 terminated"""
+            128 + a signal's number: it stopped the run (130 Ctrl-C, 143 SIGTERM)"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -121,6 +121,7 @@ _TAKEN_ALONG = (
     "tensorboard",
     "stage1_ra",
     "on_collapse",
+    "deterministic",
 )
 
 

@@ -57,7 +57,7 @@ _REMEDIES_RULES = (
     ),
     Rule(
         "",
-        lambda s: s.norm == "l2" and s.train_attack in ONE_STEP,
+        lambda s: not s.evaluates and s.norm == "l2" and s.train_attack in ONE_STEP,
         "--norm l2 has no effect with --train_attack {s.train_attack}, which steps along the sign",
     ),
     Rule(
@@ -68,7 +68,7 @@ _REMEDIES_RULES = (
     ),
     Rule(
         "decreasing_lr",
-        lambda s: s.lr_schedule != "step",
+        lambda s: s.lr_schedule != "step" and not s.earlier_stage_steps,
         "--lr_schedule {s.lr_schedule}, which has no steps",
         True,
     ),
@@ -113,7 +113,7 @@ COMMON_RULES = (
     Rule(
         "",
         lambda s: s.cuda_graphs == "full" and s.awp,
-        "--cuda_graphs full cannot take --awp, whose masks are not in the graph",
+        "--cuda_graphs full cannot take --awp, whose perturbation is not in the graph",
     ),
     Rule(
         "",
@@ -128,7 +128,7 @@ COMMON_RULES = (
     Rule(
         "",
         lambda s: s.sync_bn and s.compile == "on",
-        "--compile on cannot take a network whose batch norm talks, as with --sync_bn",
+        "--compile on cannot take a network whose batch norm communicates, as with --sync_bn",
     ),
     Rule(
         "train_gamma attack_mode",
@@ -149,6 +149,8 @@ class CommonSettings:
     may_grow: ClassVar[frozenset[str]]  # flags that may increase on resuming
     rules: ClassVar[tuple[Rule, ...]] = COMMON_RULES
     evaluates: ClassVar[bool] = False  # whether nothing is trained
+    # whether a stage before the last lowers its learning rate at --decreasing_lr
+    earlier_stage_steps: ClassVar[bool] = False
     # messages about the command line: flags left aside, values of the recipe
     notes: ClassVar[tuple[str, ...]] = ()
 
@@ -517,13 +519,9 @@ class CommonSettings:
                 "eval_every",
                 "test_every",
             ],
-            positive=["lr", "width", "save_minutes"],
+            positive=["lr", "width", "save_minutes", "time_limit"],
             not_negative=[*_NOT_NEGATIVE, "beta"],
             shares=["ema", "label_smoothing", "awp"],
-        )
-        require(
-            self.time_limit is None or self.time_limit > 0,
-            f"--time_limit must be positive, not {self.time_limit}",
         )
         require(self.save_dir != "", "--save_dir must not be empty")
 
@@ -560,7 +558,7 @@ class CommonSettings:
         """Raise ``InputError`` for remedies that start after the end of ``epochs`` epochs."""
         for name, text in (("awp_start", self.awp_start), ("swa", self.swa or "0")):
             start = epoch_number(text, epochs, f"--{name}")
-            require(0 <= start < epochs, f"--{name} {text} lies past the end of {epochs} epochs")
+            require(start < epochs, f"--{name} {text} lies past the end of {epochs} epochs")
 
     def check_milestones(self, epochs: int) -> None:
         """Raise ``InputError`` if the milestones are out of order."""
@@ -648,6 +646,10 @@ def settings_from(kind: type[S], values: Mapping[str, Any]) -> S:
     refuse_odd_values(kind, values)
     known = {f.name for f in dataclasses.fields(kind)}
     settings = kind(**{name: value for name, value in values.items() if name in known})
+    unknown = f"unknown --train_loss {settings.train_loss}; known: {', '.join(LOSSES)}"
+    require(
+        settings.train_loss in LOSSES, f"{unknown}; a custom loss needs the script that adds it"
+    )
     try:
         settings = dataclasses.replace(settings, arch=canonical_arch(settings.arch))
     except ValueError as error:

@@ -29,7 +29,7 @@ def pick_device(settings: CommonSettings, world: World = ALONE) -> torch.device:
         torch.cuda.set_device(device)  # streams, graphs and generators use the current device
     if settings.deterministic:
         require(
-            device.type == "cuda",
+            device.type == "cuda" or settings.resume_dir is not None,
             "--deterministic has no effect on a CPU, which always gives the same bits",
         )
         # cuBLAS reads it when it starts

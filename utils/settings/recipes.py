@@ -43,9 +43,13 @@ def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str])
         given: the flags that the user set.
         names: flags of the script; if it has two stages, the recipe applies to the last.
     """
-    replaced = {_REPLACED_BY[name] for name in given if name in _REPLACED_BY}
+    # Flags of both stages: the first, too, has a rate and its milestones.
+    shared = {"lr", "decreasing_lr"} if "epochs2" in names else set()
+    replaced = {_REPLACED_BY[name] for name in given.keys() - shared if name in _REPLACED_BY}
     found = {}
     for name, choice in RECIPES[recipe].items():
+        if name in shared:
+            continue
         flag = name if name in names else f"{name}2"
         if flag not in given and name not in replaced:
             found[flag] = choice.value

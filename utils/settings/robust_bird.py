@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,10 @@ class TicketSettings(CommonSettings):
         return (self.stage2,) if self.stage1_pretrained is not None else (self.stage1, self.stage2)
 
     @property
+    def earlier_stage_steps(self) -> bool:  # type: ignore[override]
+        return any(kind != "fast" for kind in self.stages[:-1])
+
+    @property
     def stage_names(self) -> str:
         """The kinds of the stages in words, such as ``sgd and pgd``."""
         return " and ".join(self.stages)
@@ -188,8 +193,12 @@ class TicketSettings(CommonSettings):
             for epochs in (self.epochs1, self.epochs2)
         )
         floor = None if self.floor == usual_floor(self.density) else self.floor
+        found = super().canonical()
+        if "pgd" in self.stages[:-1] and self.loss.attack_mode != "train":
+            # The usual mode of stage 1, which trains with cross-entropy, is another one.
+            found["attack_mode"] = self.attack_mode
         return {
-            **super().canonical(),
+            **found,
             **self.canonical_starts(self.epochs2),
             "decreasing_lr": one if one == two else f"{one}; {two}",
             "channel_floor": floor,
@@ -228,15 +237,10 @@ class TicketSettings(CommonSettings):
         super().refuse_idle(given)
         self.refuse_late_remedies(self.epochs2)
         if "decreasing_lr" in given:
-            epochs = (
-                (self.epochs2,)
-                if self.stage1_pretrained is not None
-                else (self.epochs1, self.epochs2)
-            )
-            longest = max(
-                count for count, kind in zip(epochs, self.stages, strict=True) if kind != "fast"
-            )
-            self.refuse_late_milestones(longest)
+            epochs = (self.epochs1, self.epochs2)[-len(self.stages) :]
+            steps = [kind != "fast" for kind in self.stages]
+            steps[-1] &= self.lr_schedule == "step"
+            self.refuse_late_milestones(max(itertools.compress(epochs, steps)))
 
     def cautions(self) -> list[str]:
         """Warnings at the start of a run about settings that do little or nothing, perhaps

@@ -17,22 +17,18 @@ SETTINGS_OF: dict[str, type[CommonSettings]] = {
 }
 
 
-def settings_of_run(settings_script: str, resume_dir: str) -> Mapping[str, Any]:
-    """The settings of the run in a folder; ``InputError`` if another script made it."""
-    paths = RunPaths(Path(resume_dir))
-    content, path, _ = load_newest(paths.checkpoint, paths.previous)
-    script = content.get("script", settings_script)
-    if script != settings_script:
-        raise InputError(f"{path} is of a run of {script}, which resumes it")
-    return settings_in(content, path)
-
-
 def resumed_settings(script: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the run that ``--resume_dir`` names; empty if that flag is not ``given``."""
+    """The settings of the run that ``--resume_dir`` names, empty if that flag is not ``given``;
+    ``InputError`` if another script made it."""
     if not given.get("resume_dir"):
         return {}
     require_run_folder(given["resume_dir"])
-    return settings_of_run(script, given["resume_dir"])
+    paths = RunPaths(Path(given["resume_dir"]))
+    content, path, _ = load_newest(paths.checkpoint, paths.previous)
+    made_by = content.get("script", script)
+    if made_by != script:
+        raise InputError(f"{path} is of a run of {made_by}, which resumes it")
+    return settings_in(content, path)
 
 
 def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:

@@ -124,6 +124,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such checkpoint: {path}")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:  # which says nothing of the file's content
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
     _refuse_odd_records(path)
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_KINDS = (".png", ".pdf", ".svg")
+_UMASK = threading.Lock()
 
 
 def write_figure(path: Path, figure: Figure) -> None:
@@ -47,6 +50,8 @@ def write_atomically(
     """Replace ``path`` by ``content`` atomically: a reader sees the old file or the new one, even
     after a crash or on a full disk. ``before`` is called once the new content is on disk, just
     before it replaces the old file."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -79,8 +84,9 @@ def locked(path: Path, timeout: float = -1) -> FileLock:
 
 
 def _umask() -> int:
-    mask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(mask)
+    with _UMASK:  # it can only be read by setting it
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 

@@ -31,9 +31,11 @@ def card(entry: Entry, title: str, note: str = "") -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     classes = ", ".join(entry.spec.get("classes") or [])
     size = entry.spec["image_size"]
+    attacked = settings.trainings()[-1][0].attack is not None
+    trained = f"Trained {'to resist adversarial' if attacked else 'on clean'} images"
     return f"""# {title}
 {METHOD_NAMES[entry.run.method]}, {settings.arch}{_width(entry)}: {entry.removed:.1f} % of the
-{what} are pruned. Trained to resist adversarial images; chosen by the robust accuracy on
+{what} are pruned. {trained}; chosen by the robust accuracy on
 validation images.
 
 | figure, on test images | attack | |

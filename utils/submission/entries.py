@@ -145,8 +145,7 @@ def autoattack(entry: Entry, norm: str, eps: float, flags: Sequence[str]) -> Sco
     settings = attack_settings(entry, norm, eps, flags)
     evaluation = Evaluation(settings, pick_device(settings), World())
     evaluation.run()
-    evaluation.finish()
-    result = evaluation.result()
+    result = evaluation.finish()
     return Scores(result["test_sa"], result["test_ra"], result["images"]["test"], evaluation)
 
 

@@ -148,9 +148,12 @@ def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
         pipeline["D: Training step "] = _training(settings)
     else:
         first = {"sgd": "Natural Training (NT)", "pgd": "Adversarial Training (AT) PGD"}
+        pruned = "None" if not ticket else first.get(settings.stage1, settings.stage1)
+        if ticket and settings.stage1_pretrained is not None:
+            pruned = "Pretrained network"
         pipeline = {
             "Type of Pipeline:": "B-Methods Pruning Before Training",
-            "B: Pruning step ": first.get(settings.stage1, settings.stage1) if ticket else "None",
+            "B: Pruning step ": pruned,
             "B: Training step ": _training(settings),
             "B: OneShot (1S) vs Iterative (IT)": "1S",
         }
@@ -172,8 +175,11 @@ def _taxonomy(method: str, entry: Entry, key: str) -> dict[str, str]:
 
 
 def _training(settings: Any) -> str:
-    attack = settings.train_attack.upper()
-    kind = "TRADES" if settings.train_loss == "trades" else attack
+    last = getattr(settings, "stage2", "pgd")  # of Robust Bird
+    attack = {"sgd": "none", "fast": "fgsm-rs"}.get(last, settings.train_attack)
+    if attack == "none":
+        return "Natural Training (NT)"
+    kind = "TRADES" if settings.train_loss == "trades" else attack.upper()
     return f"Adversarial Training (AT) {kind}" + (", AWP" if settings.awp else "")
 
 

@@ -36,8 +36,9 @@ class Average:
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
         """Follow the weights and masks after a training step."""
 
-    def after_epoch(self, model: nn.Module, masking: AnyMasking | None) -> None:
-        """Follow the weights after an epoch's last step."""
+    def after_epoch(self, model: nn.Module, masking: AnyMasking | None, epoch: int) -> None:
+        """Follow the weights after an epoch's last step; once an epoch, even if a run that was
+        stopped after it calls again."""
 
     @torch.no_grad()
     def follow(self, move: ChannelMove) -> None:
@@ -94,6 +95,7 @@ class EpochAverage(Average):
         self._masks: Mapping[str, Tensor] | None = None
         # Epochs averaged into each weight since it grew.
         self._ages: dict[str, Tensor] = {}
+        self._last = -1  # epoch averaged
 
     @torch.no_grad()
     def follow(self, move: ChannelMove) -> None:
@@ -108,7 +110,10 @@ class EpochAverage(Average):
                 )
 
     @torch.no_grad()
-    def after_epoch(self, model: nn.Module, masking: AnyMasking | None) -> None:
+    def after_epoch(self, model: nn.Module, masking: AnyMasking | None, epoch: int) -> None:
+        if epoch <= self._last:
+            return
+        self._last = epoch
         masks = {} if masking is None else masking.masks
         mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         for name, average in mine.items():
@@ -141,10 +146,12 @@ class EpochAverage(Average):
         self.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "ages": {n: age.clone() for n, age in self._ages.items()}}
+        ages = {name: age.clone() for name, age in self._ages.items()}
+        return {**super().state_dict(), "ages": ages, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        self._last = state.get("last", -1)  # older ones have none
         self._ages = {
             name: age.to(next(self.model.parameters()).device)
             for name, age in state["ages"].items()

@@ -237,7 +237,10 @@ class ChannelMasking:
                 pruned,
                 max(1, round(total * self.config.prune_ratio)),
                 by_mean,
-                {name: live - max(self._multiple, swaps[name]) for name, live in counts.items()},
+                {
+                    name: live - max(self._multiple, swaps[name], swaps[name] + 1)
+                    for name, live in counts.items()
+                },
             )
         if verdict.grow:
             self._spread(
@@ -370,7 +373,7 @@ class ChannelMasking:
         stored = self._store.state_dict(keep_vars=True)
         for name, value in self._model.state_dict(keep_vars=True).items():
             if name in positions:
-                stored[name].put_(positions[name], value)
+                _put(stored[name], positions[name], value)
             else:
                 stored[name].copy_(value)
 
@@ -383,7 +386,8 @@ class ChannelMasking:
         for name, index in before.items():
             numbers = torch.arange(index.numel(), device=index.device).view(index.shape)
             places = torch.full(self._shapes[name], -1, dtype=torch.long, device=index.device)
-            sources[name] = places.put_(index, numbers).take(after[name])
+            _put(places, index, numbers)
+            sources[name] = places.take(after[name])
             values[name] = torch.take(stored[name], after[name])
         move = ChannelMove(sources, values, reshapes)
         momenta = {
@@ -455,3 +459,10 @@ class ChannelMasking:
     def kept(self) -> Kept:
         """What ``models.channels.narrow`` keeps of the full-size network to make this one."""
         return self.channels.kept(self.live)
+
+
+def _put(whole: Tensor, index: Tensor, values: Tensor) -> None:
+    """``whole.put_(index, values)``, which refuses to run with ``--deterministic``."""
+    flat = whole.flatten()
+    flat[index.flatten()] = values.flatten()
+    whole.copy_(flat.view(whole.shape))

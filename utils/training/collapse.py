@@ -6,6 +6,7 @@ within an epoch (Wong, Rice and Kolter, 2020).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,15 @@ from utils.execution.forward import Forward
 _IMAGES = 256  # validation images per measurement
 _CHECKS_PER_EPOCH = 4  # measurements per epoch
 _SHRINK = 0.75  # factor on the step size per rollback
+MOST_ROLLBACKS = 8  # the step is then a tenth
 _ABOVE_CHANCE = 1.5  # best PGD accuracy, in multiples of chance, from which a fall counts
 
 
 class CollapseError(Exception):
     """Catastrophic overfitting: the message gives the accuracies; training may roll back."""
+
+
+Warn = Callable[[CollapseError], None]
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,29 @@ class CollapseGuard:
         self._best = Measurement(0.0, 0.0)
         self.last: Measurement | None = None
         self.rollbacks = 0
-        self.has_warned = False  # whether the user has been warned, which happens once
+        self._has_warned = False
 
     @property
     def attack(self) -> PGD:
         return replace(self._first, step_size=self._first.step_size * _SHRINK**self.rollbacks)
 
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether to measure after ``step`` (from 1) of an epoch of ``steps``."""
-        return step == steps or step % max(1, steps // _CHECKS_PER_EPOCH) == 0
+    def after_step(
+        self, forward: Forward, epoch: int, step: int, steps: int, warn: Warn | None
+    ) -> bool:
+        """Check if that is due after ``step`` (from 1) of an ``epoch`` (from 0) of ``steps``, and
+        return whether it was; a collapse raises ``CollapseError``, or is passed to ``warn``, the
+        first one only."""
+        if step != steps and step % max(1, steps // _CHECKS_PER_EPOCH):
+            return False
+        try:
+            self.check(forward, f"epoch {epoch + 1}, step {step} of {steps}")
+        except CollapseError as error:
+            if warn is None:
+                raise
+            if not self._has_warned:
+                warn(error)
+            self._has_warned = True
+        return True
 
     def check(self, forward: Forward, where: str) -> None:
         """Measure; raise ``CollapseError`` if accuracy under PGD has fallen below half of its best

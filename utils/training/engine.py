@@ -56,7 +56,7 @@ def sgd(
     model: nn.Module, *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
 ) -> torch.optim.SGD:
     """Fused SGD: one pass over the weights."""
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         model.parameters(),
         lr,
         momentum=momentum,
@@ -64,6 +64,21 @@ def sgd(
         nesterov=nesterov,
         fused=True,
     )
+    if momentum:
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give a parameter that is used for the first time a momentum of zero, where others have one:
+    the fused kernel expects all or none."""
+    states = optimizer.state
+    for group in optimizer.param_groups:
+        used = [parameter for parameter in group["params"] if parameter.grad is not None]
+        new = [p for p in used if p not in states or "momentum_buffer" not in states[p]]
+        if 0 < len(new) < len(used):
+            for parameter in new:
+                states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class Step(NamedTuple):

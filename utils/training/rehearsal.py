@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
         InputError: output that is not logits or that ``check_answers`` refuses; no gradient at the
             images or at any parameter.
     """
+    if model.training and (frozen := [n for n, m in model.named_modules() if not m.training]):
+        warnings.warn(
+            f"training puts {', '.join(frozen)} into train mode; a network keeps a part in eval"
+            " mode by its train()",
+            stacklevel=2,
+        )
     batch = next(plain_batches(data.train, 2))
     forward = Forward(
         model, dataclasses.replace(execution, compile=False, graphs="off", world=ALONE)

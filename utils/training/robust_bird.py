@@ -16,6 +16,7 @@ from models import CUSTOM_ARCHITECTURES, flops
 from models.channels import ChannelPlan, narrow, plan_largest
 from models.loading import build_network, full_size, network_of, refuse_other_classes, spec_in
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
+from utils.early_bird import ticket_mask
 from utils.errors import InputError, require
 from utils.evaluation.scores import evaluate
 from utils.execution.distributed import joined
@@ -25,7 +26,6 @@ from utils.settings.robust_bird import TicketSettings
 from utils.settings.stored import resumed_settings
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.inputs import read_checkpoint
-from utils.training.engine import EpochResult
 from utils.training.forecast import Forecast
 from utils.training.messages import execution_text, setting_text
 from utils.training.rehearsal import refuse_computed_weights
@@ -104,6 +104,8 @@ class RobustBirdRun(Run):
         """Raise ``InputError`` now instead of after stage 1."""
         settings = self.settings
         try:
+            if settings.stage1_pretrained is None:
+                ticket_mask(model, settings.density, settings.pruning)
             if settings.pruning == "channel":
                 self._largest_channels(model)
             else:
@@ -205,9 +207,6 @@ class RobustBirdRun(Run):
     def where(self) -> str:
         return f"stage {self.stage_number}: "
 
-    def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
-        return {"stage": self.stage_number, **super().common_row(epoch, trained, seconds)}
-
     # ---- the two stages
 
     def train_stages(self) -> None:
@@ -260,7 +259,7 @@ class RobustBirdRun(Run):
         title = f"stage 1 epoch {epoch + 1}/{self.settings.epochs1}"
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
         if self.settings.stage1_ra:
-            measured = self.attacked_scores(title)
+            measured = self.tester.after_epoch(self.stage, title, ("val", "test"))
         else:
             clean = evaluate(
                 self.stage.model,
@@ -274,23 +273,14 @@ class RobustBirdRun(Run):
             self.stage.steps,
             measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"],
         )
-        measured["eval_seconds"] = time.perf_counter() - start
         emerged = self.early_bird.observe(self.stage.model)
         drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
-        self.history.append(
-            {
-                **self.common_row(epoch, trained, trained.seconds + time.perf_counter() - start),
-                **measured,
-                **drawn,
-            }
-        )
         # Each mask is written once: with all of them in every checkpoint, 200 epochs would write
         # tens of gigabytes.
         self.folder.save(
             self.paths.mask(epoch + 1), {"mask": self.early_bird.state_dict()["masks"][-1]}
         )
-        self.save()
-        self.say_epoch(title)
+        self.record(title, epoch, trained, time.perf_counter() - start, {**measured, **drawn})
 
     def _prune(self) -> None:
         """Prune the weights of stage 1 without rewinding; stage 2 starts with a fresh optimizer."""

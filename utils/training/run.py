@@ -6,12 +6,11 @@ epoch saves a checkpoint and a line of metrics, from which an interrupted run re
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from models import CUSTOM_ARCHITECTURES
 from models.loading import full_size, network_of, spec_in
 from utils.errors import InputError, RunError, Stopped, one_line
-from utils.execution.distributed import ALONE, World, lost_another
+from utils.execution.distributed import ALONE, World
 from utils.execution.forward import Execution
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
 from utils.settings.applied import load_data_for, network_spec, placed
@@ -40,8 +39,9 @@ from utils.storage.paths import RunPaths
 from utils.storage.provenance import environment, made_by
 from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary, refuse_locked
 from utils.training import messages, resuming
-from utils.training.collapse import CollapseError
+from utils.training.collapse import MOST_ROLLBACKS, CollapseError
 from utils.training.display import EpochDisplay
+from utils.training.ending import saying_how_it_ends
 from utils.training.engine import EpochResult, Progress, Tally
 from utils.training.forecast import Forecast, duration, images_of, seconds_left
 from utils.training.rehearsal import refusing, rehearse_checkpoint
@@ -71,13 +71,15 @@ class Run(ABC):
     ) -> None:
         """Build everything and check it against the data. Nothing is written and no other process
         is waited for before ``train``."""
-        if settings.resume_dir is not None:
+        # One process looks, as several would lock each other out.
+        if world.is_first and settings.resume_dir is not None:
             refuse_locked(RunPaths(Path(settings.resume_dir)))
         self.data = load_data_for(settings, device)
         self.settings, self.paths = placed(settings, self.data, device, world.size)
         self.device = device
         self.world = world
-        refuse_locked(self.paths)  # another process may be changing its files
+        if world.is_first:
+            refuse_locked(self.paths)  # another process may be changing its files
         self.stamps = self.paths.stamps()  # before any of its files is read
         self.spec = network_spec(settings, self.data)
         self.history: list[Row] = []
@@ -91,6 +93,7 @@ class Run(ABC):
         self.tally: Tally | None = None
         self.forecast = Forecast()
         self.has_advanced = False  # since this process began
+        self.save_is_due = False  # within the epoch
         self.checkpoints = Checkpoints(self.paths)
         compiled = {"auto": None, "on": True, "off": False}[settings.compile]
         self.execution = Execution(
@@ -145,7 +148,7 @@ class Run(ABC):
         return ()
 
     def further_state(self) -> dict[str, Any]:
-        """The script's own additions to the checkpoint."""
+        """The script's own additions to the checkpoint and to each epoch's metrics."""
         return {}
 
     def where(self) -> str:
@@ -181,7 +184,8 @@ class Run(ABC):
             self._own_folder if world.is_first else lambda: SilentRunFolder(self.paths)
         )
         self.tester = Tester(self.data, self.settings, world, self.folder, self.leave_if_asked)
-        with self._saying_how_it_ends(), self.interruption, self.folder.settled():
+        ends = saying_how_it_ends(self.folder, world, self.device, self.where, self.checkpoints)
+        with ends, self.interruption, self.folder.settled():
             self.folder.drop(self.paths.summary)  # the run may have been extended
             self.folder.rewrite_epochs(self.history)
             # Within an epoch, the network is no longer that of the last row.
@@ -193,31 +197,6 @@ class Run(ABC):
 
     def _own_folder(self) -> RunFolder:
         return RunFolder.create(self.paths, self.config(), self.settings.tensorboard, self.stamps)
-
-    @contextlib.contextmanager
-    def _saying_how_it_ends(self) -> Iterator[None]:
-        """Add to the message of a run that ends early which checkpoint it can be resumed from."""
-        world = self.world
-        try:
-            yield
-        except Stopped as stopped:
-            self.folder.say(f"{stopped}; {self.last_good_text}; --resume continues from there")
-            raise
-        except (RunError, InputError) as error:
-            # Once training has begun, a failing input is a failed run.
-            raise RunError(f"{world.name}{self.where()}{error}; {self.last_good_text}") from error
-        except torch.OutOfMemoryError as error:
-            out = f"{world.name}out of memory on {self.device}, a smaller --batch_size needs less"
-            raise RunError(f"{out}; {self.last_good_text}") from error
-        except RuntimeError as error:
-            if world.size == 1 or not lost_another(error):
-                raise
-            raise RunError(
-                f"{world.name}another process of this run has ended; {self.last_good_text}"
-            ) from error
-        except KeyboardInterrupt:
-            self.folder.say(f"interrupted; {self.last_good_text}; --resume continues from there")
-            raise
 
     def _take_over(self) -> None:
         """Adopt the first process's state: the others may have found another on disk."""
@@ -243,7 +222,7 @@ class Run(ABC):
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
         stage = self.stage  # not earlier: a rollback replaces it
         stage.finish_epoch(epoch)
-        scores = self.attacked_scores(title, self._measured_after(epoch))
+        scores = self.tester.after_epoch(stage, title, self._measured_after(epoch))
         self.refuse_broken_network(epoch, stage.steps, scores.get("val_loss", 0.0))
         if stage.masking is not None:
             stage.masking.observe(
@@ -251,18 +230,9 @@ class Run(ABC):
                 val_ra=scores.get("val_ra", math.nan),
                 val_loss=scores.get("val_loss", math.nan),
             )
-        seconds = time.perf_counter() - start
-        self.history.append(
-            {
-                **self.common_row(epoch, trained, trained.seconds + seconds),
-                "eval_seconds": seconds,
-                **scores,
-                **(stage.guard.figures() if stage.guard else {}),
-            }
-        )
-        self.save()
+        guarded = stage.guard.figures() if stage.guard else {}
+        self.record(title, epoch, trained, time.perf_counter() - start, {**scores, **guarded})
         self._save_best()
-        self.say_epoch(title)
 
     def _measured_after(self, epoch: int) -> list[str]:
         """The splits to test on after an epoch (from 0) of the last stage: both after the last."""
@@ -272,9 +242,6 @@ class Run(ABC):
             for part, epochs in every.items()
             if (epoch + 1) % epochs == 0 or epoch + 1 == self.epochs
         ]
-
-    def say_epoch(self, title: str) -> None:
-        self.folder.say(messages.epoch_text(title, self.history[-1]))
 
     def train_epoch(self, epoch: int, title: str) -> EpochResult:
         """Train the remaining steps of an epoch, from the last checkpoint after each rollback."""
@@ -289,12 +256,15 @@ class Run(ABC):
         ``--on_collapse rollback``."""
         before = self.stage.guard.rollbacks if self.stage.guard else 0
         if self.settings.on_collapse != "rollback":
-            again = "--on_collapse rollback repeats it with a smaller step"
+            again = "--on_collapse rollback repeats it with a smaller step, warn goes on"
             self._fail_together(RunError(f"{error} ({again})"))
         self.folder.settle()
-        if not self.world.from_first(self.checkpoints.last_good.exists):
+        path, stage = self.checkpoints.last_good, self.further_state()
+        content = self.world.from_first(lambda: load_checkpoint(path) if path.exists() else {})
+        if not content or {name: content[name] for name in stage} != stage:
             self._fail_together(RunError(f"{error}, before there was a checkpoint to go back to"))
-        content = self.world.from_first(lambda: load_checkpoint(self.checkpoints.last_good))
+        if before == MOST_ROLLBACKS:
+            self._fail_together(RunError(f"{error}, again after {before} rollbacks"))
         self._restore(content)
         assert self.stage.guard is not None
         self.stage.guard.rollbacks = before + 1
@@ -308,37 +278,29 @@ class Run(ABC):
         """Raise an error that all processes meet at the same step; only the first reports it."""
         raise error if self.folder.writes else Stopped("", 3)
 
-    def _check_for_collapse(self, tally: Tally) -> None:
-        guard = self.stage.guard
-        if guard is None or not guard.is_due(tally.step, self.stage.steps):
-            return
-        where = f"epoch {self.epoch + 1}, step {tally.step} of {self.stage.steps}"
-        try:
-            guard.check(self.stage.forward, where)
-        except CollapseError as error:
-            if self.settings.on_collapse != "warn":
-                raise
-            if not guard.has_warned:
-                self.folder.say(f"warning: {error}; the last good model is {self.paths.best_ra}")
-            guard.has_warned = True
-
     def _train_epoch(self, epoch: int, title: str) -> EpochResult:
         """Train the steps of an epoch that the checkpoint has not done."""
-        self.epoch, self.tally = epoch, Tally(self.stage.steps)
-        tally = self.tally
+        stage = self.stage
+        self.epoch, tally = epoch, Tally(stage.steps)
+        self.tally = tally
         if self.partial is not None:
             tally.load_state_dict(self.partial, self.device)
             self.partial = None
         print_freq = self.settings.print_freq
+        warn = self._warn_of_collapse if self.settings.on_collapse == "warn" else None
 
         def after_step(tally: Tally) -> None:
             self.has_advanced = True
-            self._check_for_collapse(tally)
-            if self.checkpoints.is_due(self.settings, tally.step):
+            has_measured = stage.guard is None or stage.guard.after_step(
+                stage.forward, epoch, tally.step, stage.steps, warn
+            )
+            self.save_is_due |= self.checkpoints.is_due(self.settings, tally.step)
+            # A rollback needs a network that has not collapsed.
+            if self.save_is_due and (has_measured or self.settings.on_collapse != "rollback"):
                 self._save_partial(tally)
             self.leave_if_asked()
 
-        if words := self.stage.prepare():
+        if words := stage.prepare():
             self.folder.say(words)
         with EpochDisplay(self.folder, title, len(self.data.train), print_freq) as display:
 
@@ -346,12 +308,15 @@ class Run(ABC):
                 display.training(progress)
                 self._forecast(tally)
 
-            result = self.stage.train_epoch(
+            result = stage.train_epoch(
                 epoch, tally, print_freq=print_freq, on_progress=on_progress, after_step=after_step
             )
-        for note in self.stage.forward.notes():
+        for note in stage.forward.notes():
             self.folder.say(note)
         return result
+
+    def _warn_of_collapse(self, error: CollapseError) -> None:
+        self.folder.say(f"warning: {error}; the last good model is {self.paths.best_ra}")
 
     def _forecast(self, tally: Tally) -> None:
         """Say once, after a few steps, how long the run is likely to take."""
@@ -386,12 +351,6 @@ class Run(ABC):
         why = str(stopped) if stopped else "another process was asked to stop"
         raise Stopped(why if self.world.is_first else "", code)
 
-    def attacked_scores(
-        self, title: str, parts: Collection[str] = ("val", "test")
-    ) -> dict[str, float]:
-        """Clean and attacked scores of the network, and of its average if there is one."""
-        return self.tester.after_epoch(self.stage, title, parts)
-
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
         """Raise ``RunError`` if the weights are not finite: an epoch's losses cannot show what its
         last update did."""
@@ -405,20 +364,23 @@ class Run(ABC):
             )
             self._fail_together(error)
 
-    def common_row(self, epoch: int, trained: EpochResult, seconds: float) -> Row:
-        """What every line of ``metrics.jsonl`` has."""
-        return epoch_row(self.stage, epoch, trained, seconds)
-
     # ---- files
 
-    def save(self) -> None:
-        """Save the finished epoch; the checkpoint first, as a resumed run restores the rest."""
+    def record(
+        self, title: str, epoch: int, trained: EpochResult, tested: float, figures: Row
+    ) -> None:
+        """Save a finished epoch (from 0), whose tests took ``tested`` seconds and gave ``figures``;
+        the checkpoint first, as a resumed run restores the rest."""
+        seconds = {"seconds": trained.seconds + tested, "eval_seconds": tested}
+        row = {**epoch_row(self.stage, epoch, trained), **seconds, **figures}
+        self.history.append({**self.further_state(), **row})
         self.tally = None
         self.has_advanced = True
         self._save_checkpoint(None)
         self.folder.append_epoch(self.history[-1])
         if time.monotonic() - self.drawn_at > _SECONDS_BETWEEN_PICTURES:
             self.draw()
+        self.folder.say(messages.epoch_text(title, self.history[-1]))
 
     def _save_partial(self, tally: Tally) -> None:
         """Save a checkpoint within an epoch; raises ``RunError`` if the network is broken."""
@@ -428,6 +390,7 @@ class Run(ABC):
             self._save_checkpoint(tally)
 
     def _save_checkpoint(self, tally: Tally | None) -> None:
+        self.save_is_due = False
         if not self.folder.writes:
             return
         partial = None if tally is None else tally.state_dict()
@@ -528,11 +491,6 @@ class Run(ABC):
         for caution in (*self.data.notes, *self.cautions()):
             say(f"note: {caution}")
 
-    @property
-    def last_good_text(self) -> str:
-        # Only the first process knows what has been written.
-        return self.checkpoints.text(with_progress=self.world.is_first)
-
     # ---- report
 
     def _finish(self) -> None:
@@ -550,15 +508,14 @@ class Run(ABC):
         best, last = self._stored_best(), self.rows[-1]
         spec = spec_in(best, self.paths.best_ra) or self.spec
         model = network_of(best, self.paths.best_ra, spec, self.device)
+        test = self.tester.final
         entries = {
-            "best": entry(
-                best, self.tester.final("best", model), averaged=bool(best.get("averaged"))
-            ),
-            "final": entry(last, self.tester.final("final", self.stage.model)),
+            "best": entry(best, test("best", model), averaged=bool(best.get("averaged"))),
+            "final": entry(last, test("final", self.stage.model)),
         }
         if self.stage.average is not None and AVERAGE + "val_ra" in last:
             own = {"epoch": last["epoch"], "val_ra": last[AVERAGE + "val_ra"]}
-            entries["average"] = entry(own, self.tester.final("averaged", self.stage.average.model))
+            entries["average"] = entry(own, test("averaged", self.stage.average.model))
         return {
             **summary_content(self.settings, self.paths.root.name, self.history, entries),
             "flops": self.flops(),

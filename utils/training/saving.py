@@ -127,8 +127,8 @@ def config_content(
     }
 
 
-def epoch_row(stage: Stage, epoch: int, trained: EpochResult, seconds: float) -> Row:
-    """What every line of ``metrics.jsonl`` has; epochs count from 1 there (``epoch`` from 0),
+def epoch_row(stage: Stage, epoch: int, trained: EpochResult) -> Row:
+    """What training an epoch (from 0) adds to ``metrics.jsonl``, where epochs count from 1;
     accuracies are in percent."""
     return {
         "epoch": epoch + 1,
@@ -143,5 +143,4 @@ def epoch_row(stage: Stage, epoch: int, trained: EpochResult, seconds: float) ->
         ),
         "images_per_second": trained.images / trained.seconds,
         "train_seconds": trained.seconds,
-        "seconds": seconds,
     }

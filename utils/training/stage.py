@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data import Data, TrainLoader, plain_batches
+from data import Augmentation, Data, TrainLoader
 from models import CUSTOM_ARCHITECTURES, flops
 from sparse_core import Masking
 from utils.errors import require
 from utils.evaluation.scores import EVAL_BATCH
 from utils.execution.distributed import synchronize_batch_norm
 from utils.execution.forward import PLAIN, Execution, Forward
+from utils.seeding import preserved_generators, stream
 from utils.settings.common import CommonSettings
 from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking, ChannelMove
@@ -154,16 +155,18 @@ class Stage:
         """Add the weights after an epoch (from 0) to the average over epochs, if there is one."""
         start = self.plan.swa_start
         if self.average is not None and (start is None or epoch >= start):
-            self.average.after_epoch(self.model, self.masking)
+            self.average.after_epoch(self.model, self.masking, epoch)
 
     def averaged(self) -> nn.Module | None:
         """The averaged network, ready for a test; None before there is one."""
         if self.average is None or not self.average.count:
             return None
         if isinstance(self.average, EpochAverage):
-            self.average.estimate_statistics(
-                batch.x for batch in plain_batches(self._train, EVAL_BATCH)
-            )
+            # shuffled: each batch's own statistics count, and image folders are sorted by class
+            batches = TrainLoader(self._train, EVAL_BATCH, Augmentation(), self.plan.seed).epoch(0)
+            with preserved_generators(self._train.device) as seed:
+                seed(stream(self.plan.seed, "statistics"))
+                self.average.estimate_statistics(batch.x for batch in batches)
         return self.average.model
 
     def live_counts(self) -> dict[str, int]:

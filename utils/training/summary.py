@@ -82,8 +82,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"{kind} model (epoch {best['epoch']}, by validation RA):{_scores_text(best)}",
         f"final model (epoch {final['epoch']}):{_scores_text(final)}",
         *([f"averaged model (at the end):{_scores_text(average)}"] if average else []),
-        f"Diff. (best - final RA) {_percent(summary['diff'])}  robust generalization gap"
-        f" {_percent(summary['robust_gap'])}  density {summary['density']:.4f}",
+        f"Diff. (best - final RA) {percent(summary['diff'])}  robust generalization gap"
+        f" {percent(summary['robust_gap'])}  density {summary['density']:.4f}",
     ]
     for kind, counts in summary["flops"].items():
         lines.append(
@@ -100,7 +100,8 @@ def _scores_text(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _percent(x: float) -> str:
+def percent(x: float) -> str:
+    """Two decimals."""
     return f"{round(x, 2) + 0.0:.2f}"  # never -0.00
 
 
