@@ -182,8 +182,9 @@ def command(call: Call, run: Run) -> list[str]:
     if epochs and run.method.startswith("rb"):
         flags += ["--epochs1", epochs, "--epochs2", epochs, *_milestones("0.25 0.75", epochs)]
     elif epochs:
-        steps = not any(re.match("--(recipe|lr[_-]schedule)", flag) for flag in call.extra)
-        flags += ["--epochs", epochs, *(_milestones("0.5 0.75", epochs) if steps else [])]
+        has_schedule = any(re.match("--(recipe|lr[_-]schedule)", flag) for flag in call.extra)
+        flags += ["--epochs", epochs]
+        flags += [] if has_schedule else _milestones("0.5 0.75", epochs)
         flags += ["--dynamic_epoch", "0.5"] if run.method.startswith("fbp") else []
     flags += ["--dataset", call.dataset]
     width = run.width * (0.0625 if smoke else decimal("WIDTH", variable("WIDTH", "1")))
@@ -197,8 +198,8 @@ def command(call: Call, run: Run) -> list[str]:
 
 
 def _milestones(fractions: str, epochs: str) -> list[str]:
-    """Where the rate falls, but for what rounds to the end of a very short run."""
-    kept = [f for f in fractions.split() if round(float(f) * int(epochs)) < int(epochs)]
+    """Where the rate falls, but for what rounds to either end of a very short run."""
+    kept = [f for f in fractions.split() if 0 < round(float(f) * int(epochs)) < int(epochs)]
     return ["--decreasing_lr", ",".join(kept)] if kept else []
 
 

@@ -318,7 +318,7 @@ def test_an_average_follows_its_channels_and_begins_anew_with_what_grows(kind):
             average.follow(move)
             break
         average.after_step(training.model, training.masking)
-        average.after_epoch(training.model, training.masking)
+        average.after_epoch(training.model, training.masking, len(values))
         values.append({n: p.detach().clone() for n, p in training.model.named_parameters()})
     mine = average.model.state_dict()
     for name, source in move.sources.items():
@@ -327,7 +327,7 @@ def test_an_average_follows_its_channels_and_begins_anew_with_what_grows(kind):
         assert torch.equal(mine[name][~stays], move.values[name][~stays])
     if kind == "swa":
         training.update_weights()
-        average.after_epoch(training.model, training.masking)
+        average.after_epoch(training.model, training.masking, len(values))
         for name, weight in training.model.named_parameters():
             if name not in move.sources:  # belongs to no channel
                 continue

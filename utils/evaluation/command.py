@@ -88,7 +88,7 @@ class EvaluatedNetwork:
     model: nn.Module
     arch: str
     classes: list[str]
-    epoch: int | None
+    epoch: float | None
     val_ra: float | None
 
     @cached_property

@@ -463,6 +463,4 @@ class ChannelMasking:
 
 def _put(whole: Tensor, index: Tensor, values: Tensor) -> None:
     """``whole.put_(index, values)``, which refuses to run with ``--deterministic``."""
-    flat = whole.flatten()
-    flat[index.flatten()] = values.flatten()
-    whole.copy_(flat.view(whole.shape))
+    whole[torch.unravel_index(index, whole.shape)] = values
