@@ -457,7 +457,7 @@ CHANNELS = "--width 0.25 --fb --structure channel --update_frequency 1".split()
         ([*CHANNELS, "--channel_multiple", "999"], "--channel_multiple of 999 divides none"),
         ([*CHANNELS, "--density", "0.01"], "less than half of a --channel_multiple"),
         ([*CHANNELS, "--sparse_init", "snip"], "draws its first channels by the seed"),
-        ([*CHANNELS, "--growth", "momentum"], "is of weights; channels grow by"),
+        ([*CHANNELS, "--growth", "momentum"], "applies to weights only; channels grow by"),
         ([*CHANNELS, "--flops", "0.25", "--density", "0.5"], "--flops, which gives the density"),
         (["--structure", "channel"], "a dense run, which has no masks"),
         (["--fb", "--update_frequency", "1", "--channel_multiple", "8"], "masks of weights"),

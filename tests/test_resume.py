@@ -87,7 +87,7 @@ def state(save_dir):
         f"momentum {i}": s["momentum_buffer"] for i, s in content["optimizer"]["state"].items()
     }
     average = content.get("average", {"weights": {}})
-    for kind in average.keys() - {"count"}:
+    for kind in average.keys() - {"count", "last"}:
         tensors |= {f"average {kind} {name}": value for name, value in average[kind].items()}
     masking = content["masking"] or {}
     kinds = ("masks", "explored", "store") if "masks" in masking else ("store",)

@@ -284,7 +284,9 @@ def test_a_line_begins_with_the_dense_run_that_is_most_like_it(tmp_path):
     ],
 )
 def test_the_command_of_a_run_trains_it_again(tmp_path, line):
-    asked = parse_settings(AdversarialSettings, f"--dataset digits {line}".split(), "", lambda given: {})
+    asked = parse_settings(
+        AdversarialSettings, f"--dataset digits {line}".split(), "", lambda given: {}
+    )
     folder = write_run(tmp_path, "fb", 1)
     summary = json.loads((folder / "summary.json").read_text())
     summary["settings"] = dataclasses.asdict(asked)
