@@ -143,7 +143,8 @@ class RobustBirdRun(Run):
             sum(int(weight.count_nonzero()) for weight in weights),
             sum(weight.numel() for weight in weights),
         )
-        if self.settings.pruning == "unstructured" and live < round(self.settings.density * total):
+        wanted = round(self.settings.density * total) if self.settings.density < 1 else 0
+        if self.settings.pruning == "unstructured" and live < wanted:
             sparse = (
                 f"--stage1_pretrained {path} is already sparse: {live / total:.4f} of its weights"
                 " are not zero"
