@@ -313,8 +313,8 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights of convolutions (1-d to 3-d, transposed), linear layers and attention's projections.
 
-    Biases, norms, free parameters and embeddings are never masked, whatever their shape, but for an
-    embedding whose table is the weight of a linear layer, too; frozen weights (``requires_grad``
+    Biases, norms, free parameters and embeddings are never masked, whatever their shape, except an
+    embedding whose table is also the weight of a linear layer; frozen weights (``requires_grad``
     False) are left alone and do not count. A weight that several layers share counts once.
 
     Raises:
@@ -667,8 +667,8 @@ class _OptimizerState:
         self._weights = weights
 
     def refuse_other(self) -> None:
-        """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy, or mixes
-        all weights in its state."""
+        """Raise ``ValueError`` if the optimizer lacks a weight, e.g. if it is of a copy, or keeps a
+        state that masks would spoil."""
         for optimizer in self._optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError("LBFGS keeps one history of all weights, which cannot be masked")
@@ -894,9 +894,9 @@ class Masking:
             that keeps weight-shaped tensors where they cannot be masked.
 
     Warns if masks that are not ``fixed`` would never change in ``total_steps``, about frozen
-    layers, recurrent ones left dense, weights that other masks have pruned, and once about each
-    layer without a live weight; while training, if masks or the optimizer are stepped in the wrong
-    order, and if updates find no gradients or momentum.
+    layers, recurrent ones and many other weights left dense, weights that other masks have pruned,
+    and once about each layer without a live weight; while training, if masks or the optimizer are
+    stepped in the wrong order, and if updates find no gradients or momentum.
     """
 
     def __init__(

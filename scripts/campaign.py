@@ -74,8 +74,6 @@ def pack(folders: list[Path], out: Path) -> None:
     """Write an archive for each finished run, split if it is large. The last file takes all runs
     that would be too many files, without their weights."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.tar.xz*"):
-        old.unlink()
     written: list[str] = []
     finished = [paths for paths in map(RunPaths, folders) if paths.summary.exists()]
     for number, paths in enumerate(finished):
@@ -83,7 +81,10 @@ def pack(folders: list[Path], out: Path) -> None:
         is_last = number + 1 == len(finished)
         if len(written) + -(-len(content) // _BYTES) > _FILES - (not is_last):
             rest = finished[number:]
-            say(f"{', '.join(p.root.name for p in rest)}: packed without weights, for few files")
+            say(
+                f"{', '.join(p.root.name for p in rest)}: packed without weights, to limit the number"
+                " of files"
+            )
             content, name = archive(rest, with_weights=False), "others.tar.xz"
         parts = [content[start : start + _BYTES] for start in range(0, len(content), _BYTES)]
         for place, part in enumerate(parts):
@@ -91,6 +92,10 @@ def pack(folders: list[Path], out: Path) -> None:
             (out / written[-1]).write_bytes(part)
         if name == "others.tar.xz":
             break
+    ours = {paths.root.name for paths in finished} | {"others"}
+    for old in out.glob("*.tar.xz*"):  # of an earlier call
+        if old.name not in written and old.name.split(".tar.xz")[0] in ours:
+            old.unlink()
     say(f"packed in {out}: {', '.join(written) or 'nothing, since no run is finished'}")
     if any(name[-1].isdigit() for name in written):
         say("parts of an archive: cat NAME.tar.xz.* | tar xJ")

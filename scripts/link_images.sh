@@ -15,8 +15,9 @@ if [ ! -d "$data/train" ] || [ ! -d "$data/test" ]; then
 fi
 wanted="$(realpath -- "$data"): $train training and $test test images of each class"
 mkdir -p "$out"
-if [ -e "$out/.linked" ] && [ "$(cat "$out/.linked")" != "$wanted" ]; then
-    echo "error: $out holds links to $(cat "$out/.linked"); remove it or take another folder" >&2
+there=$(cat "$out/.linked" 2>/dev/null || echo "other images")
+if [ -e "$out/train" ] && [ "$there" != "$wanted" ]; then
+    echo "error: $out holds links to $there; remove it or take another folder" >&2
     exit 2
 fi
 echo "$wanted" > "$out/.linked"

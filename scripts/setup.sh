@@ -18,7 +18,7 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
     "$python" -m venv .venv
 fi
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
-    echo "error: .venv has no pip, as if another tool had made it; remove it, or add pip to it" >&2
+    echo "error: .venv has no pip, probably because another tool made it; remove it, or add pip to it" >&2
     exit 2
 fi
 # The stamp holds a checksum of the requirements: changed ones are installed, unchanged ones cost

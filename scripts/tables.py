@@ -182,7 +182,8 @@ def command(call: Call, run: Run) -> list[str]:
     if epochs and run.method.startswith("rb"):
         flags += ["--epochs1", epochs, "--epochs2", epochs, *_milestones("0.25 0.75", epochs)]
     elif epochs:
-        has_schedule = any(re.match("--(recipe|lr[_-]schedule)", flag) for flag in call.extra)
+        others = "--(recipe|lr[_-]schedule)[= ](?!paper|step)"
+        has_schedule = bool(re.search(others, " ".join(call.extra)))
         flags += ["--epochs", epochs]
         flags += [] if has_schedule else _milestones("0.5 0.75", epochs)
         flags += ["--dynamic_epoch", "0.5"] if run.method.startswith("fbp") else []

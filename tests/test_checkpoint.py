@@ -6,7 +6,6 @@ import struct
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,8 +54,10 @@ def test_another_format_is_refused(tmp_path):
 
 
 def test_nothing_is_left_beside_the_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
-        write_atomically(Path("/dev/null"), b"one")
+        write_atomically(tmp_path / "pipe", b"one")
+    (tmp_path / "pipe").unlink()
     write_atomically(tmp_path / "f", b"one")
     write_atomically(tmp_path / "f", b"two")
     assert (tmp_path / "f").read_bytes() == b"two"

@@ -312,10 +312,12 @@ def test_gradients_are_clipped_by_the_norm_of_live_weights():
         [block for block in page if part in block] for part in ("prunable=", "get_total_norm")
     )
     names = {}
-    exec(compile(masked + clipped, "extending.md", "exec"), names)
-    masking, norm = names["masking"], names["norm"]
-    assert masking.steps == 1
-    assert 0 < norm < 1e6
+    # before zero_grad() drops them
+    look = "gradients = [p.grad.clone() for p in model.parameters()]\nnorm ="
+    exec(compile(masked + clipped.replace("norm =", look), "extending.md", "exec"), names)
+    assert names["masking"].steps == 1
+    everything = torch.nn.utils.get_total_norm(names["gradients"])
+    assert 0 < names["norm"] < 0.9 * everything
 
 
 def test_flying_bird_plus_in_ones_own_loop(tmp_path, monkeypatch, capsys):

@@ -381,8 +381,11 @@ class Skips(nn.Module):
 
 def test_a_block_may_be_used_later_than_the_first_step(run_adv, tmp_path, monkeypatch):
     monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "skips", Skips)
-    outcome = run_adv(*RUN, "--arch", "skips", "--save_dir", tmp_path)
+    with pytest.warns(UserWarning, match=r"unchanged until they are used: block\.weight"):
+        outcome = run_adv(*RUN, "--arch", "skips", "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
+    content = load_checkpoint(only_run(tmp_path).checkpoint)
+    assert len(content["optimizer"]["state"]) == 6  # the block's two, too
 
 
 def linear(classes, normalize):
@@ -398,6 +401,25 @@ def test_a_network_without_a_ticket_is_refused_before_its_first_stage(
     assert outcome.code == 2
     assert "without convolutions has no unstructured ticket" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+class Frozen(nn.Sequential):
+    """Keeps its batch norm in eval mode, as one should."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+@pytest.mark.filterwarnings("error:training puts")
+def test_a_norm_that_stays_in_eval_mode_is_nothing_to_warn_of(run_adv, tmp_path, monkeypatch):
+    def build(classes, normalize):
+        return Frozen(*plain(classes, normalize)).train()
+
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "stays", build)
+    outcome = run_adv(*RUN, "--arch", "stays", "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
 
 
 def test_a_norm_that_starts_in_eval_mode_is_named(run_adv, tmp_path, monkeypatch):

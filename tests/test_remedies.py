@@ -410,7 +410,7 @@ def test_an_epoch_that_is_finished_twice_is_averaged_once():
 
 def test_statistics_of_an_average_are_of_mixed_classes(run_adv, tmp_path, monkeypatch):
     """Image folders are sorted by class, and a last batch of one image would be too small."""
-    folder = toy.write_image_tree(tmp_path / "images", per_class=(96, 8))
+    folder = toy.write_image_tree(tmp_path / "images", per_class=(192, 8))
     batches = []
 
     def estimate(self, given):
@@ -418,12 +418,12 @@ def test_statistics_of_an_average_are_of_mixed_classes(run_adv, tmp_path, monkey
 
     monkeypatch.setattr(EpochAverage, "estimate_statistics", estimate)
     flags = ["--data", folder, "--dataset", "imagefolder", "--width", ".0625", "--epochs", "1"]
-    flags += ["--train_step", "1", "--test_step", "1", "--swa", "0", "--train_subset", "257"]
+    flags += ["--train_step", "1", "--test_step", "1", "--swa", "0", "--train_subset", "513"]
     outcome = run_adv(*flags, "--save_dir", tmp_path / "runs")
     assert outcome.code == 0, outcome.err
     (means,) = batches
-    assert len(means) == 1  # 257 images
-    assert (means[0].max() - means[0].min()) < 0.1  # of three colours
+    assert len(means) == 2  # of 513 images, the last one with the others
+    assert all((mean.max() - mean.min()) < 0.1 for mean in means)  # of three colours
 
 
 # ---------------------------------------------------------------- catastrophic overfitting
@@ -483,14 +483,15 @@ def test_a_collapse_may_be_rolled_back_with_a_smaller_step(run_adv, tmp_path, ac
 
 def test_a_collapse_that_returns_after_every_rollback_ends_the_run(run_adv, tmp_path, accuracies):
     sizes = accuracies(*[FINE] * 5, *[COLLAPSED] * 20)
-    flags = ["--on_collapse", "rollback", "--save_every", "1"]
+    # eight steps an epoch, of which every second is measured
+    flags = ["--on_collapse", "rollback", "--save_every", "1", "--batch_size", "13"]
     outcome = run_adv(*ONE_STEP, *flags, "--save_dir", tmp_path)
     assert outcome.code == 3
     assert "again after 8 rollbacks" in outcome.err
     assert len(set(sizes[1::2])) == 9
-    # only networks that were measured are saved
-    assert "resuming after epoch 1, and step 1 of 4 of the next" in outcome.out
-    assert "resuming after epoch 1, and step 2" not in outcome.out
+    # step 3 was saved neither when that was due nor when the run ended
+    assert "resuming after epoch 1, and step 2 of 8 of the next" in outcome.out
+    assert load_checkpoint(only_run(tmp_path).checkpoint)["partial"]["weights"] == [13] * 2
 
 
 def test_a_ticket_does_not_roll_back_into_its_first_stage(run_eb, tmp_path, accuracies):

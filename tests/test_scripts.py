@@ -494,6 +494,9 @@ def test_links_to_other_images_are_not_taken_for_these(images, environment, tmp_
         result = script("link_images", images, environment, str(tmp_path / "out"), count, "2")
         assert result.returncode == code, result.stderr
     assert "holds links to" in result.stderr
+    (tmp_path / "out" / ".linked").unlink()  # as of an older version
+    result = script("link_images", images, environment, str(tmp_path / "out"), "5", "2")
+    assert result.returncode == 2
     assert len(list((tmp_path / "out" / "train").glob("*/*"))) == 5 * 5
 
 
@@ -516,6 +519,7 @@ def test_the_length_of_a_table_leaves_its_recipe_and_shortness_no_late_milestone
     assert "--decreasing_lr" not in flags("1")
     assert "--decreasing_lr" not in flags("100", "--recipe", "modern")
     assert "--decreasing_lr" not in flags("100", "--lr-schedule=cosine")
+    assert "0.5,0.75" in flags("100", "--recipe", "paper", "--lr_schedule=step")
 
 
 def test_an_environment_that_is_ready_needs_no_other_python(environment):

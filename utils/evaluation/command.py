@@ -161,7 +161,7 @@ class Evaluation:
         self.networks = [self.evaluated, *([self.source] if self.source else [])]
         self.plan = self._plan()
         train, subset = self.data.train, settings.gap_subset
-        if subset is not None:
+        if subset is not None and self.plan.train is not None:
             train = train.subset(train.spread(subset))
         self.splits = {"test": self.data.test, "train": train}
         self.warnings = self._check_network()

@@ -66,9 +66,10 @@ def _check_gradients(model: nn.Module, x: Tensor, y: Tensor, loss: str) -> list[
             " meaningless"
         )
     if silent > MAX_ZERO_GRADIENT_SHARE * len(x):
+        others = "cw or autoattack" if loss == "ce" else "autoattack"
         return [
             f"the attack's loss ({loss}) has no gradient at {silent} of {len(x)} images: PGD is"
-            " weak there, see --eval_attack cw or autoattack"
+            f" weak there, see --eval_attack {others}"
         ]
     return []
 

@@ -194,6 +194,11 @@ class FinishedRun:
         """Digests of the parts of the data set; empty in older runs."""
         return self._found.get("digests") or {}
 
+    def took_data_of(self, evaluation: Row) -> bool:
+        """Whether an evaluation is of the run's data set; older ones do not say, and pass."""
+        theirs = evaluation.get("digests")
+        return not theirs or not self.digests or theirs == self.digests
+
     @property
     def precision(self) -> str:
         """The precision of the training."""
@@ -297,7 +302,7 @@ def command_of(run: FinishedRun) -> str:
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         as_usual = value == usual.get(f.name, f.default)
-        if as_usual or not (f.metadata["result"] or f.name == "data"):
+        if as_usual or not (f.metadata["result"] or f.name in ("data", "on_collapse")):
             continue
         words += (
             [f"--{'' if value else 'no-'}{f.name}"]

@@ -373,7 +373,7 @@ def _comparison_record(c: Comparison) -> list[object]:
 
 # ---------------------------------------------------------------- strong evaluations
 
-# checkpoint, title, norm, eps, step size, test images
+# checkpoint, title, norm, eps, step size, test images, training images
 _Kind = tuple[str, str, str, float, float, int, int]
 _EVALUATION = {
     "checkpoint": str,
@@ -477,8 +477,7 @@ def _kind(run: FinishedRun, evaluation: Row) -> _Kind:
     eps, step_size = float(evaluation["eps"]), float(evaluation.get("step_size") or 0.0)
     numbers = (eps, step_size, images["test"], images.get("train", 0))
     title = str(evaluation["title"])
-    theirs = evaluation.get("digests")  # older ones have none
-    if theirs and run.digests and theirs != run.digests:
+    if not run.took_data_of(evaluation):
         title += " on other data"
     return evaluation["checkpoint"], title, evaluation["norm"], *numbers
 

@@ -23,7 +23,8 @@ def card(entry: Entry, title: str, note: str = "") -> str:
     weights = checksum(entry.trained.model.state_dict())
     for found in valid_evaluations(entry.run):
         # images crafted on another network are no attack on this one
-        if found.get("network", {}).get("weights") == weights and not found.get("source"):
+        is_ours = found.get("network", {}).get("weights") == weights
+        if is_ours and not found.get("source") and entry.run.took_data_of(found):
             ball = f"{found['norm']} {found['eps']:g}/255, {found['images']['test']} images"
             rows.append(
                 ("robust accuracy", f"{found['title']}, {ball}", f"{found['test_ra']:.2f} %")

@@ -238,7 +238,7 @@ class ChannelMasking:
                 max(1, round(total * self.config.prune_ratio)),
                 by_mean,
                 {
-                    name: live - max(self._multiple, swaps[name], swaps[name] + 1)
+                    name: live - max(self._multiple, swaps[name] + 1)
                     for name, live in counts.items()
                 },
             )

@@ -75,12 +75,7 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
         InputError: output that is not logits or that ``check_answers`` refuses; no gradient at the
             images or at any parameter.
     """
-    if model.training and (frozen := [n for n, m in model.named_modules() if not m.training]):
-        warnings.warn(
-            f"training puts {', '.join(frozen)} into train mode; a network keeps a part in eval"
-            " mode by its train()",
-            stacklevel=2,
-        )
+    _warn_of_thawing(model)
     batch = next(plain_batches(data.train, 2))
     forward = Forward(
         model, dataclasses.replace(execution, compile=False, graphs="off", world=ALONE)
@@ -111,6 +106,24 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     if len(idle) == len(trained):
         raise InputError("none of the network's parameters can be trained")
     return idle, draws
+
+
+def _warn_of_thawing(model: nn.Module) -> None:
+    """Warn of parts in eval mode that training, which calls ``train()``, does not leave in it."""
+    frozen = [(name, part) for name, part in model.named_modules() if not part.training]
+    if not model.training or not frozen:
+        return
+    modes = [(part, part.training) for part in model.modules()]
+    model.train()
+    thawed = [name for name, part in frozen if part.training]
+    for part, mode in modes:
+        part.training = mode
+    if thawed:
+        warnings.warn(
+            f"training puts {', '.join(thawed)} into train mode; override train() to keep parts in"
+            " eval mode",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

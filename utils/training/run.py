@@ -93,7 +93,8 @@ class Run(ABC):
         self.tally: Tally | None = None
         self.forecast = Forecast()
         self.has_advanced = False  # since this process began
-        self.save_is_due = False  # within the epoch
+        # within the epoch
+        self.save_is_due, self.may_save = False, True
         self.checkpoints = Checkpoints(self.paths)
         compiled = {"auto": None, "on": True, "off": False}[settings.compile]
         self.execution = Execution(
@@ -263,7 +264,7 @@ class Run(ABC):
         content = self.world.from_first(lambda: load_checkpoint(path) if path.exists() else {})
         if not content or {name: content[name] for name in stage} != stage:
             self._fail_together(RunError(f"{error}, before there was a checkpoint to go back to"))
-        if before == MOST_ROLLBACKS:
+        if before >= MOST_ROLLBACKS:
             self._fail_together(RunError(f"{error}, again after {before} rollbacks"))
         self._restore(content)
         assert self.stage.guard is not None
@@ -294,9 +295,10 @@ class Run(ABC):
             has_measured = stage.guard is None or stage.guard.after_step(
                 stage.forward, epoch, tally.step, stage.steps, warn
             )
-            self.save_is_due |= self.checkpoints.is_due(self.settings, tally.step)
             # A rollback needs a network that has not collapsed.
-            if self.save_is_due and (has_measured or self.settings.on_collapse != "rollback"):
+            self.may_save = has_measured or self.settings.on_collapse != "rollback"
+            self.save_is_due |= self.checkpoints.is_due(self.settings, tally.step)
+            if self.save_is_due and self.may_save:
                 self._save_partial(tally)
             self.leave_if_asked()
 
@@ -346,7 +348,7 @@ class Run(ABC):
         if code == 1:
             self.folder.settle()  # raises what went wrong
             raise Stopped("", 3)
-        if self.tally is not None:
+        if self.tally is not None and self.may_save:
             self._save_partial(self.tally)
         why = str(stopped) if stopped else "another process was asked to stop"
         raise Stopped(why if self.world.is_first else "", code)

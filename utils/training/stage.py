@@ -250,7 +250,8 @@ def _rehearsed(
         idle, draws = rehearse_step(model, data, execution)
     if idle:
         warnings.warn(
-            f"without a gradient on the first images, so these stay unchanged: {', '.join(idle)}",
+            "without a gradient on the first images, so these stay unchanged until they are used:"
+            f" {', '.join(idle)}",
             stacklevel=2,
         )
     return idle, draws
