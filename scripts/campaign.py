@@ -81,10 +81,8 @@ def pack(folders: list[Path], out: Path) -> None:
         is_last = number + 1 == len(finished)
         if len(written) + -(-len(content) // _BYTES) > _FILES - (not is_last):
             rest = finished[number:]
-            say(
-                f"{', '.join(p.root.name for p in rest)}: packed without weights, to limit the number"
-                " of files"
-            )
+            names = ", ".join(p.root.name for p in rest)
+            say(f"{names}: packed without weights, to limit the number of files")
             content, name = archive(rest, with_weights=False), "others.tar.xz"
         parts = [content[start : start + _BYTES] for start in range(0, len(content), _BYTES)]
         for place, part in enumerate(parts):
