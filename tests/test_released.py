@@ -12,8 +12,13 @@ import torch
 
 import hubconf
 from models import load_model
+from tests import toy
 from utils.attacks import PGD, pgd_attack
+from utils.evaluation.scores import Score
+from utils.execution.forward import Forward
 from utils.execution.hardware import full_precision
+from utils.training import collapse
+from utils.training.collapse import CollapseError, CollapseGuard
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "results" / "models"
@@ -57,6 +62,38 @@ def test_the_models_are_small_and_described():
         assert "robust accuracy" in card
         row = next(line for line in page.splitlines() if line.startswith(f"| [{name}]"))
         assert row.endswith(f"| {figures[name]['clean']:.1f} | {figures[name]['pgd10']:.1f} |")
+
+
+def test_the_record_of_a_speedrun_is_what_its_files_say():
+    folder = ROOT / "results" / "speedrun" / "resnet18-quarter"
+    summary, evaluation = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "autoattack")
+    )
+    best, rows = summary["best"], list(map(json.loads, (folder / "metrics.jsonl").open()))
+    assert evaluation["network"]["weights"] == summary["weights"]["model_RA_best.pth.tar"]
+    minutes = sum(row["train_seconds"] for row in rows) / 60
+    page = (folder.parent / "README.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| [ResNet-18 x .25]"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:4] == [str(len(rows)), f"{minutes:.0f}"]
+    assert cells[4].startswith(f"{evaluation['test_ra']:.1f} ")
+    assert cells[5:7] == [f"{best['test_ra']:.1f}", f"{best['test_sa']:.1f}"]
+    model = load_model(folder)
+    assert sum(w.numel() for w in model.parameters()) == pytest.approx(700e3, rel=0.01)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_guard_stops_at_a_real_collapse(monkeypatch):
+    """The accuracies that it saw after each epoch of the speedrun, whose second one collapsed."""
+    folder = ROOT / "results" / "speedrun" / "resnet18-quarter"
+    rows = list(map(json.loads, (folder / "metrics.jsonl").open()))
+    seen = [row[name] for row in rows for name in ("guard_ra", "guard_one_step_ra")]
+    monkeypatch.setattr(collapse, "score", lambda *_, **__: Score(seen.pop(0), 0.0, 256))
+    guard = CollapseGuard(PGD(8 / 255, 8 / 255, 1), toy.data(30), 1)
+    guard._chance = 10.0
+    guard.check(Forward(toy.network()), "epoch 1")
+    with pytest.raises(CollapseError, match=r"from 17\.2 to 1\.2 %"):
+        guard.check(Forward(toy.network()), "epoch 2")
 
 
 if __name__ == "__main__":

@@ -291,9 +291,10 @@ class Evaluation:
         self.saved_at = time.monotonic()
         if not self.world.is_first:
             return
+        used = {trial.part: None for trial in self.plan.trials}
         parts = {
-            "indices": {n: split.indices.cpu() for n, split in self.splits.items()},
-            "labels": dict(self.outcomes.labels),
+            "indices": {name: self.splits[name].indices.cpu() for name in used},
+            "labels": {name: self.outcomes.labels[name] for name in used},
         }
         try:
             save_checkpoint(
