@@ -15,8 +15,10 @@ from models import load_model
 from tests import toy
 from utils.attacks import PGD, pgd_attack
 from utils.evaluation.scores import Score
+from utils.evaluation.trials import Outcomes
 from utils.execution.forward import Forward
 from utils.execution.hardware import full_precision
+from utils.storage.checkpoint import load_checkpoint
 from utils.training import collapse
 from utils.training.collapse import CollapseError, CollapseGuard
 
@@ -78,6 +80,10 @@ def test_the_record_of_a_speedrun_is_what_its_files_say():
     assert cells[2:4] == [str(len(rows)), f"{minutes:.0f}"]
     assert cells[4].startswith(f"{evaluation['test_ra']:.1f} ")
     assert cells[5:7] == [f"{best['test_ra']:.1f}", f"{best['test_sa']:.1f}"]
+    answers = load_checkpoint(folder / "autoattack.pth.tar")
+    y, found = answers["labels"]["test"], answers["outcomes"]["predicted"].values()
+    withstood = torch.stack([(one == y) | (one == Outcomes.NOT_SHOWN) for one in found]).all(0)
+    assert 100 * withstood.double().mean() == pytest.approx(evaluation["test_ra"])
     model = load_model(folder)
     assert sum(w.numel() for w in model.parameters()) == pytest.approx(700e3, rel=0.01)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
