@@ -17,7 +17,7 @@ if [ "${1:-}" = --device ]; then
     shift $(($# < 2 ? $# : 2))
 fi
 case $device in cpu | cuda) ;; *) echo "error: --device is cpu or cuda, not '$device'" >&2; exit 2 ;; esac
-[ $# = 0 ] || images=$(cd "$caller" && realpath -- "$1")
+[ $# = 0 ] || images=$(cd "$caller" && realpath -m -- "$1")
 if [ $# -gt 1 ] || { [ $# = 1 ] && [ ! -d "$images" ]; }; then
     echo "error: gpu.sh takes one folder of images, not '$*'" >&2
     exit 2

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A robust CIFAR-10 network in hours on 2 CPU cores: N-FGSM, averaged weights and a one-cycle
-# learning rate (the recipe "fast"), then AutoAttack on fixed test images.
+# learning rate (the recipe "fast"), then AutoAttack on fixed test images. results/speedrun has the
+# records.
 #   bash scripts/speedrun.sh DATA [flags]       DATA as for scripts/table1.sh
 # NETWORK=dense     ResNet-18 of half the width; channels: Flying Bird at half of the full one's
 #                   channels, at the same cost
