@@ -9,51 +9,28 @@ from __future__ import annotations
 import math
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from functools import cached_property
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from models import CUSTOM_ARCHITECTURES
-from models.loading import full_size, network_of, spec_in
-from utils.errors import InputError, RunError, Stopped, one_line
+from models.loading import network_of, spec_in
+from utils.errors import RunError, Stopped
 from utils.execution.distributed import ALONE, World
-from utils.execution.forward import Execution
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
-from utils.settings.applied import load_data_for, network_spec, placed
 from utils.settings.common import CommonSettings
-from utils.settings.stored import settings_in
-from utils.storage.checkpoint import (
-    checksum,
-    load_checkpoint,
-    load_weights,
-    network_weights,
-    refuse_unfit_training_state,
-    snapshot,
-)
-from utils.storage.paths import RunPaths
-from utils.storage.provenance import environment, made_by
-from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary, refuse_locked
+from utils.storage.checkpoint import checksum, load_checkpoint, snapshot
+from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary
 from utils.training import messages, resuming
 from utils.training.collapse import MOST_ROLLBACKS, CollapseError
 from utils.training.display import EpochDisplay
 from utils.training.ending import saying_how_it_ends
 from utils.training.engine import EpochResult, Progress, Tally
 from utils.training.forecast import Forecast, duration, images_of, seconds_left
-from utils.training.rehearsal import refusing, rehearse_checkpoint
-from utils.training.saving import (
-    AVERAGE,
-    Checkpoints,
-    best_epoch,
-    config_content,
-    epoch_row,
-    network_content,
-)
-from utils.training.stage import Row, Stage
+from utils.training.run_state import RunState
+from utils.training.saving import AVERAGE, best_epoch, epoch_row
+from utils.training.stage import Row
 from utils.training.summary import entry, run_flops, summary_content, summary_text, weight_checksums
 from utils.training.testing import Tester
 
@@ -61,80 +38,27 @@ from utils.training.testing import Tester
 _SECONDS_BETWEEN_PICTURES = 15.0
 
 
-class Run(ABC):
+class Run(RunState):
     """One run, new or resumed from its folder; each script's subclass defines the stages."""
-
-    stage: Stage
 
     def __init__(
         self, settings: CommonSettings, device: torch.device, world: World = ALONE
     ) -> None:
         """Build everything and check it against the data. Nothing is written and no other process
         is waited for before ``train``."""
-        # One process looks, as several would lock each other out.
-        if world.is_first and settings.resume_dir is not None:
-            refuse_locked(RunPaths(Path(settings.resume_dir)))
-        self.data = load_data_for(settings, device)
-        self.settings, self.paths = placed(settings, self.data, device, world.size)
-        self.device = device
-        self.world = world
-        if world.is_first:
-            refuse_locked(self.paths)  # another process may be changing its files
-        self.stamps = self.paths.stamps()  # before any of its files is read
-        self.spec = network_spec(settings, self.data)
-        self.history: list[Row] = []
-        self.drawn_at = float("-inf")
-        self.interruption = Interruption(
+        self.interruption = Interruption(  # first, as loading counts
             settings.time_limit, os.getppid() if world.size > 1 else None
         )
-        # the checkpoint's unfinished epoch
-        self.partial: Mapping[str, Any] | None = None
+        super().__init__(settings, device, world)
+        self.drawn_at = float("-inf")
         self.epoch = 0  # the current one, and what it has done so far
         self.tally: Tally | None = None
         self.forecast = Forecast()
         self.has_advanced = False  # since this process began
         # within the epoch
         self.save_is_due, self.may_save = False, True
-        self.checkpoints = Checkpoints(self.paths)
-        compiled = {"auto": None, "on": True, "off": False}[settings.compile]
-        self.execution = Execution(
-            self.settings.precision, compiled, self.settings.cuda_graphs, world
-        )
-        self.processes = world.size  # those that wrote the checkpoint, if there is one
-        self._begin()
-
-    def _begin(self) -> None:
-        """Restore the checkpoint, or build the first stage."""
-        settings, paths = self.settings, self.paths
-        resuming_one = settings.resume or settings.resume_dir is not None
-        has_checkpoint = self.checkpoints.exist()
-        resuming.refuse_used_folder(paths, resuming=resuming_one, has_checkpoint=has_checkpoint)
-        if has_checkpoint:
-            content = self.checkpoints.load()
-            stored = settings_in(content, self.checkpoints.last_good)
-            resuming.refuse_extended_run(settings, stored, paths.root)
-            self._restore(content)
-            return
-        if settings.resume:
-            resuming.refuse_changed_images(settings, paths, self.data)
-        with refusing(settings.arch):
-            self.stage = self.first_stage()
-            if settings.arch in CUSTOM_ARCHITECTURES:
-                self.stage.figures()
-                states = self.stage.state_dict()
-                rehearse_checkpoint(
-                    self.stage.model, states, self.network, self.data, self.device, settings.seed
-                )
 
     # ---- defined by each script
-
-    @abstractmethod
-    def first_stage(self) -> Stage:
-        """The stage that a new run begins with."""
-
-    def stage_of(self, content: Mapping[str, Any]) -> Stage:
-        """The stage that a checkpoint was saved in; its states are loaded afterwards."""
-        return self.first_stage()
 
     @abstractmethod
     def train_stages(self) -> None:
@@ -148,28 +72,9 @@ class Run(ABC):
         """Notes on settings that have no effect."""
         return ()
 
-    def further_state(self) -> dict[str, Any]:
-        """The script's own additions to the checkpoint and to each epoch's metrics."""
-        return {}
-
     def where(self) -> str:
         """Prefix of an epoch in messages, such as ``stage 1: ``."""
         return ""
-
-    @property
-    @abstractmethod
-    def epochs(self) -> int:
-        """Number of epochs of the last stage."""
-
-    @property
-    def rows(self) -> list[Row]:
-        """Metrics of the last stage's epochs, which the run's figures are from."""
-        return self.history
-
-    @property
-    def network(self) -> dict[str, Any]:
-        """The current network's description."""
-        return {**self.spec, **self.stage.removed()}
 
     # ---- epochs
 
@@ -201,8 +106,8 @@ class Run(ABC):
 
     def _take_over(self) -> None:
         """Adopt the first process's state: the others may have found another on disk."""
-        content = self.world.from_first(lambda: snapshot(self._content(self.partial)))
-        self.world.agree(lambda: None if self.world.is_first else self._restore(content))
+        content = self.world.from_first(lambda: snapshot(self.content(self.partial)))
+        self.world.agree(lambda: None if self.world.is_first else self.restore(content))
         self.require_same_state()
 
     def require_same_state(self) -> None:
@@ -266,7 +171,7 @@ class Run(ABC):
             self._fail_together(RunError(f"{error}, before there was a checkpoint to go back to"))
         if before >= MOST_ROLLBACKS:
             self._fail_together(RunError(f"{error}, again after {before} rollbacks"))
-        self._restore(content)
+        self.restore(content)
         assert self.stage.guard is not None
         self.stage.guard.rollbacks = before + 1
         size = 255 * self.stage.guard.attack.step_size
@@ -398,17 +303,7 @@ class Run(ABC):
         partial = None if tally is None else tally.state_dict()
         names = [name for name, _ in self.stage.model.named_parameters()]
         progress = messages.saved_text(self.history, partial, self.stage.steps)
-        self.checkpoints.save(self.folder, self._content(partial), names, progress)
-
-    def _content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Contents of a checkpoint; ``partial`` is the tally of an unfinished epoch."""
-        where = {
-            "history": self.history,
-            **self.further_state(),
-            "partial": partial,
-            "processes": self.world.size,
-        }
-        return {**self.network_content(), **self.stage.state_dict(), **where}
+        self.checkpoints.save(self.folder, self.content(partial), names, progress)
 
     def _save_best(self) -> None:
         """Save the network if the last epoch is the best so far on the validation images."""
@@ -428,54 +323,6 @@ class Run(ABC):
             self.paths.curves, training_curves(self.history, self.paths.root.name)
         )
         self.drawn_at = time.monotonic()
-
-    def network_content(self, prefix: str = "") -> dict[str, Any]:
-        """The network as it is, or its average if ``prefix`` is ``AVERAGE``."""
-        row = self.history[-1] if self.history else {}
-        return network_content(self.stage, self.settings, self.data, self.network, row, prefix)
-
-    def _restore(self, content: Mapping[str, Any]) -> None:
-        path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
-        resuming.refuse_other_images(content, path, self.data, self.settings.data)
-        # Older checkpoints do not name their classes.
-        if {"classes": self.spec["classes"], **full_size(spec)} != full_size(self.spec):
-            raise InputError(
-                f"{path} was trained on other data: classes, image size or pixel statistics differ"
-            )
-        self.spec = spec
-        try:
-            self.history = list(content["history"])
-            self.stage = self.stage_of(content)
-            load_weights(self.stage.model, network_weights(content, path), path, self.settings.arch)
-            refuse_unfit_training_state(self.stage.model, content)
-            self.stage.load_state_dict(content)
-            self.partial = content.get("partial")
-            self.processes = int(content.get("processes", 1))
-            self.checkpoints.progress = messages.saved_text(
-                self.history, self.partial, self.stage.steps
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} cannot be resumed from ({one_line(error)})") from error
-
-    def config(self) -> Row:
-        """Contents of ``config.json``."""
-        return config_content(
-            self.stage,
-            self.settings,
-            self.data,
-            self.network,
-            epochs=self.epochs,
-            made_by=self.made_by,
-        )
-
-    @cached_property
-    def made_by(self) -> list[Row]:
-        """The starts and resumes of this run, one entry each; the last is this one."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return [
-            *made_by(self.paths),
-            {"when": now, "processes": self.world.size, **environment(self.device)},
-        ]
 
     def _announce(self) -> None:
         say = self.folder.say
