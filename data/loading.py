@@ -91,22 +91,11 @@ def load_data(
         InputError: unknown name, missing or corrupt files, ambiguous arrays (``data.arrays``),
             impossible subset.
     """
-    if name not in SOURCES:
-        raise InputError(f"unknown data set {name!r}; known: {', '.join(SOURCES)}")
     device = torch.device(device)
     place = DataLocation(Path(root), image_size=image_size)
     if cache_dir is not None:
         place = DataLocation(place.root, Path(cache_dir), image_size)
-    try:
-        found = SOURCES[name](place)
-    except OSError as error:
-        raise InputError(f"cannot read {name} in {root} ({one_line(error)})") from error
-    try:
-        source, changes = in_form(found)
-    except InputError as error:
-        raise InputError(f"{name} in {root}: {error}") from error
-    if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
-        raise InputError(f"{root}: too few images to train, validate and test on")
+    source, changes = _read(name, place)
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
     fits = _nbytes(source.training) + _nbytes(source.test) <= budget
     training = _stored(source.training, device, fits)
@@ -126,6 +115,23 @@ def load_data(
         digests=_digests(source),
         notes=(*source.training.notes, *source.test.notes, *changes),
     )
+
+
+def _read(name: str, place: DataLocation) -> tuple[Source, list[str]]:
+    """The images of a data set in the form used here, and what that changed."""
+    if name not in SOURCES:
+        raise InputError(f"unknown data set {name!r}; known: {', '.join(SOURCES)}")
+    try:
+        found = SOURCES[name](place)
+    except OSError as error:
+        raise InputError(f"cannot read {name} in {place.root} ({one_line(error)})") from error
+    try:
+        source, changes = in_form(found)
+    except InputError as error:
+        raise InputError(f"{name} in {place.root}: {error}") from error
+    if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
+        raise InputError(f"{place.root}: too few images to train, validate and test on")
+    return source, changes
 
 
 def calibration_batches(

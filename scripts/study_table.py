@@ -1,6 +1,7 @@
 """Updates the tables and the figure of results/README.md from the summaries in results/study:
 ``python scripts/study_table.py``. Given a folder of runs, as scripts/study.sh leaves it, prints
-their tables instead."""
+their tables instead; with ``--keep_answers``, also adds the answers by image of its PGD-20
+evaluations to results/study/answers.npz."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from sparse_core import prunable
 from utils.errors import require, run_command
 from utils.settings.command_line import OneLineParser
+from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_summary
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 Row = Mapping[str, Any]
+Answers = dict[tuple[str, int, str], np.ndarray]  # by name, seed and network (best, final)
 Runs = Mapping[str, Mapping[int, Row]]  # summaries by name (of ``NAMES``) and seed
 NAMES = {
     "dense": "Dense",
@@ -166,6 +171,86 @@ def _paired(values: Sequence[float]) -> str:
     return f"{each} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
+def answers_in(folder: Path) -> Answers:
+    """Which test images each run's networks withstand under PGD-20, bool ``[N]`` by name, seed and
+    network (best, final), from the evaluations in the run folders."""
+    found: Answers = {}
+    for path in sorted(folder.glob("*/evaluations/*_pgd-20_*.pth.tar")):
+        summary = read_summary(RunPaths(path.parent.parent))
+        content = load_checkpoint(path)
+        right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
+        network = "best" if path.name.startswith("model_RA_best") else "final"
+        found[name_of(summary), summary["settings"]["seed"], network] = right.numpy()
+    return found
+
+
+def stored_answers(path: Path) -> Answers:
+    """The same from ``answers.npz``, where each network has one bit an image."""
+    found: Answers = {}
+    with np.load(path) as stored:
+        for key in stored.files:
+            if key != "images":
+                name, seed, network = key.split("/")
+                bits = np.unpackbits(stored[key], count=int(stored["images"]))
+                found[name, int(seed), network] = bits.astype(bool)
+    return found
+
+
+def keep(answers: Answers, path: Path) -> None:
+    """Add answers to ``answers.npz``."""
+    every = (stored_answers(path) if path.exists() else {}) | answers
+    (images,) = {len(right) for right in every.values()}
+    packed = {"/".join(map(str, key)): np.packbits(right) for key, right in sorted(every.items())}
+    np.savez(path, images=images, **packed)  # type: ignore[arg-type]
+
+
+def images_table(answers: Answers) -> str:
+    """RA under PGD-20 of methods and pairs, with 95 % intervals over images and seeds."""
+    names = [name for name in NAMES if any(key[0] == name for key in answers)]
+    asked: list[tuple[str, str | None]] = [(name, None) for name in names]
+    asked += [(one, other) for one, other in PAIRS if one in names and other in names]
+    lines = [["method", "seeds", "RA best, PGD-20", "RA final, PGD-20"]]
+    for one, other in asked:
+        label = NAMES[one] if other is None else f"{NAMES[one]} - {NAMES[other]}"
+        compared = [_compared(answers, network, one, other) for network in ("best", "final")]
+        seeds = ", ".join(sorted({str(seed) for values in compared for seed in values}))
+        lines.append(
+            [label, seeds, *(_interval(v, "" if other is None else "+") for v in compared)]
+        )
+    return _markdown(lines)
+
+
+def _compared(answers: Answers, network: str, one: str, other: str | None) -> dict[int, np.ndarray]:
+    """By seed: the images that ``one`` withstands, less those that ``other`` does; ``[N]``."""
+    found = {}
+    for (name, seed, kind), right in answers.items():
+        against = answers.get((other, seed, kind)) if other else np.zeros_like(right)
+        if (name, kind) == (one, network) and against is not None:
+            found[seed] = right.astype(float) - against
+    return found
+
+
+def _interval(values: Mapping[int, np.ndarray], sign: str) -> str:
+    if not values:
+        return ""
+    mean, low, high = bootstrap(np.stack([values[seed] for seed in sorted(values)]))
+    return f"{mean:{sign}.2f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean in percent of ``values`` ``[seeds, images]``, and its 95 % interval when seeds and
+    images are drawn again with replacement."""
+    random = np.random.default_rng(0)
+    seeds, images = values.shape
+    drawn = [
+        random.multinomial(seeds, [1 / seeds] * seeds)
+        @ (values @ np.bincount(random.integers(images, size=images), minlength=images))
+        for _ in range(draws)
+    ]
+    low, high = np.percentile(drawn, [2.5, 97.5]) / values.size
+    return 100 * values.mean(), 100 * low, 100 * high
+
+
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
@@ -229,7 +314,12 @@ def figure(runs: Runs) -> Figure:
 def page(results: Path) -> str:
     """The text of results/README.md with its tables rebuilt from the summaries."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
-    for name, table in (("study", main_table(runs)), ("pairs", paired_table(runs))):
+    tables = {
+        "study": main_table(runs),
+        "pairs": paired_table(runs),
+        "images": images_table(stored_answers(results / "study" / "answers.npz")),
+    }
+    for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n")
         text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
@@ -238,10 +328,15 @@ def page(results: Path) -> str:
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="of other runs: print their tables")
-    folder = parser.parse_args().folder
-    if folder is not None:
-        runs = read(folder)
+    parser.add_argument("--keep_answers", action="store_true", help="in results/study/answers.npz")
+    args = parser.parse_args()
+    if args.folder is not None:
+        runs, answers = read(args.folder), answers_in(args.folder)
         print(f"{main_table(runs)}\n\n{paired_table(runs)}")
+        if answers:
+            print(f"\n{images_table(answers)}")
+        if args.keep_answers:
+            keep(answers, RESULTS / "study" / "answers.npz")
         return
     (RESULTS / "README.md").write_text(page(RESULTS))
     figure(read(RESULTS / "study")).savefig(RESULTS / "study" / "capacity.png", dpi=110)

@@ -2,6 +2,7 @@
 and resumed, and on a cluster."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study_table
 import tables
@@ -534,6 +536,36 @@ def test_the_page_of_results_is_what_the_summaries_say():
     assert study_table.main_table(runs).count("\n") == 1 + len(runs)
     folders = {path.parent.name for path in (ROOT / "results" / "study").glob("*/summary.json")}
     assert {f"{name}-s{seed}" for name, seeds in runs.items() for seed in seeds} == folders
+
+
+def test_the_interval_over_seeds_and_images_covers_both():
+    """Of one seed, the standard error of a proportion; equal seeds add none; the seeds' own spread
+    shows when all images of a seed agree."""
+    one = np.zeros((1, 1000))
+    one[:, :200] = 1
+    mean, low, high = study_table.bootstrap(one)
+    assert mean == pytest.approx(20.0)
+    half = 196 * math.sqrt(0.2 * 0.8 / 1000)
+    assert (high - mean, mean - low) == (pytest.approx(half, rel=0.1),) * 2
+    same = study_table.bootstrap(np.repeat(one, 3, axis=0))
+    assert same[1:] == pytest.approx((low, high), abs=0.3)
+    assert study_table.bootstrap(np.repeat([[0.0], [1.0]], 50, axis=1)) == (50.0, 0.0, 100.0)
+
+
+def test_answers_by_image_are_kept_bit_by_bit(tmp_path):
+    random = np.random.default_rng(1)
+    first = {("dense", seed, "final"): random.random(77) < 0.3 for seed in (1, 2)}
+    study_table.keep(first, tmp_path / "answers.npz")
+    study_table.keep({("fb", 2, "final"): ~first["dense", 2, "final"]}, tmp_path / "answers.npz")
+    found = study_table.stored_answers(tmp_path / "answers.npz")
+    assert len(found) == 3
+    for key, right in first.items():
+        assert np.array_equal(found[key], right)
+    # a pair is compared on its common seeds
+    pair = study_table.images_table(found).splitlines()[-1].split(" | ")
+    difference = 100 * (1 - 2 * first["dense", 2, "final"].mean())
+    assert pair[:2] == ["| Flying Bird - Dense", "2"]
+    assert pair[3].startswith(f"{difference:+.2f} [")
 
 
 def test_what_is_no_run_of_the_study_is_refused(tmp_path):

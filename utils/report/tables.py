@@ -589,39 +589,10 @@ _BENCHMARK_COLUMNS = (
 
 def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:
     dataset, arch, structure, sparsity = cell
-    lines = []
-    for p in paper.benchmark(*cell):
-        clean = NOTHING if p.clean is None else percent(p.clean)
-        figures = [NOTHING, f"{paper.BENCHMARK_EPS:g}", clean, percent(p.autoattack)]
-        lines.append(
-            (
-                p.autoattack,
-                False,
-                [p.method, "benchmark", NOTHING, f"{1 - sparsity / 100:g}", *figures],
-            )
-        )
-    for s in ours:
-        name = f"{s.group.label}, {s.checkpoint}"
-        # for weights the final density, since Flying Bird+ ends below the requested one
-        reached = _density(s.group.measured(density))
-        if structure == "channels":
-            reached = f"{s.group.density:g}"
-        lines.append(
-            (
-                s.ra.mean,
-                True,
-                [
-                    name,
-                    "ours",
-                    str(s.ra.n),
-                    reached,
-                    str(s.images),
-                    f"{s.eps / 255:.3g}",
-                    _percents(s.sa),
-                    _percents(s.ra),
-                ],
-            )
-        )
+    lines = [
+        *((p.autoattack, False, _benchmark_line(p, sparsity)) for p in paper.benchmark(*cell)),
+        *((s.ra.mean, True, _our_line(s, structure)) for s in ours),
+    ]
     lines.sort(key=lambda line: -line[0])
     title = (
         f"AutoAttack beside the benchmark: {paper.DATASETS[str(dataset)]}, {arch}, {sparsity} % of"
@@ -648,3 +619,29 @@ def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:
         notes,
         marked=frozenset(i for i, line in enumerate(lines) if line[1]),
     )
+
+
+def _benchmark_line(entry: paper.Published, sparsity: int) -> list[str]:
+    clean = NOTHING if entry.clean is None else percent(entry.clean)
+    kept = f"{1 - sparsity / 100:g}"
+    eps = f"{paper.BENCHMARK_EPS:g}"
+    return [
+        entry.method,
+        "benchmark",
+        NOTHING,
+        kept,
+        NOTHING,
+        eps,
+        clean,
+        percent(entry.autoattack),
+    ]
+
+
+def _our_line(s: StrongEvaluation, structure: str) -> list[str]:
+    # for weights the final density, since Flying Bird+ ends below the requested one
+    kept = _density(s.group.measured(density))
+    if structure == "channels":
+        kept = f"{s.group.density:g}"
+    figures = [_percents(s.sa), _percents(s.ra)]
+    name, eps = f"{s.group.label}, {s.checkpoint}", f"{s.eps / 255:.3g}"
+    return [name, "ours", str(s.ra.n), kept, str(s.images), eps, *figures]

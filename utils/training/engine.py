@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -81,6 +80,9 @@ def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+LossAndLogits = tuple[Tensor, Tensor]
+
+
 class Step(NamedTuple):
     """Result of one update, on the device.
 
@@ -129,9 +131,7 @@ def train_step(
     if attack is not None:
         draws = attack_draws(attack, batch.indices, batch.x.shape[1:], *key)
 
-    def batch_loss(
-        network: Network, x: Tensor, attacked: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def batch_loss(network: Network, x: Tensor, attacked: Tensor, y: Tensor) -> LossAndLogits:
         value, logits = loss.compute(network, x, attacked, y, options)
         # Averaged over processes, this is the mean over the whole batch, however it is split.
         return value * (batch.weight * world.size) if world.size > 1 else value, logits
@@ -140,11 +140,10 @@ def train_step(
         attacked = x
         if attack is not None:
             attacked = forward.attack(x, y, attack, training=attack_training, draws=draws)
-        of_batch = (forward.averaged, x, attacked, y)
-        uphill = perturbed_weights(model, awp, lambda: batch_loss(*of_batch)[0], masks)
-        with uphill if awp else contextlib.nullcontext():
+        loss_there = partial(batch_loss, forward.averaged, x, attacked, y)
+        with perturbed_weights(model, awp, lambda: loss_there()[0], masks):
             optimizer.zero_grad(set_to_none=True)
-            value, logits = batch_loss(*of_batch)
+            value, logits = loss_there()
             value.backward()
         optimizer.step()
         return value.detach(), (logits.detach().argmax(dim=1) == y).sum(), attacked
@@ -158,13 +157,17 @@ def train_step(
         network = partial(forward.plainly, other)
         return batch_loss(network, batch.x, attacked, batch.y)[0]
 
-    if world.size > 1:
-        world.share_buffers(model)
-        sums = world.total(
-            torch.stack([value.double() / world.size, right.double() * (batch.weight > 0)])
-        )
-        return Step(sums[0].to(value.dtype), sums[1].long(), loss_of)
-    return Step(value, right, loss_of)
+    if world.size == 1:
+        return Step(value, right, loss_of)
+    world.share_buffers(model)
+    return Step(*_of_all(world, batch, value, right), loss_of)
+
+
+def _of_all(world: World, batch: Batch, value: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's loss and number of correct images over all processes."""
+    counts = right.double() * (batch.weight > 0)
+    sums = world.total(torch.stack([value.double() / world.size, counts]))
+    return sums[0].to(value.dtype), sums[1].long()
 
 
 def train_epoch(
@@ -190,16 +193,14 @@ def train_epoch(
         batches: the epoch's batches after those in ``tally``.
         steps: batches in the whole epoch.
         plan: the attack and the learning rate.
-        epoch: from 0. With ``plan.seed`` and the images' indices it keys the attack's random
-            starts; with the step and the process, what the network itself draws from the global
-            generators, which are left as found.
-        masking: stepped after each update.
-        average: of the weights, updated after each step.
+        epoch: from 0. It keys the attack's random starts and, with the step and the process, what
+            the network itself draws from the global generators, which are left as found.
+        masking, average: updated after each step.
         tally: of the steps done before, for an epoch that is resumed.
         print_freq: maximum number of steps between calls of ``on_progress``, which also check the
             losses. Slow steps are reported once a second.
         forward: as in ``train_step``.
-        after_step: called after each step, masks included; may save the tally, and may raise.
+        after_step: called after each step, masks included; may raise.
         on_move: called after an update of channels, before the average.
 
     Raises:
@@ -210,49 +211,39 @@ def train_epoch(
     tally = Tally(steps) if tally is None else tally
     forward = Forward(model) if forward is None else forward
     options = plan.step_options(epoch)
-    reported_at = time.perf_counter()
-    start = reported_at - tally.seconds
+    reported_at = tally.seconds
+    start = time.perf_counter() - reported_at
     with preserved_generators(next(model.parameters()).device) as seed:
         for step, batch in enumerate(batches, tally.step):
             # so that dropout draws the same in a resumed run
             seed(stream(plan.seed, "network", epoch, step, forward.world.rank))
             set_learning_rate(optimizer, plan.rate(epoch, step, steps))
-            done = train_step(
-                model,
-                optimizer,
-                batch,
-                forward=forward,
-                masks=None if masking is None else masking.masks,
-                **options,
-            )
-            if masking is not None:
-                _step_masks(masking, forward.world, done.loss_of, on_move)
+            masks = None if masking is None else masking.masks
+            done = train_step(model, optimizer, batch, forward=forward, masks=masks, **options)
+            _step_masks(masking, forward.world, done.loss_of, on_move)
             if average is not None:
                 average.after_step(model, masking)
-            now = time.perf_counter()
             tally.add(done.loss, done.right, batch.total)
-            tally.seconds = now - start
-            is_due = (
-                (step + 1) % print_freq == 0
-                or step + 1 == steps
-                or now - reported_at > _SECONDS_BETWEEN_REPORTS
-            )
+            tally.seconds = time.perf_counter() - start
+            is_due = step + 1 == steps or (step + 1) % print_freq == 0
+            is_due |= tally.seconds - reported_at > _SECONDS_BETWEEN_REPORTS
             if forward.world.highest(is_due):  # all processes at the same step
                 progress = _progress(tally, epoch, forward.world)
-                reported_at = time.perf_counter()
-                tally.seconds = reported_at - start  # reading the losses waited for the GPU
+                # reading the losses waited for the GPU
+                reported_at = tally.seconds = time.perf_counter() - start
                 on_progress(progress)
             after_step(tally)
-    end = tally.progress(epoch)
-    return EpochResult(end.loss, end.accuracy, tally.images, tally.seconds)
+    return tally.result(epoch)
 
 
 def _step_masks(
-    masking: Masking | ChannelMasking,
+    masking: Masking | ChannelMasking | None,
     world: World,
     loss_of: LossOf,
     on_move: Callable[[ChannelMove], None],
 ) -> None:
+    if masking is None:
+        return
     if isinstance(masking, ChannelMasking):
         move = masking.step(loss_of)
         if move is not None:
@@ -316,6 +307,11 @@ class Tally:
         return Progress(
             self.step, self._steps, mean, accuracy, self.images / max(self.seconds, 1e-9)
         )
+
+    def result(self, epoch: int) -> EpochResult:
+        """The finished epoch; raises as ``progress`` does."""
+        end = self.progress(epoch)
+        return EpochResult(end.loss, end.accuracy, self.images, self.seconds)
 
     def state_dict(self) -> dict[str, Any]:
         losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)

@@ -15,7 +15,7 @@ from models import CUSTOM_ARCHITECTURES, flops
 from sparse_core import Masking
 from utils.errors import require
 from utils.evaluation.scores import EVAL_BATCH
-from utils.execution.distributed import synchronize_batch_norm
+from utils.execution.distributed import World, synchronize_batch_norm
 from utils.execution.forward import PLAIN, Execution, Forward
 from utils.seeding import preserved_generators, stream
 from utils.settings.common import CommonSettings
@@ -53,23 +53,8 @@ class Stage:
     ) -> None:
         self.model = model
         self.plan = plan
-        world = execution.world
-        together = self._synchronized = settings.sync_bn and world.size > 1
-        least = 1 if together else 2
-        too_small = (
-            f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least}"
-            " image(s) each"
-        )
-        require(world.size == 1 or settings.batch_size >= least * world.size, too_small)
-        self.loader = TrainLoader(
-            data.train, settings.batch_size, data.augmentation, plan.seed, world=world, least=least
-        )
-        # A repeated image would count in the shared statistics of batch norm.
-        smallest = (
-            f"--sync_bn: the last batch of an epoch has {self.loader.smallest} images for"
-            f" {world.size} processes; another --batch_size"
-        )
-        require(not together or self.loader.smallest >= world.size, smallest)
+        together = self._synchronized = settings.sync_bn and execution.world.size > 1
+        self.loader = _loader(data, plan, settings, execution.world)
         self.optimizer = sgd(
             model,
             lr=plan.rate(0, 0, len(self.loader)),
@@ -219,6 +204,27 @@ class Stage:
             self.average.load_state_dict(state["average"])
         if self.guard is not None and "guard" in state:  # older checkpoints have none
             self.guard.load_state_dict(state["guard"])
+
+
+def _loader(data: Data, plan: Plan, settings: CommonSettings, world: World) -> TrainLoader:
+    """The batches of training; raises ``InputError`` if a process would get too few images."""
+    together = settings.sync_bn and world.size > 1
+    least = 1 if together else 2
+    too_small = (
+        f"--batch_size {settings.batch_size} leaves {world.size} processes fewer than {least}"
+        " image(s) each"
+    )
+    require(world.size == 1 or settings.batch_size >= least * world.size, too_small)
+    loader = TrainLoader(
+        data.train, settings.batch_size, data.augmentation, plan.seed, world=world, least=least
+    )
+    # A repeated image would count in the shared statistics of batch norm.
+    smallest = (
+        f"--sync_bn: the last batch of an epoch has {loader.smallest} images for"
+        f" {world.size} processes; another --batch_size"
+    )
+    require(not together or loader.smallest >= world.size, smallest)
+    return loader
 
 
 def _average(model: nn.Module, plan: Plan) -> Average | None:

@@ -25,10 +25,13 @@ def perturbed_weights(
 
     Args:
         model: its trained parameters of two or more dimensions are moved, so no bias or norm.
-        gamma: length of the move relative to the layer's norm.
+        gamma: length of the move relative to the layer's norm; at 0 nothing is computed.
         loss: computes the training loss of a batch, with the gradients averaged over processes.
         masks: live positions by weight name; the others stay zero.
     """
+    if gamma == 0:
+        yield
+        return
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
     loss().backward()
