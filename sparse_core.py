@@ -357,7 +357,7 @@ def _chosen(model: nn.Module, choice: Choice | None) -> dict[str, nn.Parameter]:
 def _refuse_unmaskable(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     layer_name, layer, leaf = _layer_of(model, name)
     if _trained_weight(layer, leaf, layer_name) is not parameter:
-        raise ValueError(f"{leaf} is computed from {name}, whose zeros are not zeros of {leaf}")
+        raise ValueError(f"{leaf} is computed from {name}, so its zeros do not carry over")
     if parameter.dim() < 2:
         shape = tuple(parameter.shape)
         raise ValueError(f"{name} has the shape {shape}; weights to mask are at least 2-d")

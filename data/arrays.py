@@ -14,7 +14,7 @@ from utils.errors import InputError, one_line
 
 _CHUNK = 2**22  # values examined at a time
 _SLACK = 1e-6  # by which floats may leave [0, 1], since interpolation overshoots
-_DIM = 63  # if no pixel is brighter, white may have been meant to be less than 255
+_DIM = 63  # if no pixel is brighter, the scale is probably not 0 to 255
 
 
 def in_form(source: Source) -> tuple[Source, list[str]]:

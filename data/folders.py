@@ -397,8 +397,8 @@ def decode_image(path: Path, image_size: int | None) -> Decoded:
             # own limit.
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(
-                    f"{path}: {image.width}x{image.height} pixels are more than an image of a data"
-                    f" set has ({_MOST_PIXELS})"
+                    f"{path}: {image.width}x{image.height} pixels exceed the limit for an image"
+                    f" ({_MOST_PIXELS})"
                 )
             image.load()
             rgb, is_transparent = _on_black(_eight_bits(image, path))

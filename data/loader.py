@@ -89,7 +89,7 @@ class TrainLoader:
     """Shuffled, augmented batches; everything in an epoch is a pure function of ``(seed, epoch)``.
 
     The last batch may be smaller. A single image left over joins the batch before it, since batch
-    norm cannot train on one value a channel. For the same reason, each process gets at least
+    norm cannot train on one value per channel. For the same reason, each process gets at least
     ``least`` images of a batch. Processes for which none are left repeat the batch's first images,
     which then do not count.
     """

@@ -99,8 +99,8 @@ def _complete(arch: str, model: nn.Module) -> nn.Module:
     ]
     if lazy:
         raise ValueError(
-            f"{arch} has layers whose size only a first image gives, which --seed does not draw:"
-            f" {', '.join(lazy)}; give sizes"
+            f"{arch} has lazy layers, whose weights --seed cannot draw:"
+            f" {', '.join(lazy)}; give their sizes"
         )
     return model
 
@@ -110,8 +110,8 @@ def canonical_arch(arch: str) -> str:
     name = ALIASES.get(arch, arch)
     if name not in (*ARCHITECTURES, *CUSTOM_ARCHITECTURES):
         own = (
-            "a network of one's own is known to the script that puts it into"
-            " models.CUSTOM_ARCHITECTURES, which must be the one to load it"
+            "a custom network is known only to the script that adds it to"
+            " models.CUSTOM_ARCHITECTURES, so load it there"
         )
         raise ValueError(
             f"unknown architecture {arch!r}; known:"

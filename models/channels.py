@@ -497,7 +497,7 @@ def _groups(
         graph = torch_pruning.DependencyGraph().build_dependency(traced, image, verbose=False)
     except Exception as error:  # the library can raise any error
         what = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(f"torch-pruning cannot follow this network ({what})") from error
+        raise ValueError(f"torch-pruning cannot trace this network ({what})") from error
     seen: set[tuple[str, int]] = set()
     claimed: set[tuple[str, int, int]] = set()
     groups: dict[str, _Group] = {}

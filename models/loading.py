@@ -63,7 +63,7 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     if wrong := [
         name for name, (least, most) in _RANGES.items() if not least <= spec[name] <= most
     ]:
-        raise InputError(f"{path} describes a network that cannot be: {wrong[0]} {spec[wrong[0]]}")
+        raise InputError(f"{path} describes an impossible network: {wrong[0]} {spec[wrong[0]]}")
     if not all(
         isinstance(number, (int, float)) and math.isfinite(number)
         for number in (*spec["mean"], *spec["std"])

@@ -1,4 +1,4 @@
-"""Explains a network by Grad-CAM, saliency and its loss landscape: ``python scripts/explain.py
+"""Explains a network with Grad-CAM, saliency and a loss landscape: ``python scripts/explain.py
 CHECKPOINT [--out DIR] [flags of main_adv.py --eval]``."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Exports a trained network to a file for other programs: ``python scripts/export.py CHECKPOINT
 --format onnx [--out FILE]``.
 
-It includes normalization and takes batches of any size; networks with structured channels stay
-narrow, except in a state_dict. The file is read back and compared with the network before it is
+It includes normalization and takes batches of any size; channel-pruned networks stay narrow,
+except in a state_dict. The file is read back and compared with the network before it is
 kept.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
         "--format",
         required=True,
         choices=list(FORMATS),
-        help="state_dict: flat and in full size, zeros in place",
+        help="state_dict: flat, full size, pruned weights are zero",
     )
     parser.add_argument(
         "--out",
@@ -39,14 +39,14 @@ def main() -> None:
         metavar="FILE",
         help="default: beside the checkpoint, with another suffix",
     )
-    plain = parser.add_argument_group("for a state dict, which does not say which network it is of")
+    plain = parser.add_argument_group("for a state dict, which does not describe its network")
     plain.add_argument("--arch", choices=arch_names())
     plain.add_argument("--num_classes", type=int, metavar="N")
     plain.add_argument(
-        "--width", type=float, metavar="FACTOR", help="on all channel counts (default 1)"
+        "--width", type=float, metavar="FACTOR", help="channel multiplier (default 1)"
     )
-    plain.add_argument("--depth_factor", type=int, metavar="N", help="of wideresnet (default 34)")
-    plain.add_argument("--width_factor", type=int, metavar="N", help="of wideresnet (default 10)")
+    plain.add_argument("--depth_factor", type=int, metavar="N", help="WRN depth (default 34)")
+    plain.add_argument("--width_factor", type=int, metavar="N", help="WRN widening (default 10)")
     plain.add_argument(
         "--image_size", type=int, metavar="PIXELS", help="side of the images (default 32)"
     )

@@ -26,7 +26,7 @@ Made by `python scripts/flags.py > docs/flags.md`; do not edit.
 def main() -> None:
     OneLineParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(_HEAD)
-    print(f"## Every script\n{table(CommonSettings)}\n")
+    print(f"## All training scripts\n{table(CommonSettings)}\n")
     print(f"## main_adv.py\n{table(AdversarialSettings)}\n")
     print(f"## Robust-Bird/train_eb.py and train_base.py\n{table(EarlyBirdSettings)}\n")
     print("`train_base.py` has no `--eb_window` and no `--eb_tolerance`.")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a smaller folder of images from links: the first TRAIN and TEST of each class. Validation is
-# a tenth of the training folder, whatever --train_subset says, so this makes it smaller too.
+# Links a subset of an image folder: the first TRAIN and TEST images of each class. Validation is a
+# tenth of the training folder, whatever --train_subset says, so this makes it smaller too.
 #   bash scripts/link_images.sh FOLDER OUT TRAIN TEST  FOLDER has train/<class>/* and test/<class>/*
 set -euo pipefail
 source "$(dirname "$0")/help.sh"

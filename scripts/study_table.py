@@ -45,7 +45,7 @@ NAMES = {
     "random": "Static masks, random",
     "fb-channel": "Flying Bird, channels",
     "rb-channel": "Robust Bird, channels",
-    "older-rb-channel": "Robust Bird, channels by norm (removed)",
+    "older-rb-channel": "Robust Bird, channels per norm (old code)",
     "dense-awp": "Dense + AWP",
     "fb-awp": "Flying Bird + AWP",
     "fbp-awp": "Flying Bird+ + AWP",
@@ -327,7 +327,7 @@ def page(results: Path) -> str:
 
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("folder", type=Path, nargs="?", help="of other runs: print their tables")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of runs to tabulate")
     parser.add_argument("--keep_answers", action="store_true", help="in results/study/answers.npz")
     args = parser.parse_args()
     if args.folder is not None:

@@ -60,10 +60,10 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "runs", type=Path, nargs="+", metavar="RUNS", help="folders of finished runs"
     )
     parser.add_argument("--for", dest="destination", required=True, choices=DESTINATIONS)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--name", help="of the method in the submission (default: from the runs)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--name", help="method name in the submission (default: from the runs)")
     fmn = parser.add_argument_group("HO-FMN, for ap-benchmark")
-    fmn.add_argument("--fmn_steps", type=int, metavar="N", help="of the attack (default 200)")
+    fmn.add_argument("--fmn_steps", type=int, metavar="N", help="attack steps (default 200)")
     fmn.add_argument("--fmn_trials", type=int, metavar="N", help="settings tried (default 32)")
     return parser.parse_known_args(list(words))
 

@@ -254,7 +254,7 @@ def test_signs_of_gradient_masking(run_adv, trained):
     (result,) = results(trained).values()
     assert {"noise", "one step", "PGD-10", "PGD-100", "PGD-20 in 16 eps"} <= set(result["trials"])
     assert len(result["signs"]) == 6
-    assert "does noise do more than half of what PGD does?" in out
+    assert "is noise over half as strong as PGD?" in out
     (picture,) = (trained.parent / "evaluations").glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -72,7 +72,7 @@ FINE |= {f"PGD-20, steps of {part:g} eps": 50.0 for part in diagnosis.STEP_SIZES
         ({"PGD-100": 45.0}, "do more steps keep finding more?"),
         ({"PGD-20, steps of 0.5 eps": 40.0}, "does another step size find more?"),
         ({"PGD-20 in 16 eps": 30.0}, "do many images survive a large ball?"),
-        ({"noise": 60.0}, "does noise do more than half of what PGD does?"),
+        ({"noise": 60.0}, "is noise over half as strong as PGD?"),
     ],
 )
 def test_each_sign_fires(change, question):

@@ -206,25 +206,21 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
     exported, _ = export(best, "safetensors", tmp_path / "m.safetensors")
     monkeypatch.delitem(CUSTOM_ARCHITECTURES, "plain")
     outcome = run_adv("--eval", "--pretrained", best)
-    why = (
-        "the script that puts it into models.CUSTOM_ARCHITECTURES, which must be the one to load it"
-    )
+    why = "the script that adds it to models.CUSTOM_ARCHITECTURES, so load it there"
     assert (outcome.code, outcome.err.count("\n"), why in outcome.err) == (2, 1, True)
     for path in (best, exported):
-        with pytest.raises(
-            InputError, match=r"unknown architecture 'plain'.*must be the one to load it"
-        ):
+        with pytest.raises(InputError, match=r"unknown architecture 'plain'.*so load it there"):
             load_model(path)
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"image_size": 20000}, "describes a network that cannot be: image_size 20000"),
-        ({"num_classes": 10**12}, "cannot be: num_classes"),
+        ({"image_size": 20000}, "describes an impossible network: image_size 20000"),
+        ({"num_classes": 10**12}, "impossible network: num_classes"),
         ({"num_classes": 10**7}, r"describes a network of \d+ numbers and holds"),
         ({"width": 64.0}, r"describes a network of \d+ numbers and holds"),
-        ({"width": float("inf")}, "cannot be: width inf"),
+        ({"width": float("inf")}, "impossible network: width inf"),
         (
             {"arch": "wideresnet", "width": 1.0, "depth_factor": 1000, "width_factor": 100},
             r"describes a network of \d+ numbers and holds",

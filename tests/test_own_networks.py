@@ -338,7 +338,7 @@ REFUSED = {
     "outside": (Outside, "state outside its state_dict"),
     "lazy": (
         lambda classes, normalize: nn.Sequential(normalize, nn.Flatten(), nn.LazyLinear(classes)),
-        "size only a first image gives",
+        "lazy layers",
     ),
     "no network": (lambda classes, normalize: None, "a NoneType and not a torch.nn.Module"),
     "no builder": (lambda classes: None, "cannot be trained: TypeError"),

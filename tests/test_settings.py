@@ -198,9 +198,9 @@ def test_what_cannot_take_effect_is_refused(line, reason):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("--train_eps 0.0314", r"--train_eps is in 1/255, of which 0.0314 .* give 8.007"),
-        ("--test_eps 0.031", "--test_eps is in 1/255"),
-        ("--train_gamma 0.00784", "--train_gamma is in 1/255, .* give 1.999"),
+        ("--train_eps 0.0314", r"--train_eps is in units of 1/255, so 0.0314 .* give 8.007"),
+        ("--test_eps 0.031", "--test_eps is in units of 1/255"),
+        ("--train_gamma 0.00784", "--train_gamma is in units of 1/255, .* give 1.999"),
         ("--norm l2 --train_eps 0.5 --train_gamma 0.1", "give 127.5"),
         ("--norm l2 --train_eps 128 --train_gamma 0.1", "give 25.5"),
         ("--eval --pretrained x --test_eps 0.031", "give 7.905"),

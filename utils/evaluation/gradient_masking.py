@@ -108,7 +108,7 @@ def signs(
     widest = accuracies[f"PGD-20 in {RADII[-1]:g} eps"]
     surface, rise, rising = _surface(model, split, attack, seed)
     lost_to_noise, lost_to_pgd = clean - noise, clean - pgd
-    last, rise_text = f"PGD-{STEPS[-1]}", f"by {100 * rise:.0f} % of what the gradient promises"
+    last, rise_text = f"PGD-{STEPS[-1]}", f"by {100 * rise:.0f} % of its linear prediction"
     one_step = accuracies["one step"]
     found = [
         Sign(
@@ -132,7 +132,7 @@ def signs(
             widest > _LARGE_BALL_RA,
         ),
         Sign(
-            "does noise do more than half of what PGD does?",
+            "is noise over half as strong as PGD?",
             f"noise takes {lost_to_noise:.2f} points, PGD-20 {lost_to_pgd:.2f}",
             lost_to_pgd > 0 and lost_to_noise > 0.5 * lost_to_pgd,
         ),

@@ -170,7 +170,7 @@ class AdversarialSettings(CommonSettings):
     )
     eval_attack: str = flag.evaluation(
         "pgd",
-        "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or signs of gradient masking",
+        "attack of --eval: PGD, PGD on the CW margin, AutoAttack, or a gradient-masking check",
         choices=EVAL_ATTACKS,
     )
     restarts: int = flag.evaluation(
@@ -189,8 +189,8 @@ class AdversarialSettings(CommonSettings):
     # sparsity
     fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at a fixed density")
     fbp: bool = flag.sparsity(False, "Flying Bird+: also adapt the density")
-    fix: bool = flag.sparsity(False, "static masks: keep the first ones")
-    density: float = flag.sparsity(0.2, "fraction of weights to keep, or of channels (then .5)")
+    fix: bool = flag.sparsity(False, "static masks: never update the initial ones")
+    density: float = flag.sparsity(0.2, "fraction of weights to keep (of channels: default .5)")
     structure: str = flag.sparsity(
         "weight", "what is pruned and regrown", choices=("weight", "channel")
     )
@@ -207,7 +207,7 @@ class AdversarialSettings(CommonSettings):
         "drop channels by |scale * gradient| since the last update, or by |scale|",
         choices=CHANNEL_SCORES,
     )
-    sparse_init: str = flag.sparsity("igq", "how the first masks are chosen", choices=SPARSE_INITS)
+    sparse_init: str = flag.sparsity("igq", "how initial masks are chosen", choices=SPARSE_INITS)
     growth: str = flag.sparsity("random", "which dead weights to grow", choices=GROWTHS)
     death: str = flag.sparsity("magnitude", "which live weights to drop", choices=("magnitude",))
     redistribution: str = flag.sparsity(
@@ -233,12 +233,12 @@ class AdversarialSettings(CommonSettings):
     epoch_range: int = flag.sparsity(
         4, "number of epoch-to-epoch differences that Flying Bird+ compares", metavar="EPOCHS"
     )
-    update_threshold: float = flag.sparsity(0.5, "fraction of these differences that decides")
+    update_threshold: float = flag.sparsity(0.5, "fraction of these differences needed to act")
     prune_ratio: float = flag.sparsity(
-        0.4, "extra prune of Flying Bird+, relative to the dropped fraction"
+        0.4, "extra weights that Flying Bird+ prunes, relative to those dropped"
     )
     growth_ratio: float = flag.sparsity(
-        0.05, "extra growth of Flying Bird+, relative to the grown weights"
+        0.05, "extra weights that Flying Bird+ grows, relative to those regrown"
     )
 
     @property
@@ -247,7 +247,7 @@ class AdversarialSettings(CommonSettings):
 
     @property
     def method(self) -> str:
-        """``dense``, ``fb``, ``fbp`` or ``static``; with ``-channel`` for structured channels."""
+        """``dense``, ``fb``, ``fbp`` or ``static``; with ``-channel`` for channel pruning."""
         method = "fbp" if self.fbp else "static" if self.fix else "fb" if self.fb else DENSE
         return f"{method}-channel" if method != DENSE and self.structure == "channel" else method
 

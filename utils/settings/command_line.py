@@ -22,8 +22,8 @@ _COLUMN = 32  # where help texts begin
 _LONGEST_METAVAR = 30  # longer lists of choices go into the help text
 _ALIASES = {"fixed_erk": "erk", "aa": "autoattack"}  # the released code's names
 EXIT_CODES = """exit codes: 0 done, 2 the request cannot be carried out,
-            3 the run failed (what it saved stays), 75 out of time,
-            128 + a signal's number: it stopped the run (130 Ctrl-C, 143 SIGTERM)"""
+            3 the run failed (what it saved is kept), 75 out of time,
+            128 + n: stopped by signal n (130 Ctrl-C, 143 SIGTERM)"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -204,7 +204,7 @@ class _Parser(OneLineParser):
             case "__workers" | "__num_workers":
                 return (
                     f"unknown argument {name}: there are no workers, images are decoded once and"
-                    " handed out on the device"
+                    " batched on the device"
                 )
             case "__epochs":
                 return (
@@ -228,7 +228,7 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> N
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         if hints[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
-            text = f"turns off: {text}" if f.default else text
+            text = f"no {text}" if f.default else text
         else:
             kind_of_value = next(
                 t for t in (int, float, str) if t is hints[f.name] or hints[f.name] == (t | None)

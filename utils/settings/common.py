@@ -157,7 +157,7 @@ class CommonSettings:
     # data
     dataset: str = flag.data("digits", "data set", choices=SOURCES)
     data: str = flag.data(
-        "data", "data folder, or where torchvision downloads to", result=False, metavar="DIR"
+        "data", "data folder, into which torchvision downloads", result=False, metavar="DIR"
     )
     image_size: int | None = flag.data(
         None, "side in pixels to which image folders are resized when decoded", metavar="PIXELS"
@@ -189,7 +189,7 @@ class CommonSettings:
         choices=("auto", "cpu", "cuda"),
     )
     deterministic: bool = flag.hardware(
-        False, "bit-identical results on one GPU, by slower kernels; a CPU always gives them"
+        False, "request bit-identical results on a GPU (untested); a CPU always gives them"
     )
     gpu: int | None = flag.hardware(None, "index of the GPU")
     save_dir: str = flag.files("runs", "folder in which the run folder is created", metavar="DIR")
@@ -221,16 +221,14 @@ class CommonSettings:
     nesterov: bool = flag.training(False, "use Nesterov momentum")
     lr_schedule: str = flag.training(
         "step",
-        "steps by --decreasing_lr, a half cosine to 0, or up to --lr and down to 0",
+        "step decay (--decreasing_lr), half cosine to 0, or up to --lr and down to 0",
         choices=LR_SCHEDULES,
     )
-    sync_bn: bool = flag.training(
-        False, "with several processes, batch norm over the whole batch (GPUs only)"
-    )
+    sync_bn: bool = flag.training(False, "synchronize batch norm across processes (GPUs only)")
     # remedies against robust overfitting, in the last stage
     recipe: str = flag.remedies(
         "paper",
-        "defaults for flags not given: the paper's, with remedies, or for a short training",
+        "preset for flags not given: the paper's, with remedies, or for short training",
         choices=tuple(RECIPES),
         result=False,
     )
@@ -248,7 +246,7 @@ class CommonSettings:
     ema: float = flag.remedies(0.0, "decay of an exponential average of the weights (usual: .995)")
     swa: str | None = flag.remedies(
         None,
-        "first epoch of the mean of weights over epochs; may be a fraction of the run",
+        "first epoch of stochastic weight averaging; may be a fraction of the run",
         metavar="EPOCH",
     )
     on_collapse: str = flag.remedies(
@@ -271,7 +269,7 @@ class CommonSettings:
     )
     cuda_graphs: str = flag.hardware(
         "auto",
-        "capture each attack as a CUDA graph, nothing, or whole updates (full, untimed)",
+        "CUDA graphs: of each attack (auto), none, or of whole updates (full, untimed)",
         choices=GRAPHS,
     )
     eval_every: int = flag.hardware(
@@ -590,7 +588,7 @@ class CommonSettings:
         for name in [name for name in IN_LEVELS if name in given]:
             value, kind = getattr(self, name), name.split("_")[1]
             small = (
-                f"--{name} is in 1/255, of which {value:g} does next to nothing; give"
+                f"--{name} is in units of 1/255, so {value:g} has next to no effect; give"
                 f" {255 * value:.4g} for {value:g} in [0, 1]"
             )
             require(value == 0 or value >= _LEAST_LENGTHS[self.norm, kind], small)

@@ -34,7 +34,7 @@ TICKET_RULES = (
     Rule(
         "",
         lambda s: "fast" in s.stages and s.norm == "l2",
-        "--norm l2 has no effect with a stage fast, whose step is along the sign",
+        "--norm l2 has no effect with a fast stage, which steps along the sign",
     ),
     Rule(
         "",
@@ -106,8 +106,7 @@ class TicketSettings(CommonSettings):
     )
     density: float = flag.sparsity(0.2, "fraction of weights or channels to keep")
     channel_floor: float | None = flag.sparsity(
-        None,
-        "least fraction of channels kept in each group (default: .1, at most half the density)",
+        None, "minimum fraction kept of each group's channels (default: .1, at most density / 2)"
     )
     channel_multiple: int | None = flag.sparsity(
         None,
@@ -226,8 +225,8 @@ class TicketSettings(CommonSettings):
             at_least_one=["epochs1", "epochs2", "channel_multiple"], fractions=["density"]
         )
         fits = (
-            f"--channel_floor {self.floor:g} must lie in [0, --density {self.density:g}]: no"
-            " group can keep more than its share for sure"
+            f"--channel_floor {self.floor:g} must lie in [0, --density {self.density:g}]: a"
+            " group cannot be guaranteed more than that"
         )
         require(0 <= self.floor <= self.density, fits)
         for epochs in (self.epochs1, self.epochs2):
@@ -284,7 +283,7 @@ class EarlyBirdSettings(TicketSettings):
         Rule(
             "eb_window eb_tolerance",
             lambda s: s.eb_window > s.epochs1,
-            "--epochs1 {s.epochs1}: --eb_window {s.eb_window} masks cannot come together, so no"
+            "--epochs1 {s.epochs1}, fewer epochs than --eb_window {s.eb_window}, so no"
             " ticket could emerge",
         ),
         Rule(
@@ -299,7 +298,7 @@ class EarlyBirdSettings(TicketSettings):
 
     epochs1: int = flag.stages(200, "maximum number of epochs of stage 1", metavar="EPOCHS")
     eb_window: int = flag.stages(
-        5, "number of latest epochs whose masks must agree for a ticket", metavar="EPOCHS"
+        5, "number of consecutive epochs whose masks must agree", metavar="EPOCHS"
     )
     eb_tolerance: float | None = flag.stages(
         None, "largest fraction of positions in which they may differ (default: .08; channels .1)"

@@ -44,8 +44,8 @@ validation images.
 {table}
 
 - images: {size}x{size}, pixels in [0, 1], normalized inside; classes: {classes or "not named"}
-- FLOPs of an inference: {entry.inference_flops:.4g} where zeros are skipped{note}
-- made by
+- inference FLOPs: {entry.inference_flops:.4g} per image, skipping zeros{note}
+- training command:
 
 ```bash
 {command_of(entry.run)}
@@ -57,7 +57,7 @@ from models import load_model
 model = load_model("FOLDER")  # where this card lies; or models.hub.HubNetwork.from_pretrained
 ```
 
-{_source(entry)}A robust accuracy is an upper bound: a stronger attack may find more.
+{_source(entry)}Robust accuracy is an upper bound: a stronger attack may lower it.
 """
 
 
@@ -67,7 +67,7 @@ def _source(entry: Entry) -> str:
     if method in _BIRDS:
         return f"The method is that {paper}. "
     by_channels = method.removesuffix("-channel") in _BIRDS
-    return f"The method takes to channels that {paper}. " if by_channels else ""
+    return f"The method is that {paper}, applied to channels. " if by_channels else ""
 
 
 def _width(entry: Entry) -> str:

@@ -55,7 +55,7 @@ def training_curves(rows: Sequence[Row], title: str) -> Figure:
 def mask_distances(
     distances: Sequence[Sequence[float]], drawn: int | None, watched: tuple[int, float, bool] | None
 ) -> Figure:
-    """The early-bird picture: the fraction of positions in which the masks of each two epochs
+    """The early-bird plot: the fraction of positions in which the masks of each pair of epochs
     differ.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run that ends early says: why, and which checkpoint it can be resumed from."""
+"""Messages of a run that ends early: why, and from which checkpoint it can be resumed."""
 
 from __future__ import annotations
 

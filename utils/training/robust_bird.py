@@ -294,7 +294,7 @@ class RobustBirdRun(Run):
                 self.folder.say(note)
             for name, count in helped.items():
                 self.folder.say(
-                    f"note: {name} would have kept {count} of its channels and keeps its"
+                    f"note: by rank alone {name} would keep {count} of its channels; it keeps its"
                     f" {plan.counts[name]} largest"
                 )
             self.spec = {**self.spec, "channels": plan.channels.kept(live)}

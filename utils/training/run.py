@@ -237,7 +237,7 @@ class Run(RunState):
                 pace,
             )
             self.folder.say(
-                f"likely {duration(left)} to go, tests included, at the pace of the first steps"
+                f"about {duration(left)} left, tests included, at the pace of the first steps"
             )
 
     def leave_if_asked(self) -> None:

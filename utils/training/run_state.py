@@ -1,5 +1,5 @@
-"""What a run is at each moment: its data, stage and history, begun anew or restored from the
-checkpoint of its folder, and what it stores of them."""
+"""The state of a run: its data, stage and history, new or restored from the checkpoint in its
+folder, and how it is stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from utils.training.stage import Row, Stage
 
 
 class RunState(ABC):
-    """The state of a run; its course is ``Run``'s."""
+    """The state of a run; ``Run`` adds the training."""
 
     stage: Stage
 

@@ -1,4 +1,4 @@
-"""What a run saves of itself: the contents of its checkpoints and of ``config.json``."""
+"""What a run saves: the contents of its checkpoints and of ``config.json``."""
 
 from __future__ import annotations
 
