@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from data import calibration_batches
-from models import CUSTOM_ARCHITECTURES
 from models.channels import plan_channels
 from models.flops import LayerCost
 from models.loading import build_network, full_size
@@ -27,7 +26,6 @@ from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
 from utils.training.channel_masking import ChannelMasking
 from utils.training.messages import execution_text, setting_text
-from utils.training.rehearsal import refuse_computed_weights
 from utils.training.run import Run
 from utils.training.stage import Stage
 
@@ -61,7 +59,11 @@ class AdversarialRun(Run):
             batches = calibration_batches(self.data, seed=settings.seed) if scored else []
             try:
                 stage.masking = Masking(
-                    stage.model, stage.optimizer, settings.masking(stage.steps), batches=batches
+                    stage.model,
+                    stage.optimizer,
+                    settings.masking(stage.steps),
+                    batches=batches,
+                    compare=False,  # the training step does
                 )
             except ValueError as error:
                 raise InputError(str(error)) from error
@@ -101,8 +103,6 @@ class AdversarialRun(Run):
     def _stage_on(self, model: nn.Module, full: Sequence[LayerCost] | None = None) -> Stage:
         settings = self.settings
         dense = None if full is None else {cost.name: cost.weights for cost in full}
-        if settings.method != DENSE and full is None and settings.arch in CUSTOM_ARCHITECTURES:
-            refuse_computed_weights(model, self.data)
         stage = Stage(model, self.data, settings.training, settings, self.execution, dense)
         refuse_idle_masks(settings, stage.steps)
         return stage

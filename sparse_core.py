@@ -414,6 +414,65 @@ def _trained_weight(module: nn.Module, leaf: str, name: str) -> nn.Parameter:
     raise ValueError(f"{name or type(module).__name__} has {problem}")  # a model may be one layer
 
 
+def _refuse_computed(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise ``ValueError`` for a layer with its own ``forward`` that multiplies by values computed
+    from its weight, e.g. standardized ones, whose zeros are not the weight's."""
+    masked = {id(weight) for weight in weights.values()}
+    for name, layer in model.named_modules():
+        is_own = not type(layer).__module__.startswith("torch.")
+        if not (is_own and isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))):
+            continue
+        if id(layer._parameters.get("weight")) in masked and not _keeps_zeros(layer):
+            what = f"{name or type(layer).__name__} does not multiply by its weight but by"
+            raise ValueError(f"{what} values computed from it: its zeros do not carry over")
+
+
+_PROBES = 32  # input channels of a layer
+
+
+def _keeps_zeros(layer: Any) -> bool:
+    """Whether zeros of a layer's weight multiply nothing: True as well for a layer that cannot be
+    called by itself, or draws."""
+    try:
+        probe = copy.deepcopy(layer).eval()
+        return bool(probe.weight.is_meta) or _ignores_zeroed(probe)
+    except Exception:  # takes other inputs than its base class
+        return True
+
+
+@torch.no_grad()
+def _ignores_zeroed(layer: Any) -> bool:
+    """Whether pixels that only meet zeros of the weight leave the output as it is; overwrites the
+    weight."""
+    weight, is_linear = layer.weight, isinstance(layer, nn.Linear)
+    inputs = layer.in_features if is_linear else layer.in_channels
+    group = inputs if is_linear else inputs // layer.groups
+    sides = [] if is_linear else zip(layer.kernel_size, layer.dilation, strict=True)
+    middle = [dilation * (size - 1) for size, dilation in sides]
+    probed = range(0, group, 2 * max(1, group // (2 * _PROBES)))
+    x = weight.new_zeros(1 + len(probed), inputs, *(2 * place + 1 for place in middle))
+    for row, channel in enumerate(probed, 1):  # one pixel each; the first image stays black
+        x[(row, channel, *middle)] = 1
+
+    def changes(values: Tensor) -> Tensor:
+        weight.copy_(values)
+        return (layer(x) - layer(x[:1])).abs()
+
+    full = _random_score(weight, 0, "probe") + 0.5
+    some, before = full.clone(), changes(full)
+    seen = 1e-4 * before.max()
+    if bool(changes(full).ne(before).any()) or not bool(seen > 0):
+        return True  # it draws, or has no response
+    if group == 1:  # filters of one channel: all of a filter's positions but one
+        some.flatten(1)[:, 1:] = 0
+        return weight[0].numel() == 1 or int((changes(some) > seen).sum()) < int(
+            (before > seen).sum()
+        )
+    transposed = not is_linear and layer.transposed
+    some.transpose(0, int(not transposed))[::2] = 0  # every second channel, those probed included
+    return not bool((changes(some) > seen).any())
+
+
 # ---------------------------------------------------------------- first masks
 
 
@@ -447,6 +506,7 @@ def initial_masks(
     _check_density(density)
     weights = _unfrozen(_chosen(model, prunable))
     _refuse_nothing(weights)
+    _refuse_computed(model, weights)
     if method in DENSITY_METHODS:
         counts = layer_counts({n: tuple(w.shape) for n, w in weights.items()}, density, method)
         scores = {name: _random_score(w, seed, "init", name) for name, w in weights.items()}
@@ -638,6 +698,14 @@ def _synflow_masks(
 
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers name them
+# Averages that only scale a step. They cannot revive a dead weight, and a layer whose step is
+# scaled as a whole, or by rows, needs those of dead weights.
+_SCALES = (
+    *("exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # the Adam family
+    *("square_avg", "grad_avg"),  # RMSprop; the second is subtracted from the first
+    *("acc_delta", "sum", "row_var", "col_var", "variance"),  # Adadelta, Adagrad, Adafactor
+)
+_ELEMENTWISE = (*_MOMENTA, *_SCALES, "ax", "z", "slow_buffer", "exp_avg_slow")
 _MOMENTUM_NEEDED = (
     "momentum growth needs an optimizer with momentum: SGD or RMSprop with momentum=, or one of the"
     " Adam family"
@@ -691,14 +759,16 @@ class _OptimizerState:
             if self._keeps_momentum(weight) is False:
                 raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
 
-    def refuse_hidden(self) -> None:
-        """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``, and for
-        weights that the model no longer has."""
+    def refuse_replaced(self) -> None:
+        """Raise ``ValueError`` for weights that the model no longer has."""
         own = dict(self._model.named_parameters(remove_duplicate=False))
         for name, weight in self._weights.items():
             if own.get(name) is not weight:
                 problem = f"{name} of the model is no longer the parameter that is masked"
                 raise ValueError(f"{problem}: replace parameters before making the Masking")
+
+    def refuse_hidden(self) -> None:
+        """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``."""
         like = {tuple(weight.shape): name for name, weight in self._weights.items()}
         masked = {id(weight) for weight in self._weights.values()}
         trained = (parameter for _, group in self._groups() for parameter in group["params"])
@@ -713,11 +783,35 @@ class _OptimizerState:
                     if isinstance(part, Tensor) and id(part) not in known:
                         _refuse_like(part, like, optimizer)
 
+    def warn_of_square(self) -> None:
+        """Warn of a state that is masked like momentum, although it may be a matrix that multiplies
+        the gradient of a square weight."""
+        for optimizer in self._optimizers:
+            if type(optimizer).__module__.startswith("torch."):
+                continue
+            for name, weight in self._weights.items():
+                state = getattr(optimizer, "state", {}).get(weight, {})
+                keys = [key for key in state if key not in _ELEMENTWISE]
+                parts = [key for key in keys for part in _leaves(state[key]) if _fits(part, weight)]
+                if weight.dim() == 2 and weight.shape[0] == weight.shape[1] and parts:
+                    kept = ", ".join(map(str, dict.fromkeys(parts)))
+                    what = f"{type(optimizer).__name__} keeps {kept} of {name}"
+                    why = "shaped like it and so masked like momentum, which ruins a preconditioner"
+                    warnings.warn(f"{what}, {why}", stacklevel=4)
+                    return
+
     def of(self, name: str) -> list[Tensor]:
-        """The state's tensors shaped like the weight; raises ``ValueError`` for integer ones."""
+        """The state's tensors shaped like the weight that could revive dead weights; raises
+        ``ValueError`` for integer ones."""
         weight = self._weights[name]
-        held = (part for state in self._states(weight) for part in _leaves(state))
-        found = [t for t in held if isinstance(t, Tensor) and t.shape == weight.shape]
+        parts = [
+            part
+            for state in self._states(weight)
+            for key, held in state.items()
+            if key not in _SCALES
+            for part in _leaves(held)
+        ]
+        found = [part for part in parts if _fits(part, weight)]
         for tensor in found:
             if not tensor.is_floating_point():  # quantized: the code 0 need not mean 0
                 kept = f"its state of {name} in {tensor.dtype}, which cannot be masked"
@@ -767,6 +861,10 @@ def _keeps_momentum(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
     if "betas" in group:
         return True
     return False if isinstance(optimizer, _NO_MOMENTUM) else None
+
+
+def _fits(part: Any, weight: Tensor) -> bool:
+    return isinstance(part, Tensor) and part.shape == weight.shape
 
 
 def _refuse_like(part: Tensor, like: Mapping[tuple[int, ...], str], optimizer: Any) -> None:
@@ -886,17 +984,21 @@ class Masking:
             the model's own names to parameters, or a function ``(name, layer, parameter) -> bool``
             called for every parameter of two or more dimensions, where ``layer`` is the module that
             computes with it. Frozen ones are left alone.
+        compare: whether the processes of ``torch.distributed`` compare their masks at the first
+            step and after each update; False for processes that train different networks.
 
     Raises:
         ValueError: masks that do not fit the network, an optimizer that does not train it or has no
             momentum for ``momentum`` growth, weights that are computed from others or have one
             dimension, or first masks without the batches they need; while training, an optimizer
-            that keeps weight-shaped tensors where they cannot be masked.
+            that keeps weight-shaped tensors where they cannot be masked, weights that were
+            replaced, or masks that differ between processes.
 
     Warns if masks that are not ``fixed`` would never change in ``total_steps``, about frozen
     layers, recurrent ones and many other weights left dense, weights that other masks have pruned,
     and once about each layer without a live weight; while training, if masks or the optimizer are
-    stepped in the wrong order, and if updates find no gradients or momentum.
+    stepped in the wrong order, if updates find no gradients or momentum, and about layers that were
+    added or thawed.
     """
 
     def __init__(
@@ -908,6 +1010,7 @@ class Masking:
         masks: Mapping[str, Tensor] | None = None,
         batches: Sequence[ImagesAndLabels] = (),
         prunable: Choice | None = None,
+        compare: bool = True,
     ) -> None:
         self.config = config
         self.steps = 0
@@ -921,6 +1024,9 @@ class Masking:
         chosen = _chosen(model, prunable)
         self.weights = weights = _unfrozen(chosen)
         self._state = _OptimizerState(optimizer, model, weights)
+        self._model, self._chooses = model, prunable is None
+        self._compares = compare
+        self._is_checked = False  # by the first step after this or after loading a state
         self._postponed = False  # a due update found no usable gradients or momentum
         self._has_warned = False  # of such updates
         self._known_dead: set[str] = set()
@@ -943,6 +1049,8 @@ class Masking:
                 batches=batches,
                 prunable=weights,
             )
+        else:
+            _refuse_computed(model, weights)
         self._set_masks(masks)
         self._explored = {name: mask.clone() for name, mask in self.masks.items()}
         counts = self.live_counts()
@@ -961,9 +1069,13 @@ class Masking:
         """Apply the masks, and update them when due; call after each ``optimizer.step()``, before
         gradients are cleared."""
         self.steps += 1
-        if self.steps == 1:
+        if not self._is_checked:
+            self._is_checked = True
             self._state.refuse_hidden()
+            self._state.warn_of_square()
             self._warn_of_order()
+            self._check_model()
+            self._refuse_other_processes()
         due, was_postponed = self.update_due(), self._postponed
         self._postponed = due and self.config.growth in _SIGNALS and not self._signals_are_useful()
         if self._postponed and was_postponed and update_is_due(self.config, self.steps):
@@ -1040,6 +1152,7 @@ class Masking:
         one up, so the total stays exact.
         """
         self._state.refuse_hidden()
+        self._check_model()
         if self.config.growth in _SIGNALS:
             self._required(self._signals())  # raises if no layer has one: nothing would move
         verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
@@ -1059,6 +1172,7 @@ class Masking:
         event = {"step": self.steps, "epoch": self.epoch, "drop_fraction": fraction}
         event |= {"prune": verdict.prune, "grow": verdict.grow, "density": self.density()}
         self.events.append(event)
+        self._refuse_other_processes()
 
     def _change(self, name: str, live: int, fraction: float, verdict: Verdict) -> tuple[int, int]:
         """How many weights a layer drops and then grows."""
@@ -1135,6 +1249,38 @@ class Masking:
                 warnings.warn(f"{what}: {advice}", stacklevel=3)
                 return
 
+    def _check_model(self) -> None:
+        """The model may have changed: replaced weights are refused, others are warned of, once."""
+        self._state.refuse_replaced()
+        if not self._chooses:
+            return
+        masked = {id(weight) for weight in self.weights.values()}
+        layers = [(n, m, leaf) for n, m in self._model.named_modules() for leaf in _weight_names(m)]
+        free = [
+            f"{name}.{leaf}".lstrip(".")
+            for name, layer, leaf in layers
+            if (weight := layer._parameters.get(leaf)) is not None
+            and weight.requires_grad
+            and id(weight) not in masked
+        ]
+        if free:
+            self._chooses = False
+            what = f"{', '.join(free)} came or thawed after the Masking was made and stay dense"
+            warnings.warn(f"{what}: make a new one to mask them", stacklevel=4)
+
+    def _refuse_other_processes(self) -> None:
+        """Raise ``ValueError`` if another process has other masks: gradients that processes share
+        would train different networks."""
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self._compares and shared and torch.distributed.get_world_size() > 1):
+            return
+        found = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mask_hash(self.masks))
+        if len(set(found)) > 1:
+            needed = "each needs the same weights, seed, first batches and observed figures"
+            advice = "compare=False if they train different networks"
+            raise ValueError(f"masks differ between processes: {needed}; {advice}")
+
     def _warn_of_order(self) -> None:
         """The first step shows whether the optimizer has stepped before the masks."""
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]
@@ -1200,7 +1346,9 @@ class Masking:
         return explored / sum(seen.numel() for seen in self._explored.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes in training, as tensors and plain values, all copied."""
+        """Everything that changes in training, as tensors and plain values, all copied; raises
+        ``ValueError`` if the model no longer has the masked weights."""
+        self._check_model()
         postponed = {"put_off": True} if self._postponed else {}
         return postponed | {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
@@ -1219,6 +1367,7 @@ class Masking:
         self._explored = {n: explored[n].to(mask.device).clone() for n, mask in self.masks.items()}
         self.steps = int(state["steps"])
         self._remove_hooks()  # the first step was made before it was saved
+        self._is_checked = False
         self._postponed = bool(state.get("put_off", False))
         self.controller.gaps = [float(gap) for gap in state["gaps"]]
         self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
@@ -1263,6 +1412,13 @@ def _warn_of_idle_updates(config: MaskingConfig, *, is_full: bool) -> None:
         advice = "a smaller one moves the masks, fixed=True keeps them on purpose"
         # stacklevel: the warning names the line that creates the Masking.
         warnings.warn(f"with {problem} {config.total_steps} steps; {advice}", stacklevel=3)
+    elif config.drop_schedule == "constant" and update_is_due(config, int(config.total_steps)):
+        what = f"an update follows the last of total_steps={config.total_steps}"
+        warnings.warn(
+            f"{what}, and what it grows stays zero; a few steps more, or a schedule that"
+            " falls, avoids this",
+            stacklevel=3,
+        )
 
 
 def _random_growth(masking: Masking, name: str) -> Tensor:

@@ -32,6 +32,7 @@ from sparse_core import (
     prunable,
 )
 from tests import toy
+from tests.processes import in_processes
 from utils.attacks import PGD, pgd_attack
 from utils.seeding import random_bits
 
@@ -596,7 +597,161 @@ def test_other_optimizers_have_their_state_masked_too():
         dead = ~masking.masks[name]
         assert not weight[dead].any()
         assert not optimizer.state[weight]["exp_avg"][dead].any()
-        assert not optimizer.state[weight]["exp_avg_sq"][dead].any()
+
+
+def test_second_moments_are_those_of_the_dense_gradient():
+    """They scale steps and cannot revive a weight. Masked, they would let a grown weight jump, and
+    rob layers whose step is scaled as a whole (LAMB) or by rows (Adafactor) of their step."""
+    model = toy.network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
+    masking = Masking(model, optimizer, MaskingConfig(0.3, 100, fixed=True))
+    expected = {name: torch.zeros_like(weight) for name, weight in masking.weights.items()}
+    for step in range(5):
+        train(model, optimizer, masking, 1, first=step)
+        for name, weight in masking.weights.items():
+            expected[name].mul_(0.999).add_(0.001 * weight.grad**2)
+    for name, weight in masking.weights.items():
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], expected[name])
+        assert not weight[~masking.masks[name]].any()
+
+
+class Kronecker(torch.optim.Optimizer):
+    """Keeps a square matrix for each side of a weight, as Shampoo does."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                state["sides"] = [torch.eye(size) for size in weight.shape]
+                state["exp_avg"] = weight.grad.clone()
+
+
+def test_matrices_that_look_like_momentum_of_a_square_weight_are_named():
+    for shape, named in (((6, 6), True), ((6, 4), False)):
+        model = nn.Sequential(nn.Linear(*shape, bias=False))
+        optimizer = Kronecker(model.parameters(), {"lr": 0.1})
+        masking = Masking(model, optimizer, MaskingConfig(0.5, 10, fixed=True))
+        model(torch.ones(2, shape[0])).sum().backward()
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            masking.step()
+        found = [str(warning.message) for warning in caught]
+        assert found == (
+            [
+                "Kronecker keeps sides of 0.weight, shaped like it and so masked like momentum, "
+                "which ruins a preconditioner"
+            ]
+            if named
+            else []
+        )
+
+
+class Computed(nn.Conv2d):
+    """Multiplies by ``change(weight)``."""
+
+    def __init__(self, change, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.change = change
+
+    def forward(self, x):
+        return self._conv_forward(x, self.change(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("shape", [{"groups": 1}, {"groups": 8}, {"groups": 4, "dilation": 2}])
+@pytest.mark.parametrize(
+    ("change", "keeps"),
+    [
+        (lambda w: w - w.mean((1, 2, 3), keepdim=True), False),
+        (lambda w: (w - w.mean()) / w.std(), False),
+        (lambda w: w / w.norm(), True),
+        (lambda w: w.sign() * w.abs().mean(), True),
+        (lambda w: w, True),
+    ],
+)
+def test_layers_that_compute_their_weight_are_refused(change, keeps, shape):
+    model = nn.Sequential(Computed(change, 8, 16, 3, **shape), nn.Flatten())
+    before = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if keeps:
+        Masking(model, optimizer, MaskingConfig(1.0, 10, fixed=True))
+    else:
+        with pytest.raises(ValueError, match="0 does not multiply by its weight"):
+            Masking(model, optimizer, MaskingConfig(1.0, 10, fixed=True))
+        given = {"0.weight": torch.ones_like(before, dtype=torch.bool)}
+        with pytest.raises(ValueError, match="0 does not multiply by its weight"):
+            Masking(model, optimizer, MaskingConfig(1.0, 10, fixed=True), masks=given)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: F.relu(nn.Linear.forward(self, x)),
+        lambda self, x: F.layer_norm(nn.Linear.forward(self, x), (self.out_features,)),
+        lambda self, x: nn.Linear.forward(self, x) + torch.randn(self.out_features),
+        lambda self, x, y: nn.Linear.forward(self, x) + y,
+    ],
+)
+def test_layers_that_only_do_more_are_masked(forward):
+    layer = type("Mine", (nn.Linear,), {"forward": forward})(12, 6)
+    initial_masks(nn.Sequential(layer), 0.5)
+
+
+def test_weights_added_or_replaced_after_the_masking_are_noticed():
+    model, optimizer, masking = start(fixed=True)
+    train(model, optimizer, masking, 2)
+    model.append(nn.Linear(10, 10))
+    optimizer.add_param_group({"params": list(model[-1].parameters())})
+    with pytest.warns(UserWarning, match=r"\.weight came or thawed .* stay dense"):
+        state = masking.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masking.state_dict()  # once
+    # fixed masks have no updates, so a resumed run checks at its first step
+    model, optimizer, masking = start(fixed=True)
+    masking.load_state_dict({**state, "masks": masking.masks, "explored": masking.masks})
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(ValueError, match=r"0\.weight of the model is no longer"):
+        masking.step()
+
+
+def test_an_update_after_the_last_step_of_a_constant_schedule_is_named():
+    with pytest.warns(UserWarning, match="an update follows the last of total_steps=8"):
+        start(update_frequency=4, drop_schedule="constant")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(update_frequency=4)
+        start(update_frequency=3, drop_schedule="constant")
+
+
+def _observing(world, compare):
+    model = toy.network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = MaskingConfig(
+        0.5, 8, update_frequency=4, adaptive=True, start_epoch=0, epoch_range=2, prune_ratio=1.0
+    )
+    masking = Masking(model, optimizer, config, compare=compare)
+    train(model, optimizer, masking, 3)
+    gap = 10.0 * world.rank  # only the second process sees its gap widen
+    for epoch in range(3):
+        masking.observe(train_ra=50 + gap * epoch, val_ra=50.0, val_loss=1.0 - epoch)
+    try:
+        train(model, optimizer, masking, 2, first=3)
+    except ValueError as error:
+        return {"said": str(error)}
+    return {"said": "", "density": masking.density()}
+
+
+def test_processes_that_would_train_different_masks_are_refused(tmp_path):
+    for compare in (True, False):
+        (tmp_path / str(compare)).mkdir()
+        found = in_processes(2, _observing, tmp_path / str(compare), compare)
+        if compare:
+            assert all("masks differ between processes" in one["said"] for one in found)
+        else:
+            assert found[0]["density"] > found[1]["density"]
 
 
 def test_float64_trajectory_equals_the_oracle(golden):

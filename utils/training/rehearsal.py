@@ -126,41 +126,6 @@ def _warn_of_thawing(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
-def refuse_computed_weights(model: nn.Module, data: Data) -> None:
-    """Raise ``InputError`` for a custom layer whose output is not linear in its weight, as with
-    weight standardization: zeros of the weight are then not zeros of what it multiplies by."""
-    inputs: dict[str, tuple[Any, ...]] = {}
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-        and not type(module).__module__.startswith("torch.")
-    }
-    x = next(plain_batches(data.train, 2)).x
-    with contextlib.ExitStack() as hooks, in_mode(model, False), preserved_generators(x.device):
-        for name, module in layers.items():
-            hook = module.register_forward_pre_hook(
-                lambda _, given, name=name: inputs.setdefault(name, given) and None
-            )
-            hooks.callback(hook.remove)
-        model(x)
-    for name, given in inputs.items():
-        layer, weight = layers[name], layers[name].weight
-        assert isinstance(weight, Tensor)
-        before, outputs = weight.clone(), []
-        for factor in (0.0, 1.0, 2.0):
-            weight.copy_(factor * before)
-            outputs.append(layer.forward(*given))
-        weight.copy_(before)
-        none, once, twice = outputs
-        if not bool(((twice - none) - 2 * (once - none)).abs().max() <= 0.01 * once.abs().max()):
-            raise InputError(
-                f"{name} does not multiply by its weight but by values computed from it, so the"
-                " zeros of masks would not be zeros there; it can only train dense"
-            )
-
-
 def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from models import CUSTOM_ARCHITECTURES, flops
+from models import flops
 from models.channels import ChannelPlan, narrow, plan_largest
 from models.loading import build_network, full_size, network_of, refuse_other_classes, spec_in
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
@@ -28,7 +28,6 @@ from utils.storage.checkpoint import load_checkpoint
 from utils.storage.inputs import read_checkpoint
 from utils.training.forecast import Forecast
 from utils.training.messages import execution_text, setting_text
-from utils.training.rehearsal import refuse_computed_weights
 from utils.training.run import Run
 from utils.training.stage import Row, Stage
 
@@ -110,8 +109,6 @@ class RobustBirdRun(Run):
                 self._largest_channels(model)
             else:
                 initial_masks(model, settings.density, "magnitude")
-                if settings.arch in CUSTOM_ARCHITECTURES:
-                    refuse_computed_weights(model, self.data)
         except (ValueError, ImportError) as error:  # torch-pruning may not be installed
             raise InputError(str(error)) from error
 
@@ -328,7 +325,9 @@ class RobustBirdRun(Run):
             config = MaskingConfig(
                 settings.density, steps, sparse_init="magnitude", fixed=True, seed=settings.seed
             )
-            stage.masking = Masking(stage.model, stage.optimizer, config, masks=masks)
+            stage.masking = Masking(
+                stage.model, stage.optimizer, config, masks=masks, compare=False
+            )
         return stage
 
     def _say_pruned(self) -> None:
