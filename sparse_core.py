@@ -601,8 +601,11 @@ def _random_score(weight: Tensor, seed: int, *names: int | str) -> Tensor:
     return uniform(stream(seed, *names), counter).view(weight.shape)
 
 
-def _copied(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A copy of the model to score, and its weights ``names``."""
+def _copied(
+    model: nn.Module, names: Sequence[str], x: Tensor
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A copy of the model to score, and its weights ``names``; raises ``ValueError`` if the copy
+    computes with weights of the original for the images ``x``."""
     # A forward pass may leave tensors with a history, as the older spectral norm does; deepcopy
     # refuses those, so they are detached.
     left = [
@@ -612,6 +615,14 @@ def _copied(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, dict[str
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
+    trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    if copied.eval()(x).requires_grad:
+        problem = "a copy of the network computes with the original's weights, as its functions"
+        raise ValueError(f"{problem} hold on to them (a lambda over self?), so it cannot be scored")
+    for parameter in trained:
+        parameter.requires_grad_()
     own = dict(copied.named_parameters())
     return copied, {name: own[name] for name in names}
 
@@ -636,7 +647,7 @@ def _snip_scores(
     model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]
 ) -> dict[str, Tensor]:
     """|w * dL/dw| with the loss summed over all batches."""
-    model, weights = _copied(model, names)
+    model, weights = _copied(model, names, batches[0][0])
     model.train()
     losses = (F.cross_entropy(model(x), y, reduction="sum") for x, y in batches)
     gradients = _summed_gradients(losses, weights)
@@ -647,7 +658,7 @@ def _grasp_scores(
     model: nn.Module, names: Sequence[str], batches: Sequence[ImagesAndLabels]
 ) -> dict[str, Tensor]:
     """w * (H g), the gradient flow lost with a weight (highest kept); logits are divided by 200."""
-    model, weights = _copied(model, names)
+    model, weights = _copied(model, names, batches[0][0])
     model.train()
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -668,7 +679,7 @@ def _synflow_masks(
 ) -> dict[str, Tensor]:
     """100 rounds of keeping the highest |w * dR/dw|; R is the summed output for an input of ones,
     with all weights made positive."""
-    model, _ = _copied(model, names)
+    model, _ = _copied(model, names, x)
     # float64: in a deep positive network the products span more than float32 holds.
     own = dict(model.double().eval().named_parameters())
     weights = {name: own[name] for name in names}

@@ -1,11 +1,11 @@
-"""Context managers that change a network's mode and restore it."""
+"""Context managers that change a network's mode and restore it, and its norms' statistics."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -37,3 +37,14 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_()
+
+
+def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of batch and instance norms by name, without their batch counters."""
+    return {
+        f"{name}.{leaf}".lstrip("."): buffer
+        for name, norm in model.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._NormBase)
+        for leaf, buffer in norm.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }

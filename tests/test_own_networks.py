@@ -1,6 +1,8 @@
 """Custom networks: trained through mask updates, resumed to the bit and evaluated, or refused
 before the first step."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from utils.seeding import cpu_generator_states
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.storage.checkpoint import load_checkpoint
+from utils.training.averages import EpochAverage, ExponentialAverage
 from utils.training.engine import train_epoch
 from utils.training.rehearsal import rehearse_step
 from utils.training.schedule import Plan
@@ -548,3 +551,104 @@ def test_a_shared_weight_costs_its_live_weights_each_time():
     assert real_inference(layer_costs(model, (1, 8, 8)), {"twice.weight": 5}) == 2 * (
         64 * 12 + 3 * 5 + 12 * 10
     )
+
+
+# ---------------------------------------------------------------- averages
+
+
+class Small(nn.Module):
+    """A convolution and a classifier around ``middle``; ``head`` makes the classifier's call."""
+
+    def __init__(self, classes, normalize, middle=None, head=lambda self: self.last):
+        super().__init__()
+        self.first = nn.Sequential(normalize, nn.Conv2d(1, 8, 3), middle or nn.ReLU())
+        self.last = nn.Linear(288, classes)
+        self.head = head(self)
+
+    def forward(self, x):
+        return self.head(self.first(x).relu().flatten(1))
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Attending(nn.Module):
+    """Adds a mask of minus infinities, as local attention does."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        far = torch.eye(6).log()  # 0 on the diagonal, else -inf
+        self.register_buffer("far", far, persistent=persistent)
+
+    def forward(self, x):
+        return (x @ x.mT + self.far).softmax(-1) @ x
+
+
+class Running(nn.Module):
+    """Centres by its own running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(), 0.1)
+        return x - self.mean
+
+
+MIDDLES = {
+    "attending": lambda: Attending(persistent=False),
+    "stored": lambda: Attending(persistent=True),
+    "frozen norm": lambda: FrozenNorm(8),
+    "instance norm": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+    "own statistics": Running,
+    "batch norm": lambda: nn.BatchNorm2d(8),
+}
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_an_average_of_equal_networks_is_that_network(middle, kind):
+    torch.manual_seed(0)
+    model = Small(10, nn.Identity(), MIDDLES[middle]())
+    x = torch.rand(64, 1, 8, 8)
+    for _ in range(60):
+        model.train()(x)  # statistics of their own, far from the initial ones
+    average = ExponentialAverage(model, 0.5) if kind == "ema" else EpochAverage(model)
+    for epoch in range(3):
+        for _ in range(20):
+            model.train()(x)
+            average.after_step(model, None)
+        average.after_epoch(model, None, epoch)
+    if isinstance(average, EpochAverage):
+        average.estimate_statistics([x])
+    ours, theirs = average.model(x), model.eval()(x)
+    assert torch.allclose(ours, theirs, atol=0.02 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("middle", ["attending", "stored"])
+def test_buffers_of_infinities_are_no_broken_network(run_adv, tmp_path, monkeypatch, middle):
+    def build(classes, normalize):
+        return Small(classes, normalize, MIDDLES[middle]())
+
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "small", build)
+    outcome = run_adv(*RUN, "--arch", "small", "--ema", ".5", "--save_dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    rows = (next(tmp_path.iterdir()) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["average_val_loss"] < 3.0
+
+
+def test_a_network_whose_copies_keep_its_weights_is_not_averaged(run_adv, tmp_path, monkeypatch):
+    def build(classes, normalize):
+        return Small(classes, normalize, head=lambda self: lambda x: self.last(x))
+
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "bound", build)
+    for flags in (["--ema", ".5"], ["--swa", "2"], ["--fb", "--fix", "--sparse_init", "snip"]):
+        outcome = run_adv(*RUN, "--arch", "bound", *flags, "--save_dir", tmp_path / flags[0])
+        assert outcome.code == 2
+        assert "computes with the original's weights" in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert run_adv(*RUN, "--arch", "bound", "--save_dir", tmp_path / "plain").code == 0

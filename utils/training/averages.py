@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.channels import put
+from models.modes import norm_statistics
 from sparse_core import Masking
 from utils.training.channel_masking import ChannelMasking, ChannelMove
 
@@ -55,7 +56,8 @@ class Average:
 
 
 class ExponentialAverage(Average):
-    """``average = d average + (1 - d) weights`` after every step, batch-norm statistics included.
+    """``average = d average + (1 - d) weights`` after every step, the statistics of norms included;
+    other buffers are the network's.
 
     Args:
         model: its weights are the initial average.
@@ -64,6 +66,7 @@ class ExponentialAverage(Average):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
+        self._moving = [*dict(model.named_parameters()), *norm_statistics(model)]
         self.decay = decay
         self._masks: Mapping[str, Tensor] | None = None
 
@@ -71,10 +74,9 @@ class ExponentialAverage(Average):
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         mine, theirs = _tensors(self.model), _tensors(model)
-        moving = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-        ours = [mine[name] for name in moving]
-        torch._foreach_lerp_(ours, [theirs[name] for name in moving], 1 - decay)
-        for name in mine.keys() - moving:  # batch counters
+        ours = [mine[name] for name in self._moving]
+        torch._foreach_lerp_(ours, [theirs[name] for name in self._moving], 1 - decay)
+        for name in mine.keys() - self._moving:
             mine[name].copy_(theirs[name])
         self.count += 1
         # A grown weight and its average are both zero, so its average starts from scratch.
@@ -87,7 +89,8 @@ class ExponentialAverage(Average):
 class EpochAverage(Average):
     """The mean of the weights after each epoch.
 
-    Batch-norm statistics are not averaged: ``estimate_statistics`` computes them before a test.
+    Buffers are the last network's, apart from batch-norm statistics, which ``estimate_statistics``
+    computes before a test.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,6 +129,9 @@ class EpochAverage(Average):
                 average.add_((theirs[name] - average) / self._ages[name].add_(1))
             else:
                 average.add_((theirs[name] - average) / (self.count + 1))
+        buffers = dict(model.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
         self.count += 1
 
     @torch.no_grad()
@@ -141,8 +147,22 @@ class EpochAverage(Average):
                     self._ages[name].mul_(self._masks[name])
 
     def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set batch-norm statistics from clean training images ``[N, C, H, W]``."""
-        torch.optim.swa_utils.update_bn(batches, self.model)
+        """Set the statistics of batch norms that ``train()`` puts into train mode from clean
+        training images ``[N, C, H, W]``."""
+        self.model.train()
+        norms = [
+            norm
+            for norm in self.model.modules()
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training
+        ]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        for x in batches if norms else ():
+            self.model(x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         self.model.eval()
 
     def state_dict(self) -> dict[str, Any]:

@@ -108,6 +108,23 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     return idle, draws
 
 
+def refuse_bound_copy(model: nn.Module, copied: nn.Module, data: Data) -> None:
+    """Raise ``InputError`` if ``copied``, none of whose parameters requires a gradient, computes
+    with weights of ``model``."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    x = next(plain_batches(data.train, 2)).x
+    with preserved_generators(x.device), in_mode(copied, False):
+        bound = copied(x).requires_grad
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+    if bound:
+        raise InputError(
+            "a copy of the network computes with the original's weights, as its functions hold on"
+            " to them (a lambda over self?), so weights cannot be averaged"
+        )
+
+
 def _warn_of_thawing(model: nn.Module) -> None:
     """Warn of parts in eval mode that training, which calls ``train()``, does not leave in it."""
     frozen = [(name, part) for name, part in model.named_modules() if not part.training]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from models.loading import network_of, spec_in
+from models.modes import norm_statistics
 from utils.errors import RunError, Stopped
 from utils.execution.distributed import ALONE, World
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
@@ -261,9 +262,9 @@ class Run(RunState):
     def refuse_broken_network(self, epoch: int, step: int, val_loss: float) -> None:
         """Raise ``RunError`` if the weights are not finite: an epoch's losses cannot show what its
         last update did."""
-        finite = all(
-            bool(value.isfinite().all()) for value in self.stage.model.state_dict().values()
-        )
+        model = self.stage.model
+        values = [*model.parameters(), *norm_statistics(model).values()]
+        finite = all(bool(value.isfinite().all()) for value in values)
         if not (finite and math.isfinite(val_loss)):
             error = RunError(
                 f"the network was no longer finite after epoch {epoch + 1}, step {step} of"

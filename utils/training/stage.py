@@ -23,7 +23,7 @@ from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking, ChannelMove
 from utils.training.collapse import CollapseGuard
 from utils.training.engine import EpochResult, Tally, sgd, train_epoch
-from utils.training.rehearsal import refusing, rehearse_step
+from utils.training.rehearsal import refuse_bound_copy, refusing, rehearse_step
 from utils.training.schedule import Plan
 
 Row = dict[str, Any]
@@ -70,6 +70,9 @@ class Stage:
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
         if settings.arch in CUSTOM_ARCHITECTURES:
+            if self.average is not None:
+                with refusing(settings.arch):
+                    refuse_bound_copy(model, self.average.model, data)
             _warn_of_uncounted(model, self.costs, idle)
         further = [plan.further_passes(epoch) for epoch in range(plan.epochs)]
         dense_costs = [flops.real_inference(self.costs)] * plan.epochs
