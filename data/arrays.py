@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data.sources import ImageSet, Source
+from data.sources import ImageSet, Source, dim_note
 from utils.errors import InputError, one_line
 
 _CHUNK = 2**22  # values examined at a time
 _SLACK = 1e-6  # by which floats may leave [0, 1], since interpolation overshoots
-_DIM = 63  # if no pixel is brighter, the scale is probably not 0 to 255
 
 
 def in_form(source: Source) -> tuple[Source, list[str]]:
@@ -104,12 +103,7 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
         furthest = max(furthest, moved)
     notes = [f"pixels are rounded to 256 levels, some by {furthest:.2f} of one"] if furthest else []
     brightest = round(scale * max(found.high for found in ranges.values()))
-    if brightest <= _DIM:
-        notes.append(
-            f"the brightest of all pixels is {brightest}, where white is 255: attacks are measured"
-            " on that scale"
-        )
-    return made, notes
+    return made, notes + dim_note(brightest, "pixels")
 
 
 def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
@@ -121,7 +115,7 @@ def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
     if array.ndim == 3:
         return array[..., None]
     _require(
-        shape[1] not in (1, 3, 4) or shape[3] <= 4,
+        shape[3] <= 4 or (shape[1] not in (1, 3, 4) and not shape[1] < shape[2] == shape[3]),
         f"{what} have the shape {shape}, channels first; transpose(0, 2, 3, 1) brings them last",
     )
     return array

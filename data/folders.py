@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.storage.files import locked
 
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 _CHUNK = 512  # images decoded between writes
 _SMALL = 2**28  # up to so many bytes are read at each start, in well under a second
 _SETTLED = 2.0  # seconds after which a further change alters a file's times on any file system
@@ -38,7 +38,8 @@ _MOST_PIXELS = 2**26
 _PATIENCE = 3.0  # seconds of decoding or reading before a message
 _IMAGES, _META = "images.npy", "meta.json"
 # keys of a cache's meta.json
-_KNOWN = {"key", "pixels", "transparent", "files_stamp", "images_stamp"}
+_COUNTS = ("transparent", "paged", "brightest")
+_KNOWN = {"key", "pixels", *_COUNTS, "files_stamp", "images_stamp"}
 
 T = TypeVar("T")
 
@@ -117,11 +118,15 @@ class Cached(NamedTuple):
         images: path of an ``.npy``, uint8 ``[files, H, W, 3]``.
         digest: ``pixels_digest`` of the images.
         transparent: number of images with transparent parts, which are now black.
+        paged: number of images with further pages or frames, which are left out.
+        brightest: the highest value of all pixels.
     """
 
     images: Path
     digest: str
     transparent: int
+    paged: int
+    brightest: int
 
 
 def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: str) -> Cached:
@@ -153,7 +158,7 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
             ) from error
     else:
         _remember(folder, meta)
-    return Cached(folder / _IMAGES, meta["pixels"], meta["transparent"])
+    return Cached(folder / _IMAGES, meta["pixels"], *(meta[name] for name in _COUNTS))
 
 
 @contextlib.contextmanager
@@ -303,15 +308,16 @@ def _build(folder: Path, now: _Content) -> dict[str, Any]:
 
 
 def _write_images(now: _Content, target: Path) -> dict[str, Any]:
-    """Write the ``.npy``; returns the files' key, the pixels' digest and the number of images with
-    transparent parts."""
+    """Write the ``.npy``; returns the files' key, the pixels' digest and ``_COUNTS``."""
     digests: list[bytes] = []
-    transparent = 0
+    transparent = paged = brightest = 0
     pixels = None
     with target.open("wb") as file:
         for chunk in _decoded_chunks(now):
             digests += chunk.digests
             transparent += chunk.transparent
+            paged += chunk.paged
+            brightest = max(brightest, int(chunk.images.max()))
             if pixels is None:
                 shape = (len(now.paths), *chunk.images.shape[1:])
                 pixels = _begun_digest(shape)
@@ -325,13 +331,15 @@ def _write_images(now: _Content, target: Path) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     assert pixels is not None
-    return {"key": now.key_of(digests), "pixels": pixels.hexdigest(), "transparent": transparent}
+    counts = dict(zip(_COUNTS, (transparent, paged, brightest), strict=True))
+    return {"key": now.key_of(digests), "pixels": pixels.hexdigest(), **counts}
 
 
 class _Chunk(NamedTuple):
     images: np.ndarray  # uint8 [images, H, W, 3]
     digests: list[bytes]  # of their files
     transparent: int
+    paged: int
 
 
 def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
@@ -345,7 +353,7 @@ def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
         work, now.paths, f"decoding {now.name}", f"decoding {len(now.paths)} images, once"
     ):
         paths, digests, decoded = zip(*done, strict=True)
-        images, were_transparent = zip(*decoded, strict=True)
+        images, were_transparent, were_paged = zip(*decoded, strict=True)
         for path, image in zip(paths, images, strict=True):
             size = size or image.shape
             if image.shape != size:
@@ -353,7 +361,7 @@ def _decoded_chunks(now: _Content) -> Iterator[_Chunk]:
                     f"{path}: {image.shape[1]}x{image.shape[0]} pixels where others have"
                     f" {size[1]}x{size[0]}; --image_size N brings all to one size"
                 )
-        yield _Chunk(np.stack(images), list(digests), sum(were_transparent))
+        yield _Chunk(np.stack(images), list(digests), sum(were_transparent), sum(were_paged))
 
 
 def _by_chunks(
@@ -382,10 +390,12 @@ def _by_chunks(
 
 
 class Decoded(NamedTuple):
-    """One image, uint8 ``[H, W, 3]``, and whether it had transparent parts, which are black now."""
+    """One image, uint8 ``[H, W, 3]``, whether it had transparent parts, which are black now, and
+    whether it was the first of several pages or frames."""
 
     pixels: np.ndarray
     is_transparent: bool
+    is_paged: bool
 
 
 def decode_image(path: Path, image_size: int | None) -> Decoded:
@@ -405,7 +415,7 @@ def decode_image(path: Path, image_size: int | None) -> Decoded:
             rgb = _upright(rgb, image)
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)
-            return Decoded(np.asarray(rgb), is_transparent)
+            return Decoded(np.asarray(rgb), is_transparent, getattr(image, "n_frames", 1) > 1)
     except InputError:
         raise
     except UnidentifiedImageError as error:

@@ -89,7 +89,7 @@ def load_data(
 
     Raises:
         InputError: unknown name, missing or corrupt files, ambiguous arrays (``data.arrays``),
-            impossible subset.
+            a single class, impossible subset.
     """
     device = torch.device(device)
     place = DataLocation(Path(root), image_size=image_size)
@@ -131,6 +131,8 @@ def _read(name: str, place: DataLocation) -> tuple[Source, list[str]]:
         raise InputError(f"{name} in {place.root}: {error}") from error
     if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
         raise InputError(f"{place.root}: too few images to train, validate and test on")
+    if len(source.classes) < 2:
+        raise InputError(f"{place.root} has the class {source.classes[0]} only: nothing to learn")
     return source, changes
 
 

@@ -16,6 +16,7 @@ from data.folders import Files, cached_images, class_folders, scan_classes
 from utils.compat import import_torchvision
 from utils.errors import InputError
 
+_DIM = 63  # if no pixel is brighter, the scale is probably not 0 to 255
 _SPLIT_SEED = 10  # the seed of the paper's Tiny-ImageNet split, used for every fixed permutation
 
 
@@ -231,6 +232,14 @@ def tinyimagenet(place: DataLocation) -> Source:
     )
 
 
+def dim_note(brightest: int, what: str) -> list[str]:
+    """A note if the brightest of ``what`` suggests that its scale is not 0 to 255."""
+    if brightest > _DIM:
+        return []
+    scale = "where white is 255: attacks are measured on that scale"
+    return [f"the brightest of all {what} is {brightest}, {scale}"]
+
+
 def _decoded(files: Files, place: DataLocation, name: str) -> ImageSet:
     cached = cached_images(files, place.image_size, place.cache_dir, name)
     notes = []
@@ -242,6 +251,12 @@ def _decoded(files: Files, place: DataLocation, name: str) -> ImageSet:
             f"{cached.transparent} of the {len(files.paths)} images of {name} have transparent"
             " parts, which are black here"
         )
+    if cached.paged:
+        notes.append(
+            f"{cached.paged} of the {len(files.paths)} images of {name} have further pages or"
+            " frames, which are left out"
+        )
+    notes += dim_note(cached.brightest, f"pixels of {name}")
     return ImageSet(cached.images, files.labels, cached.digest, tuple(notes))
 
 

@@ -310,6 +310,36 @@ def with_alpha(mode: str) -> tuple[Image.Image, dict, np.ndarray]:
     return image, {}, shown * (alpha[..., None] / 255)
 
 
+def test_further_pages_and_dim_pixels_are_noted(tmp_path):
+    """As with X-rays of 12 bits in files of 16: 16 levels would be left of 4,096."""
+    pages = [Image.fromarray(np.full((16, 16), value, np.uint16)) for value in (4095, 2000, 9)]
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(12):
+                path = tmp_path / "data" / part / name / f"{number}.tiff"
+                several = part == "train" and number < 5
+                pages[0].save(path, save_all=several, append_images=pages[1:] if several else [])
+    for _ in range(2):  # decoded, and from the cache
+        loaded = load_data("imagefolder", tmp_path / "data", cache_dir=tmp_path / "cache")
+        assert loaded.notes == (
+            "10 of the 24 images of imagefolder-train have further pages or frames, which are left"
+            " out",
+            "the brightest of all pixels of imagefolder-train is 15, where white is 255: attacks"
+            " are measured on that scale",
+            "the brightest of all pixels of imagefolder-test is 15, where white is 255: attacks are"
+            " measured on that scale",
+        )
+
+
+def test_one_class_is_nothing_to_learn(image_tree, tmp_path):
+    for part in ("train", "test"):
+        for folder in sorted((image_tree / part).iterdir())[1:]:
+            shutil.rmtree(folder)
+    with pytest.raises(InputError, match="has the class ant only: nothing to learn"):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_transparent_images_are_laid_on_black_and_counted(image_tree, tmp_path, decoded, mode):
     image, options, expected = with_alpha(mode)
@@ -877,6 +907,8 @@ def test_what_pixels_lose_and_how_dark_they_are_is_said(own):
         (PIXELS[0, 0], None, r"shape \[5, 3\]"),
         (PIXELS[:0], None, r"shape \[0, 4, 5, 3\]"),
         (np.zeros((24, 3, 8, 8)), None, r"channels first"),
+        (np.zeros((24, 2, 8, 8)), None, r"channels first"),
+        (np.zeros((24, 13, 64, 64)), None, r"channels first"),
         (PIXELS, PIXELS[:, :2], r"training images are 4x5x3 and test images 2x5x3"),
         (PIXELS[:20], PIXELS, r"20 training images have 24 labels"),
         ([[1, 2], [3]], None, r"training images are not an array"),
@@ -1130,7 +1162,7 @@ def test_images_of_absurd_size_are_refused_by_their_header(tmp_path):
     with pytest.raises(InputError, match=r"bomb\.png"):
         data.folders.decode_image(path, 32)
     Image.new("1", (10_000, 8_000)).save(tmp_path / "large.png")
-    with pytest.raises(InputError, match="10000x8000 pixels are more"):
+    with pytest.raises(InputError, match="10000x8000 pixels exceed"):
         data.folders.decode_image(tmp_path / "large.png", 32)
 
 
