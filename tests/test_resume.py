@@ -598,11 +598,11 @@ def killed_and_resumed(tmp_path, kills):
     return done, tried
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(run_adv, tmp_path, kills):
     assert run_adv(*killing_flags(kills), "--save_dir", tmp_path / "whole").code == 0
     done, tried = killed_and_resumed(tmp_path, kills)
-    assert done >= 0.7 * tried >= 0.3 * kills  # a slow machine has no time for all kills
+    assert done >= 0.6 * tried >= 0.3 * kills  # a slow machine has no time for all kills
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -35,7 +35,7 @@ def run_folders(tmp_path_factory):
     of channels."""
     root = tmp_path_factory.mktemp("submit")
     rng = np.random.RandomState(0)
-    for part, count in (("train", 6), ("test", 1)):
+    for part, count in (("train", 3), ("test", 1)):
         for name in CIFAR10:
             (root / "images" / part / name).mkdir(parents=True)
             for number in range(count):
