@@ -303,7 +303,7 @@ class RobustBirdRun(Run):
         if settings.pruning == "unstructured" and settings.density < 1:
             masks = initial_masks(model, settings.density, "magnitude", seed=settings.seed)
         self.stage = self._second_stage(model, masks)
-        self.folder.write_config(self.config())
+        self.folder.write_json(self.paths.config, self.config())
         self.require_same_state()
         if settings.density < 1:
             self._say_pruned()

@@ -348,7 +348,7 @@ class Run(RunState):
         if self.stage.average is not None:
             self.folder.save(self.paths.average, self.network_content(AVERAGE))
         summary = self.summary()
-        self.folder.write_summary(summary)
+        self.folder.write_json(self.paths.summary, summary)
         self.folder.say(summary_text(summary))
         self.folder.say(f"everything is in {self.paths.root}")
 
