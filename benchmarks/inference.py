@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import lzma
 import sys
@@ -28,7 +27,9 @@ from models import ARCHITECTURES
 from sparse_core import Masking, MaskingConfig
 from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
+from utils.storage.files import saved_bytes
 from utils.storage.packing import compact
+
 
 MASKED, NARROW = (0.2, 0.1), (0.5, 0.25)
 FILES = ("checkpoint", "float32", "gzip", "xz")
@@ -120,11 +121,10 @@ def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
 def file_sizes(candidate: Candidate) -> Row:
     """Bytes of the checkpoint to resume from, and of the float32 state dict, zeros included, plain
     and compressed."""
-    weights = saved(
-        {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
-    )
+    state = candidate.model.state_dict()
+    weights = saved_bytes({name: value.contiguous() for name, value in state.items()})
     files = {
-        "checkpoint": saved(checkpoint(candidate)),
+        "checkpoint": saved_bytes(checkpoint(candidate)),
         "float32": weights,
         "gzip": gzip.compress(weights),
         "xz": lzma.compress(weights),
@@ -150,12 +150,6 @@ def checkpoint(candidate: Candidate) -> dict[str, object]:
     return compact(
         {"state_dict": model.state_dict(), **state}, [name for name, _ in model.named_parameters()]
     )
-
-
-def saved(content: Mapping[str, object]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
-    return buffer.getvalue()
 
 
 # ---- speed

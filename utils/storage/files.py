@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock, Timeout
+
 
 from utils.errors import InputError
 
@@ -40,6 +42,13 @@ def drawn(figure: Figure, kind: str) -> bytes:
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """Serialize to JSON with indentation, for files that people read too."""
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def saved_bytes(content: object) -> bytes:
+    """What ``torch.save`` writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def write_atomically(

@@ -100,7 +100,7 @@ def _changed(
         name = parameters[number]
         if name in masks and isinstance(own.get(_BUFFER), Tensor):
             state[number] = {**own, _BUFFER: change(own[_BUFFER], masks[name])}
-    changed = {
+    changed: dict[str, Any] = {
         "state_dict": each(content["state_dict"]),
         "optimizer": {**content["optimizer"], "state": state},
     }
