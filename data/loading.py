@@ -58,6 +58,11 @@ class Data:
         return replace(self, classes=list(classes), train=train, val=val, test=test)
 
     @property
+    def images(self) -> dict[str, int]:
+        """Number of images by split."""
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
+    @property
     def image_shape(self) -> torch.Size:
         """``[C, H, W]`` of one image."""
         height, width, channels = self.train.images.shape[1:]

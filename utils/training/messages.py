@@ -15,7 +15,7 @@ from utils.settings.common import CommonSettings
 
 def setting_text(settings: CommonSettings, data: Data) -> str:
     """Network, data and tests, for the headline."""
-    images = f"{len(data.train)} / {len(data.val)} / {len(data.test)} images"
+    images = f"{' / '.join(map(str, data.images.values()))} images"
     tests = f"PGD-{settings.test_step} tests at {settings.test_ball}"
     return f"{settings.arch} on {settings.dataset} ({images}), {tests}"
 

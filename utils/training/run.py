@@ -28,7 +28,7 @@ from utils.training.collapse import MOST_ROLLBACKS, CollapseError
 from utils.training.display import EpochDisplay
 from utils.training.ending import saying_how_it_ends
 from utils.training.engine import EpochResult, Progress, Tally
-from utils.training.forecast import Forecast, duration, images_of, seconds_left
+from utils.training.forecast import Forecast, duration, seconds_left
 from utils.training.run_state import RunState
 from utils.training.saving import AVERAGE, best_epoch, epoch_row
 from utils.training.stage import Row
@@ -231,11 +231,7 @@ class Run(RunState):
         pace = self.forecast.update(tally.images, tally.seconds, tally.step == self.stage.steps)
         if pace is not None:
             left = seconds_left(
-                self.settings,
-                images_of(self.data),
-                self.history,
-                tally.step / self.stage.steps,
-                pace,
+                self.settings, self.data.images, self.history, tally.step / self.stage.steps, pace
             )
             self.folder.say(
                 f"about {duration(left)} left, tests included, at the pace of the first steps"

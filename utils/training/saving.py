@@ -1,13 +1,11 @@
-"""What a run saves: the contents of its checkpoints and of ``config.json``."""
+"""The checkpoints that a run saves, and what an epoch adds to its metrics."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import Data
 from utils.settings.common import CommonSettings
 from utils.storage.checkpoint import load_newest
 from utils.storage.packing import compact
@@ -76,55 +74,6 @@ def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
     an empty string. The first of equals wins."""
     every = [(row, kind) for row in rows for kind in ("", AVERAGE) if kind + key in row]
     return max(every, key=lambda found: found[0][found[1] + key])
-
-
-def network_content(
-    stage: Stage,
-    settings: CommonSettings,
-    data: Data,
-    network: Mapping[str, Any],
-    row: Mapping[str, Any],
-    prefix: str = "",
-) -> dict[str, Any]:
-    """The network, or its average if ``prefix`` is ``AVERAGE``, with its description ``network``
-    and the ``row`` of metrics of its epoch: part of every checkpoint."""
-    model = stage.average.model if prefix and stage.average is not None else stage.model
-    return {
-        "state_dict": model.state_dict(),
-        **({"averaged": True} if prefix else {}),
-        "network": dict(network),
-        "script": settings.script,
-        "settings": dataclasses.asdict(settings),
-        "digests": dict(data.digests),
-        "epoch": row.get("epoch", 0),
-        "val_ra": row.get(prefix + "val_ra"),
-        "val_sa": row.get(prefix + "val_sa"),
-    }
-
-
-def config_content(
-    stage: Stage,
-    settings: CommonSettings,
-    data: Data,
-    network: Mapping[str, Any],
-    *,
-    epochs: int,
-    made_by: Sequence[Row],
-) -> Row:
-    """Contents of ``config.json``; ``epochs`` are those of the last stage."""
-    images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-    return {
-        "method": settings.method,
-        "settings": dataclasses.asdict(settings),
-        "milestones": settings.milestones_in(epochs),
-        "network": dict(network),
-        "classes": data.classes,
-        "digests": dict(data.digests),
-        "images": images,
-        "steps_per_epoch": stage.steps,
-        "compiled": stage.execution.compile,
-        "made_by": list(made_by),
-    }
 
 
 def epoch_row(stage: Stage, epoch: int, trained: EpochResult) -> Row:
