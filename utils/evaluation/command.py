@@ -10,7 +10,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -309,18 +309,18 @@ class Evaluation:
         """Run all trials; on a signal or at ``--time_limit``, save and raise ``Stopped``."""
         if self.world.is_first:
             own_steps = self.settings.eval_attack == "autoattack"
-            notes = [
-                f"note: {line}"
-                for line in (
-                    *self.data.notes,
-                    *self.settings.notes,
-                    *self.settings.attack_cautions("test", own_steps),
-                )
-            ]
-            for line in [*notes, *(f"warning: {line}" for line in self.warnings), self.began_at]:
-                if line:
-                    print(line, flush=True)
-        with Interruption(self.settings.time_limit) as interruption, self._progress() as progress:
+            cautions = self.settings.attack_cautions("test", own_steps)
+            for note in (*self.data.notes, *self.settings.notes, *cautions):
+                print(f"note: {note}", flush=True)
+            for warning in self.warnings:
+                print(f"warning: {warning}", flush=True)
+            if self.began_at:
+                print(self.began_at, flush=True)
+        shown = _Progress(self.plan.trials, self.outcomes, quiet=not self.world.is_first)
+        with (
+            Interruption(self.settings.time_limit) as interruption,
+            contextlib.closing(shown) as progress,
+        ):
 
             def on_round(trial: Trial, images: int) -> None:
                 progress.advance(trial, images)
@@ -345,14 +345,6 @@ class Evaluation:
                 on_round=on_round,
             )
             self.save()
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[_Progress]:
-        progress = _Progress(self.plan.trials, self.outcomes, quiet=not self.world.is_first)
-        try:
-            yield progress
-        finally:
-            progress.close()
 
     def finish(self) -> dict[str, Any]:
         """Write the summary, print the result and return it."""
