@@ -1347,10 +1347,6 @@ class Masking:
         counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()
         return dict(zip(self.masks, counts, strict=True))
 
-    def layer_densities(self) -> dict[str, float]:
-        """Live fraction of each layer."""
-        return {name: live / self.masks[name].numel() for name, live in self.live_counts().items()}
-
     def explored_fraction(self) -> float:
         """Fraction of the prunable weights that have ever been live."""
         explored = torch.stack([seen.sum() for seen in self._explored.values()]).sum().item()
@@ -1500,19 +1496,14 @@ def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _global_draws(key: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators with a key, and restore their states afterwards."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()  # creates them
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
+    gpus = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[n] for n in gpus),
+        ):
             generator.manual_seed(key)
         yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:
