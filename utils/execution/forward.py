@@ -25,6 +25,7 @@ from utils.execution.cuda_graph import (
     GraphedAttack,
     GraphedStep,
     GraphMemory,
+    Inputs,
     StepOnce,
     UncapturedError,
 )
@@ -192,9 +193,7 @@ class Forward:
             self._shared = GraphMemory(device)
         return self._shared
 
-    def _capture(
-        self, key: Hashable, once: AttackOnce, inputs: tuple[Tensor, Tensor, Tensor | None]
-    ) -> None:
+    def _capture(self, key: Hashable, once: AttackOnce, inputs: Inputs) -> None:
         device = inputs[0].device
         try:
             with preserved_generators(device):  # capturing must not change the step's draws
@@ -233,8 +232,7 @@ class Forward:
         except Exception as error:
             # a missing compiler or an unsupported network: any layer below may raise its own error
             failure = one_line(error).split(". ")[0][:200]
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         if self.world.highest(failure is not None):
