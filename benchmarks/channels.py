@@ -7,7 +7,6 @@ update in steps, and file sizes.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 
@@ -21,7 +20,6 @@ from utils.errors import run_command
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
 from utils.storage.files import saved_bytes
-
 from utils.training.channel_masking import ChannelMasking
 from utils.training.engine import sgd
 
@@ -73,7 +71,7 @@ def main() -> None:
         for name, (flops, network, resume) in sizes.items()
     ]
     if options.json:
-        print(json.dumps({"setting": timing.setting(options), "rows": rows}))
+        timing.print_json(setting=timing.setting(options), rows=rows)
         return
     print(f"{timing.setting(options)}, {execution.precision}")
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
