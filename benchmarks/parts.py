@@ -5,8 +5,8 @@
 
 Each part is timed as in benchmarks/step.py, in the training precision, and multiplied by its number
 in an epoch of CIFAR-10 (45,000 images, 5,000 for validation, 10,000 for the test, PGD-20). Targets:
-batches at most 2 % of a step, masks at most 3 %, an update at most two steps, checkpoints at most 1 %
-of the epoch.
+batches at most 2 % of a step, masks at most 3 %, an update at most two steps, checkpoints at most
+1 % of the epoch.
 """
 
 from __future__ import annotations

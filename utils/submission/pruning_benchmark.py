@@ -16,9 +16,8 @@ from models.loading import build_network, full_size, full_size_state
 from sparse_core import prunable
 from utils.errors import RunError, require
 from utils.report.paper import BENCHMARK_EPS, SPARSITIES
-from utils.storage.files import saved_bytes
-from utils.submission.entries import Entry, agrees, autoattack, beyond, distances, json_text
-
+from utils.storage.files import json_bytes, saved_bytes
+from utils.submission.entries import Entry, agrees, autoattack, beyond, distances
 
 BALL = ("linf", 255 * BENCHMARK_EPS)  # of AutoAttack; HO-FMN's robust accuracy is at 8/255
 _PAPER = "https://arxiv.org/pdf/2202.09844.pdf"
@@ -87,8 +86,8 @@ def write(
     first = next(iter(networks.values()))
     method = first.run.method.removesuffix("-channel")
     key = name or _key(method, first.narrow)
-    taxonomy = json_text(_taxonomy(method, first, key))
-    (out / "taxonomy.json").write_text(taxonomy)
+    taxonomy = json_bytes(_taxonomy(method, first, key))
+    (out / "taxonomy.json").write_bytes(taxonomy)
     results, sections, left = {}, [], None
     for number, (rate, entry) in enumerate(networks.items(), 1):
         arch = "R18" if entry.spec["arch"] == "resnet18" else "V16"
@@ -126,8 +125,8 @@ def write(
             f"_Robust Accuracy (HO-FMN):_ {beyond(found, 8 / 255):.2f}\n"
         )
         left = left or scores.shortfall(entry, "the benchmark")
-    (out / "results.json").write_text(json_text(results))
-    entry_text = f"## JSON Entry\n```json\n{taxonomy}```\n"
+    (out / "results.json").write_bytes(json_bytes(results))
+    entry_text = f"## JSON Entry\n```json\n{taxonomy.decode()}```\n"
     (out / "issue.md").write_text("\n".join([entry_text, *sections, _details(first)]))
     return left or "upload each .pt and .pickle, put their ids into issue.md, and open the issue"
 
