@@ -233,22 +233,13 @@ class ChannelMasking:
         by_mean = sorted(counts, key=lambda name: (means[name], name))
         total = fraction * sum(counts.values()) / self._multiple
         if verdict.prune:
-            self._spread(
-                pruned,
-                max(1, round(total * self.config.prune_ratio)),
-                by_mean,
-                {
-                    name: live - max(self._multiple, swaps[name] + 1)
-                    for name, live in counts.items()
-                },
-            )
+            most = max(1, round(total * self.config.prune_ratio))
+            room = {n: live - max(self._multiple, swaps[n] + 1) for n, live in counts.items()}
+            self._spread(pruned, most, by_mean, room)
         if verdict.grow:
-            self._spread(
-                grown,
-                max(1, round(total * self.config.growth_ratio)),
-                by_mean[::-1],
-                {name: sizes[name] - live - swaps[name] for name, live in counts.items()},
-            )
+            most = max(1, round(total * self.config.growth_ratio))
+            room = {n: sizes[n] - live - swaps[n] for n, live in counts.items()}
+            self._spread(grown, most, by_mean[::-1], room)
         return {name: (swaps[name] + pruned[name], swaps[name] + grown[name]) for name in counts}
 
     def _spread(
@@ -264,27 +255,19 @@ class ChannelMasking:
             multiples -= min(multiples, len(taking))
 
     def _kept(self, scores: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
-        live = self.live.clone()
-        for (name, part), score in zip(
-            self.channels.by_group(live).items(),
-            self.channels.by_group(scores).values(),
-            strict=True,
-        ):
-            part.copy_(drop_lowest(score, part, changes[name][0]))
+        live, by_group = self.live.clone(), self.channels.by_group(scores)
+        for name, part in self.channels.by_group(live).items():
+            part.copy_(drop_lowest(by_group[name], part, changes[name][0]))
         return live
 
     def _grown(self, ranks: Tensor, kept: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
         """``kept`` and the highest-ranked channels among those that were dead before."""
         # a channel that was just dropped cannot grow back in the same update
         taken = self.live | kept
-        grown = taken.clone()
-        for (name, part), rank in zip(
-            self.channels.by_group(grown).items(),
-            self.channels.by_group(ranks).values(),
-            strict=True,
-        ):
+        grown, by_group = taken.clone(), self.channels.by_group(ranks)
+        for name, part in self.channels.by_group(grown).items():
             tie_key = stream(self.config.seed, "ties", self.steps, name)
-            part.copy_(grow_highest(rank, part, changes[name][1], tie_key=tie_key))
+            part.copy_(grow_highest(by_group[name], part, changes[name][1], tie_key=tie_key))
         return kept | (grown & ~taken)
 
     def _probe(self, loss_of: LossOf, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
