@@ -48,8 +48,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         value = super()._get_value(action, arg_string)
-        chosen = isinstance(value, str) and action.choices is not None
-        return as_known(value, action.choices) if chosen else value
+        choices = action.choices
+        return as_known(value, choices) if choices and isinstance(value, str) else value
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-
 from utils.errors import InputError
 
 if TYPE_CHECKING:
