@@ -152,7 +152,7 @@ def parse_settings(
     chosen = {} if stored else recipe_values(recipe, given, names)
     base = stored or {**kind.guessed(given), **chosen}
     settings = settings_from(kind, {**base, **given})
-    notes = ignored_flags(kind.rules, settings, given)
+    notes = ignored_flags(settings.rules, settings, given)
     used = {name: value for name, value in given.items() if name not in notes}
     settings = settings_from(kind, {**base, **used})
     _refuse_contradictions(used, stored, settings)
