@@ -28,7 +28,7 @@ from utils.training import messages, resuming
 from utils.training.collapse import MOST_ROLLBACKS, CollapseError
 from utils.training.display import EpochDisplay
 from utils.training.ending import saying_how_it_ends
-from utils.training.engine import EpochResult, Progress, Tally
+from utils.training.engine import Progress, Tally
 from utils.training.forecast import Forecast, duration, seconds_left
 from utils.training.run_state import RunState
 from utils.training.saving import AVERAGE, best_epoch, epoch_row
@@ -153,7 +153,7 @@ class Run(RunState):
             if (epoch + 1) % epochs == 0 or epoch + 1 == self.epochs
         ]
 
-    def train_epoch(self, epoch: int, title: str) -> EpochResult:
+    def train_epoch(self, epoch: int, title: str) -> Progress:
         """Train the remaining steps of an epoch, from the last checkpoint after each rollback."""
         while True:
             try:
@@ -184,7 +184,7 @@ class Run(RunState):
             f" {size:.3g}/255"
         )
 
-    def _train_epoch(self, epoch: int, title: str) -> EpochResult:
+    def _train_epoch(self, epoch: int, title: str) -> Progress:
         """Train the steps of an epoch that the checkpoint has not done."""
         stage = self.stage
         self.epoch, tally = epoch, Tally(stage.steps)
@@ -270,7 +270,7 @@ class Run(RunState):
     # ---- files
 
     def record(
-        self, title: str, epoch: int, trained: EpochResult, tested: float, figures: Row
+        self, title: str, epoch: int, trained: Progress, tested: float, figures: Row
     ) -> None:
         """Save a finished epoch (from 0), whose tests took ``tested`` seconds and gave ``figures``;
         the checkpoint first, as a resumed run restores the rest."""

@@ -12,7 +12,7 @@ from utils.storage.packing import compact
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import RunFolder
 from utils.training import messages
-from utils.training.engine import EpochResult
+from utils.training.engine import Progress
 from utils.training.stage import Row, Stage
 
 AVERAGE = "average_"  # prefix of the averaged network's figures
@@ -76,7 +76,7 @@ def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
     return max(every, key=lambda found: found[0][found[1] + key])
 
 
-def epoch_row(stage: Stage, epoch: int, trained: EpochResult) -> Row:
+def epoch_row(stage: Stage, epoch: int, trained: Progress) -> Row:
     """What training an epoch (from 0) adds to ``metrics.jsonl``, where epochs count from 1;
     accuracies are in percent."""
     return {

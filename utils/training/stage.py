@@ -22,7 +22,7 @@ from utils.settings.common import CommonSettings
 from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking, ChannelMove
 from utils.training.collapse import CollapseGuard
-from utils.training.engine import EpochResult, Tally, sgd, train_epoch
+from utils.training.engine import Progress, Tally, sgd, train_epoch
 from utils.training.rehearsal import refuse_bound_copy, refusing, rehearse_step
 from utils.training.schedule import Plan
 
@@ -103,7 +103,7 @@ class Stage:
             x, self.plan.attack is not None, self.plan.attack_training, tested
         )
 
-    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
+    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> Progress:
         """Train the steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to
         ``engine.train_epoch``."""
         if self._synchronized:  # not earlier: each process builds its stage on its own
