@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.sources import ImageSet, Source, dim_note
-from utils.errors import InputError, one_line
+from utils.errors import InputError, one_line, require
 
 _CHUNK = 2**22  # values examined at a time
 _SLACK = 1e-6  # by which floats may leave [0, 1], since interpolation overshoots
@@ -33,18 +33,13 @@ def in_form(source: Source) -> tuple[Source, list[str]]:
     made = {part: replace(found, labels=labels[part]) for part, found in images.items()}
     for part, found in made.items():
         held = len(found.opened())
-        _require(len(found.labels) == held, f"{held} {part} images have {len(found.labels)} labels")
+        require(len(found.labels) == held, f"{held} {part} images have {len(found.labels)} labels")
     _check_statistics(source, made["training"].opened().shape[-1])
     train, val = _rows(source, len(labels["training"]))
     made_source = replace(
         source, training=made["training"], test=made["test"], train=train, val=val, classes=classes
     )
     return made_source, notes
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 def _array(found: Any, what: str) -> np.ndarray:
@@ -82,7 +77,7 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
     }
     arrays = {part: _four_dimensional(array, f"{part} images") for part, array in arrays.items()}
     sides = {part: "x".join(map(str, array.shape[1:])) for part, array in arrays.items()}
-    _require(
+    require(
         sides["training"] == sides["test"],
         f"training images are {sides['training']} and test images {sides['test']} (height x width x"
         " channels)",
@@ -108,13 +103,13 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
 
 def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
     shape = list(array.shape)
-    _require(
+    require(
         array.ndim in (3, 4) and array.size > 0,
         f"{what} have the shape {shape}; give [N, H, W, C], or [N, H, W] for grey ones",
     )
     if array.ndim == 3:
         return array[..., None]
-    _require(
+    require(
         shape[3] <= 4 or (shape[1] not in (1, 3, 4) and not shape[1] < shape[2] == shape[3]),
         f"{what} have the shape {shape}, channels first; transpose(0, 2, 3, 1) brings them last",
     )
@@ -122,7 +117,7 @@ def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def _range(array: np.ndarray) -> _Range:
-    _require(
+    require(
         array.dtype.kind in "buif",
         f"images of type {array.dtype} are not pixels; give uint8, or floats in [0, 1]",
     )
@@ -183,16 +178,16 @@ def _labels(source: Source) -> tuple[list[str], dict[str, np.ndarray]]:
         "test": _flat(source.test.labels, "test labels"),
     }
     texts = {labels.dtype.kind == "U" for labels in given.values()}
-    _require(len(texts) == 1, "training and test labels must be both numbers or both names")
+    require(len(texts) == 1, "training and test labels must be both numbers or both names")
     trained, tested = (np.unique(labels) for labels in given.values())
     unseen = np.setdiff1d(tested, trained)
-    _require(
+    require(
         not len(unseen),
         f"test labels {_some(unseen)} do not appear among the training labels, which are"
         f" {_some(trained)}",
     )
     classes = [str(name) for name in source.classes] or [str(label) for label in trained]
-    _require(len(set(classes)) == len(classes), "two classes have the same name")
+    require(len(set(classes)) == len(classes), "two classes have the same name")
     numbers = _numbers(trained, classes, numbered=isinstance(source.training.images, Path))
     return classes, {
         part: numbers[np.searchsorted(trained, labels)] for part, labels in given.items()
@@ -203,17 +198,17 @@ def _flat(found: Any, what: str) -> np.ndarray:
     labels = _array(found, what)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    _require(
+    require(
         labels.ndim == 1 and len(labels) > 0,
         f"{what} have the shape {list(labels.shape)}; give one number an image",
     )
-    _require(
+    require(
         labels.dtype.kind in "biufU",
         f"{what} are {labels.dtype}; give whole numbers or names of classes",
     )
     if labels.dtype.kind == "f":
         whole = np.isfinite(labels) & (labels == np.rint(labels)) & (np.abs(labels) < 2**53)
-        _require(bool(whole.all()), f"{what} are not whole: {_some(labels[~whole])}")
+        require(bool(whole.all()), f"{what} are not whole: {_some(labels[~whole])}")
         return labels.astype(np.int64)
     return labels
 
@@ -264,11 +259,11 @@ def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
             and rows.dtype.kind in "iu"
             and (not len(rows) or (rows.min() >= 0 and rows.max() < total))
         )
-        _require(
+        require(
             fit, f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
         )
     shared = len(np.intersect1d(train, val))
-    _require(not shared, f"{shared} images are for training and for validation")
+    require(not shared, f"{shared} images are for training and for validation")
     return train.astype(np.int64), val.astype(np.int64)
 
 
@@ -281,7 +276,7 @@ def _check_statistics(source: Source, channels: int) -> None:
             and all(0 <= value <= 1 for value in values)
             and (name == "mean" or min(values) > 0)
         )
-        _require(
+        require(
             fit,
             f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
             " in [0, 1]",
