@@ -62,32 +62,23 @@ class _Range:
     is_whole: bool
 
     def __str__(self) -> str:
-        return (
-            f"{self.dtype} from {self.low:g} to"
-            f" {self.high:g}{'' if self.is_whole else ', not all whole'}"
-        )
+        odd = "" if self.is_whole else ", not all whole"
+        return f"{self.dtype} from {self.low:g} to {self.high:g}{odd}"
 
 
 def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[str]]:
     arrays = {
-        part: _array(
-            found.opened() if isinstance(found.images, Path) else found.images, f"{part} images"
-        )
+        part: _four_dimensional(_array(found.opened(), f"{part} images"), f"{part} images")
         for part, found in parts.items()
     }
-    arrays = {part: _four_dimensional(array, f"{part} images") for part, array in arrays.items()}
     sides = {part: "x".join(map(str, array.shape[1:])) for part, array in arrays.items()}
     require(
         sides["training"] == sides["test"],
         f"training images are {sides['training']} and test images {sides['test']} (height x width x"
         " channels)",
     )
-    if all(
-        isinstance(found.images, Path)
-        and arrays[part].dtype == np.uint8
-        and found.opened().ndim == 4
-        for part, found in parts.items()
-    ):
+    files = [found.opened() for found in parts.values() if isinstance(found.images, Path)]
+    if len(files) == len(parts) and all(f.dtype == np.uint8 and f.ndim == 4 for f in files):
         return dict(parts), []  # decoded by us: valid without reading them
     ranges = {part: _range(array) for part, array in arrays.items()}
     scale = _scale(ranges)
@@ -173,10 +164,8 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def _labels(source: Source) -> tuple[list[str], dict[str, np.ndarray]]:
     """The class names, and the labels of each part as class numbers."""
-    given = {
-        "training": _flat(source.training.labels, "training labels"),
-        "test": _flat(source.test.labels, "test labels"),
-    }
+    parts = {"training": source.training, "test": source.test}
+    given = {part: _flat(found.labels, f"{part} labels") for part, found in parts.items()}
     texts = {labels.dtype.kind == "U" for labels in given.values()}
     require(len(texts) == 1, "training and test labels must be both numbers or both names")
     trained, tested = (np.unique(labels) for labels in given.values())
@@ -249,35 +238,26 @@ def _some(values: Any) -> str:
 
 
 def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
-    train, val = (
-        _array(rows, f"rows for {part}")
-        for part, rows in (("training", source.train), ("validation", source.val))
-    )
-    for part, rows in (("training", train), ("validation", val)):
+    found = []
+    for part, given in (("training", source.train), ("validation", source.val)):
+        rows = _array(given, f"rows for {part}")
         fit = (
             rows.ndim == 1
             and rows.dtype.kind in "iu"
-            and (not len(rows) or (rows.min() >= 0 and rows.max() < total))
+            and bool(((0 <= rows) & (rows < total)).all())
         )
-        require(
-            fit, f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
-        )
+        text = f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
+        require(fit, text)
+        found.append(rows.astype(np.int64))
+    train, val = found
     shared = len(np.intersect1d(train, val))
     require(not shared, f"{shared} images are for training and for validation")
-    return train.astype(np.int64), val.astype(np.int64)
+    return train, val
 
 
 def _check_statistics(source: Source, channels: int) -> None:
     for name, values in (("mean", source.mean), ("std", source.std)):
-        if values is None:
-            continue
-        fit = (
-            len(values) == channels
-            and all(0 <= value <= 1 for value in values)
-            and (name == "mean" or min(values) > 0)
-        )
-        require(
-            fit,
-            f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
-            " in [0, 1]",
-        )
+        if values is not None:
+            text = f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
+            fit = len(values) == channels and all(0 <= value <= 1 for value in values)
+            require(fit and (name == "mean" or min(values) > 0), f"{text} in [0, 1]")
