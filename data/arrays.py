@@ -241,13 +241,9 @@ def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
     found = []
     for part, given in (("training", source.train), ("validation", source.val)):
         rows = _array(given, f"rows for {part}")
-        fit = (
-            rows.ndim == 1
-            and rows.dtype.kind in "iu"
-            and bool(((0 <= rows) & (rows < total)).all())
-        )
+        fit = rows.ndim == 1 and rows.dtype.kind in "iu" and ((rows >= 0) & (rows < total)).all()
         text = f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
-        require(fit, text)
+        require(bool(fit), text)
         found.append(rows.astype(np.int64))
     train, val = found
     shared = len(np.intersect1d(train, val))
@@ -258,6 +254,7 @@ def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
 def _check_statistics(source: Source, channels: int) -> None:
     for name, values in (("mean", source.mean), ("std", source.std)):
         if values is not None:
-            text = f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
             fit = len(values) == channels and all(0 <= value <= 1 for value in values)
-            require(fit and (name == "mean" or min(values) > 0), f"{text} in [0, 1]")
+            text = f"one for each of {channels} channels, of pixels in [0, 1]"
+            fit = fit and (name == "mean" or min(values) > 0)
+            require(fit, f"{name} {tuple(values)} does not fit: {text}")

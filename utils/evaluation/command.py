@@ -310,7 +310,7 @@ class Evaluation:
         ):
 
             def on_round(trial: Trial, images: int) -> None:
-                progress.advance(trial, images)
+                progress.advance(trial)
                 stopped = interruption.asked()
                 code = self.world.highest(stopped.code if stopped else 0)
                 if code or time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
@@ -411,8 +411,8 @@ class _Progress:
         self._trial: Trial | None = None
         self._bar: Any = None
 
-    def advance(self, trial: Trial, images: int) -> None:
-        """Record that ``images`` more images of a trial are done."""
+    def advance(self, trial: Trial) -> None:
+        """Show how far a trial has come."""
         if trial is not self._trial:
             self.close()
             self._trial = trial

@@ -149,9 +149,8 @@ class Forward:
 
         if attack.steps == 0 or not self._is_graphed(x) or self._is_capturing:
             return once(x, y, draws)
-        if training and any(
-            isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()
-        ):
+        communicates = any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        if training and communicates:
             return once(x, y, draws)  # collectives stay outside of graphs
         key = (attack, training, x.shape)
         if key not in self._attacks and key not in self._uncaptured:
@@ -182,11 +181,8 @@ class Forward:
             self._is_capturing = False
 
     def _is_graphed(self, x: Tensor) -> bool:
-        return (
-            self._wanted != "off"
-            and len(x) in self._graph_sizes
-            and cuda_graph.may_capture(x.device)
-        )
+        graphed = self._wanted != "off" and len(x) in self._graph_sizes
+        return graphed and cuda_graph.may_capture(x.device)
 
     def _memory(self, device: torch.device) -> GraphMemory:
         if self._shared is None:

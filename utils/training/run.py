@@ -332,7 +332,9 @@ class Run(RunState):
             closest = resuming.closest_existing_run(self.settings, self.paths)
             say(f"note: nothing to resume there, starting from scratch{closest}")
         if self.processes != self.world.size and not self.settings.sync_bn:
-            say(f"note: {messages.processes_text(self.processes, self.world.size)}")
+            who = f"{self.processes} process(es), {self.world.size} resume(s)"
+            then = "from here on batch norm sees batches split differently"
+            say(f"note: the checkpoint was written by {who}: {then}")
         for caution in (*self.data.notes, *self.cautions()):
             say(f"note: {caution}")
 

@@ -11,7 +11,6 @@ from utils.storage.checkpoint import load_newest
 from utils.storage.packing import compact
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import RunFolder
-from utils.training import messages
 from utils.training.engine import Progress
 from utils.training.stage import Row, Stage
 
@@ -66,7 +65,10 @@ class Checkpoints:
 
     def text(self, *, with_progress: bool = True) -> str:
         """Which one a run that ends early can be resumed from."""
-        return messages.last_good_text(self.last_good, self.progress if with_progress else "")
+        if not self.last_good.exists():
+            return "no epoch was finished, so there is no checkpoint yet"
+        progress = f" ({self.progress})" if with_progress and self.progress else ""
+        return f"the last good checkpoint is {self.last_good}{progress}"
 
 
 def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
