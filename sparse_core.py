@@ -1008,14 +1008,10 @@ class Course:
         """What an update now adds, in this epoch."""
         return self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
 
-    def density(self) -> float:
-        """Live fraction of all that is masked."""
-        raise NotImplementedError
-
-    def _add_event(self, verdict: Verdict) -> None:
-        event = {"step": self.steps, "epoch": self.epoch}
-        event |= {"drop_fraction": self.schedule.at(self.steps), **vars(verdict)}
-        self.events.append(event | {"density": self.density()})
+    def _add_event(self, verdict: Verdict, density: float) -> None:
+        now = {"step": self.steps, "epoch": self.epoch}
+        rates = {"drop_fraction": self.schedule.at(self.steps), **vars(verdict), "density": density}
+        self.events.append(now | rates)
 
     def _course(self) -> dict[str, Any]:
         return {
@@ -1226,7 +1222,7 @@ class Masking(Course):
         for name, mask in self.masks.items():
             self._explored[name] |= mask
         self.apply()
-        self._add_event(verdict)
+        self._add_event(verdict, self.density())
         self._refuse_other_processes()
 
     def _change(self, name: str, live: int, fraction: float, verdict: Verdict) -> tuple[int, int]:

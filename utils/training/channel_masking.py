@@ -189,7 +189,7 @@ class ChannelMasking(Course):
         self._sums.zero_()
         self._summed = 0
         self._find_scored()
-        self._add_event(verdict)
+        self._add_event(verdict, self.density())
         return move
 
     def _changes(
