@@ -86,16 +86,10 @@ class AdversarialRun(Run):
         live = plan.channels.first(plan.counts, settings.seed) if live is None else live
         network = {**self.spec, "channels": plan.channels.kept(live)}
         stage = self._stage_on(build_network(network, self.device), plan.costs)
+        how: dict[str, Any] = {"score": settings.channel_score, "multiple": plan.multiple}
+        how |= {"config": settings.masking(stage.steps), "world": self.world}
         stage.masking = ChannelMasking(
-            stage.model,
-            store,
-            stage.optimizer,
-            plan.channels,
-            live,
-            settings.masking(stage.steps),
-            score=settings.channel_score,
-            multiple=plan.multiple,
-            world=self.world,
+            stage.model, store, stage.optimizer, plan.channels, live, **how
         )
         self.channel_notes = plan.notes()
         return stage

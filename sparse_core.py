@@ -977,7 +977,58 @@ def update_is_due(config: MaskingConfig, step: int) -> bool:
     return step % (second or config.update_frequency) == 0
 
 
-class Masking:
+class Course:
+    """The course of masks in training, of weights or of channels: steps, epochs and updates."""
+
+    def __init__(self, config: MaskingConfig) -> None:
+        self.config = config
+        self.steps = 0
+        self.events: list[dict[str, Any]] = []
+        self.controller = DensityController(
+            config.epoch_range, config.update_threshold, config.start_epoch
+        )
+        self.schedule = DropFractionSchedule(
+            config.drop_fraction, config.total_steps, config.drop_schedule
+        )
+
+    def update_due(self) -> bool:
+        """Whether a mask update is due after the step just counted."""
+        return update_is_due(self.config, self.steps)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch from 0: the number of epochs observed."""
+        return len(self.controller.gaps)
+
+    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
+        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
+        self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
+
+    def verdict(self) -> Verdict:
+        """What an update now adds, in this epoch."""
+        return self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
+
+    def _add_event(self, verdict: Verdict, density: float) -> None:
+        now = {"step": self.steps, "epoch": self.epoch}
+        rates = {"drop_fraction": self.schedule.at(self.steps), **vars(verdict), "density": density}
+        self.events.append(now | rates)
+
+    def _course(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "gaps": list(self.controller.gaps),
+            "val_losses": list(self.controller.val_losses),
+            "events": [dict(event) for event in self.events],
+        }
+
+    def _load_course(self, state: Mapping[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self.controller.gaps = [float(gap) for gap in state["gaps"]]
+        self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
+        self.events = [dict(event) for event in state["events"]]
+
+
+class Masking(Course):
     """Keeps a network sparse: holds, updates, saves and restores its masks.
 
     The network stays plain: dense tensors whose dead weights are zero, so ``param.grad`` is the
@@ -1023,15 +1074,7 @@ class Masking:
         prunable: Choice | None = None,
         compare: bool = True,
     ) -> None:
-        self.config = config
-        self.steps = 0
-        self.events: list[dict[str, Any]] = []
-        self.controller = DensityController(
-            config.epoch_range, config.update_threshold, config.start_epoch
-        )
-        self.schedule = DropFractionSchedule(
-            config.drop_fraction, config.total_steps, config.drop_schedule
-        )
+        super().__init__(config)
         chosen = _chosen(model, prunable)
         self.weights = weights = _unfrozen(chosen)
         self._state = _OptimizerState(optimizer, model, weights)
@@ -1089,7 +1132,7 @@ class Masking:
             self._refuse_other_processes()
         due, was_postponed = self.update_due(), self._postponed
         self._postponed = due and self.config.growth in _SIGNALS and not self._signals_are_useful()
-        if self._postponed and was_postponed and update_is_due(self.config, self.steps):
+        if self._postponed and was_postponed and super().update_due():
             self._warn_of_postponed()
         if due and not self._postponed:
             self.update_topology()
@@ -1098,7 +1141,7 @@ class Masking:
 
     def update_due(self) -> bool:
         """Whether a mask update is due after the step just counted; a postponed one stays due."""
-        return self._postponed or update_is_due(self.config, self.steps)
+        return self._postponed or super().update_due()
 
     def _signals_are_useful(self) -> bool:
         """Whether gradients or momentum are finite, and not zero at all dead weights; after a step
@@ -1166,8 +1209,7 @@ class Masking:
         self._check_model()
         if self.config.growth in _SIGNALS:
             self._required(self._signals())  # raises if no layer has one: nothing would move
-        verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
-        fraction = self.schedule.at(self.steps)
+        verdict, fraction = self.verdict(), self.schedule.at(self.steps)
         counts = self.live_counts()  # waits for the device once
         self._warn_of_dead(counts)
         changes = {name: self._change(name, counts[name], fraction, verdict) for name in counts}
@@ -1180,9 +1222,7 @@ class Masking:
         for name, mask in self.masks.items():
             self._explored[name] |= mask
         self.apply()
-        event = {"step": self.steps, "epoch": self.epoch, "drop_fraction": fraction}
-        event |= {"prune": verdict.prune, "grow": verdict.grow, "density": self.density()}
-        self.events.append(event)
+        self._add_event(verdict, self.density())
         self._refuse_other_processes()
 
     def _change(self, name: str, live: int, fraction: float, verdict: Verdict) -> tuple[int, int]:
@@ -1327,16 +1367,7 @@ class Masking:
         }
         self._dead = {name: ~mask for name, mask in self.masks.items()}
 
-    # ---- every epoch, queries, state
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch from 0: the number of epochs observed."""
-        return len(self.controller.gaps)
-
-    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
-        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
-        self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
+    # ---- queries, state
 
     def density(self) -> float:
         """Live fraction of all prunable weights."""
@@ -1346,10 +1377,6 @@ class Masking:
         """Live weights of each layer."""
         counts = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()
         return dict(zip(self.masks, counts, strict=True))
-
-    def layer_densities(self) -> dict[str, float]:
-        """Live fraction of each layer."""
-        return {name: live / self.masks[name].numel() for name, live in self.live_counts().items()}
 
     def explored_fraction(self) -> float:
         """Fraction of the prunable weights that have ever been live."""
@@ -1364,10 +1391,7 @@ class Masking:
         return postponed | {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "explored": {name: seen.clone() for name, seen in self._explored.items()},
-            "steps": self.steps,
-            "gaps": list(self.controller.gaps),
-            "val_losses": list(self.controller.val_losses),
-            "events": [dict(event) for event in self.events],
+            **self._course(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -1376,13 +1400,10 @@ class Masking:
         self._set_masks(state["masks"])
         explored = state["explored"]
         self._explored = {n: explored[n].to(mask.device).clone() for n, mask in self.masks.items()}
-        self.steps = int(state["steps"])
+        self._load_course(state)
         self._remove_hooks()  # the first step was made before it was saved
         self._is_checked = False
         self._postponed = bool(state.get("put_off", False))
-        self.controller.gaps = [float(gap) for gap in state["gaps"]]
-        self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
-        self.events = [dict(event) for event in state["events"]]
         self._warn_of_dead(self.live_counts())
         self.apply()
 
@@ -1500,19 +1521,14 @@ def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _global_draws(key: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators with a key, and restore their states afterwards."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()  # creates them
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
+    gpus = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[n] for n in gpus),
+        ):
             generator.manual_seed(key)
         yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:

@@ -7,8 +7,6 @@ update in steps, and file sizes.
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 from collections.abc import Callable
 
@@ -21,6 +19,7 @@ from sparse_core import MaskingConfig
 from utils.errors import run_command
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
+from utils.storage.files import saved_bytes
 from utils.training.channel_masking import ChannelMasking
 from utils.training.engine import sgd
 
@@ -42,7 +41,7 @@ def main() -> None:
         flops = real_inference(layer_costs(model, batch.x.shape[1:]))
         network, resume = model.state_dict(), [model.state_dict(), optimizer.state_dict()]
         states = [*resume, masking.state_dict()] if masking else resume
-        sizes[name] = (flops, _bytes(network), _bytes(states))
+        sizes[name] = (flops, len(saved_bytes(network)), len(saved_bytes(states)))
         if masking is not None:
             work[f"update {name}"] = lambda: masking.update(
                 lambda net: F.cross_entropy(forward.plainly(net, batch.x), batch.y)
@@ -72,18 +71,12 @@ def main() -> None:
         for name, (flops, network, resume) in sizes.items()
     ]
     if options.json:
-        print(json.dumps({"setting": timing.setting(options), "rows": rows}))
+        timing.print_json(setting=timing.setting(options), rows=rows)
         return
     print(f"{timing.setting(options)}, {execution.precision}")
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")
-
-
-def _bytes(content: object) -> int:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.tell()
 
 
 if __name__ == "__main__":

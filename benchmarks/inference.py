@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
-import json
 import lzma
 import sys
 from collections.abc import Callable, Mapping
@@ -24,10 +22,10 @@ import timing
 import torch
 from torch import Tensor, nn
 
-from models import ARCHITECTURES
 from sparse_core import Masking, MaskingConfig
 from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
+from utils.storage.files import saved_bytes
 from utils.storage.packing import compact
 
 MASKED, NARROW = (0.2, 0.1), (0.5, 0.25)
@@ -41,42 +39,18 @@ Row = dict[str, float]
 
 
 def main() -> None:
-    options = timing.parse(parser(), _QUICK)
+    flags = timing.parser((__doc__ or "").splitlines()[0])
+    flags.add_argument("--batch", type=int, default=64, help="images at once, for the throughput")
+    flags.add_argument("--calls", type=int, default=1, help="batches a measurement")
+    flags.set_defaults(device="cpu", repeats=15)
+    options = timing.parse(flags, _QUICK)
     made = candidates(options)
     sizes = {name: file_sizes(candidate) for name, candidate in made.items()}
     speed = speeds({name: candidate.model for name, candidate in made.items()}, options)
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "speed": speed,
-                    "bytes": sizes,
-                }
-            )
-        )
+        timing.print_json(speed=speed, bytes=sizes)
         return
     print(f"{setting(options)}\n\n{speed_table(speed, options.batch)}\n\n{size_table(sizes)}")
-
-
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--arch", default="resnet18", choices=ARCHITECTURES)
-    flags.add_argument("--width", type=float, default=1.0)
-    flags.add_argument("--batch", type=int, default=64, help="images at once, for the throughput")
-    flags.add_argument("--side", type=int, default=32, help="of the images, in pixels")
-    flags.add_argument("--channels", type=int, default=3, help="of the images")
-    flags.add_argument("--repeats", type=int, default=15)
-    flags.add_argument("--calls", type=int, default=1, help="batches a measurement")
-    flags.add_argument("--json", action="store_true", help="one line of JSON")
-    flags.add_argument(
-        "--quick",
-        action="store_true",
-        help="the quickstart's network on 8x8 images, under a minute",
-    )
-    flags.set_defaults(device="cpu")
-    return flags
 
 
 # ---- the networks
@@ -120,11 +94,10 @@ def candidates(options: argparse.Namespace) -> dict[str, Candidate]:
 def file_sizes(candidate: Candidate) -> Row:
     """Bytes of the checkpoint to resume from, and of the float32 state dict, zeros included, plain
     and compressed."""
-    weights = saved(
-        {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
-    )
+    state = candidate.model.state_dict()
+    weights = saved_bytes({name: value.contiguous() for name, value in state.items()})
     files = {
-        "checkpoint": saved(checkpoint(candidate)),
+        "checkpoint": saved_bytes(checkpoint(candidate)),
         "float32": weights,
         "gzip": gzip.compress(weights),
         "xz": lzma.compress(weights),
@@ -152,12 +125,6 @@ def checkpoint(candidate: Candidate) -> dict[str, object]:
     )
 
 
-def saved(content: Mapping[str, object]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
-    return buffer.getvalue()
-
-
 # ---- speed
 
 
@@ -168,23 +135,14 @@ def speeds(networks: Mapping[str, nn.Module], options: argparse.Namespace) -> di
     rows: dict[str, Row] = {name: {} for name in networks}
     for engine, prepared in ENGINES.items():
         runs = {name: prepared(model, many) for name, model in networks.items()}
-        ms = timing.alternate(
-            {name: repeated(run, one, _CALLS) for name, run in runs.items()},
-            options.repeats,
-            options.device,
-            _PAUSE,
-        )
-        for name, time in ms.items():
-            rows[name][f"{engine} latency"] = time / _CALLS
-        calls = options.calls
-        ms = timing.alternate(
-            {name: repeated(run, many, calls) for name, run in runs.items()},
-            options.repeats,
-            options.device,
-            _PAUSE,
-        )
-        for name, time in ms.items():
-            rows[name][f"{engine} throughput"] = 1e3 * options.batch * calls / time
+        for images, calls in ((one, _CALLS), (many, options.calls)):
+            work = {name: repeated(run, images, calls) for name, run in runs.items()}
+            ms = timing.alternate(work, options.repeats, options.device, _PAUSE)
+            for name, time in ms.items():
+                if images is one:
+                    rows[name][f"{engine} latency"] = time / calls
+                else:
+                    rows[name][f"{engine} throughput"] = 1e3 * options.batch * calls / time
     return rows
 
 
@@ -223,12 +181,9 @@ def setting(options: argparse.Namespace) -> str:
 
 
 def speed_table(rows: Mapping[str, Row], batch: int) -> str:
-    columns = [f"{engine} latency" for engine in ENGINES] + [
-        f"{engine} throughput" for engine in ENGINES
-    ]
-    titles = [f"{engine}, 1 image" for engine in ENGINES] + [
-        f"{engine}, batch {batch}" for engine in ENGINES
-    ]
+    kinds = {"latency": "1 image", "throughput": f"batch {batch}"}
+    columns = [f"{engine} {kind}" for kind in kinds for engine in ENGINES]
+    titles = [f"{engine}, {kind}" for kind in kinds.values() for engine in ENGINES]
     cells = {name: [_speed(rows, name, column) for column in columns] for name in rows}
     return table(["network", *titles], cells)
 

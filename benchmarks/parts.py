@@ -5,12 +5,12 @@
 
 Each part is timed as in benchmarks/step.py, in the training precision, and multiplied by its number
 in an epoch of CIFAR-10 (45,000 images, 5,000 for validation, 10,000 for the test, PGD-20). Targets:
-batches at most 2 % of a step, masks at most 3 %, checkpoints at most 1 % of the epoch.
+batches at most 2 % of a step, masks at most 3 %, an update at most two steps, checkpoints at most
+1 % of the epoch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -20,8 +20,7 @@ from pathlib import Path
 import timing
 import torch
 
-from data import Augmentation, Split, TrainLoader
-from sparse_core import Masking, MaskingConfig
+from sparse_core import GROWTHS, Masking, MaskingConfig
 from utils.attacks import PGD
 from utils.errors import run_command
 from utils.evaluation.scores import EVAL_BATCH, evaluate
@@ -46,29 +45,15 @@ def main() -> None:
         work = parts(options, run_folder)
         medians = timing.alternate(work, options.repeats, options.device)
         run_folder.settle()
-    steps, tests = (
-        math.ceil(TRAIN / options.batch_size),
-        math.ceil(VAL / EVAL_BATCH) + math.ceil(TEST / EVAL_BATCH),
-    )
-    times = {
-        "training step": steps,
-        "batch": steps,
-        "masks on": steps,
-        "mask update": steps / UPDATE_FREQUENCY,
-    }
+    steps = math.ceil(TRAIN / options.batch_size)
+    tests = math.ceil(VAL / EVAL_BATCH) + math.ceil(TEST / EVAL_BATCH)
+    times = dict.fromkeys(("training step", "batch", "masks on"), float(steps))
+    times |= {f"mask update, {growth} growth": 0.0 for growth in GROWTHS}
+    times["mask update, random growth"] = steps / UPDATE_FREQUENCY
     times |= {"PGD-20 test of a batch": tests, "clean test of a batch": tests, "checkpoint": 1}
     seconds = {name: medians[name] * number / 1e3 for name, number in times.items()}
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "ms": medians,
-                    "epoch_seconds": seconds,
-                }
-            )
-        )
+        timing.print_json(ms=medians, epoch_seconds=seconds)
         return
     print(timing.setting(options))
     total, step = sum(seconds.values()), medians["training step"]
@@ -97,44 +82,27 @@ def parts(options: timing.Options, run_folder: RunFolder) -> dict[str, Callable[
     forward = Forward(model, execution, (options.batch_size, EVAL_BATCH))
     step = timing.training_step(model, optimizer, timing.random_batch(options), options, forward)
     step()  # gradients and momentum exist from here on
-    masking = Masking(model, optimizer, MaskingConfig(0.2, 1000))
-    images = torch.randint(
-        0,
-        256,
-        (4096, options.side, options.side, options.channels),
-        dtype=torch.uint8,
-        device=device,
-    )
-    split = Split(
-        images,
-        torch.randint(0, 10, (4096,), device=device),
-        torch.arange(4096, device=device),
-        device,
-    )
-    loader = TrainLoader(
-        split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1
-    )
-    batches = (batch for epoch in range(10**9) for batch in loader.epoch(epoch))
+    masks = {
+        growth: Masking(model, optimizer, MaskingConfig(0.2, 1000, growth=growth))
+        for growth in GROWTHS
+    }
+    masking = masks["random"]
+    split = timing.synthetic(options)
+    batches = timing.batches(options, split)
     tested = split.subset(torch.arange(EVAL_BATCH))
     parameters = [name for name, _ in model.named_parameters()]
 
     def save() -> None:
-        content = {
-            "state_dict": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "masking": masking.state_dict(),
-        }
-        run_folder.save(
-            run_folder.paths.checkpoint,
-            compact(content, parameters),
-            keep=run_folder.paths.previous,
-        )
+        states = {"optimizer": optimizer.state_dict(), "masking": masking.state_dict()}
+        content = compact({"state_dict": model.state_dict(), **states}, parameters)
+        paths = run_folder.paths
+        run_folder.save(paths.checkpoint, content, keep=paths.previous)
 
     return {
         "training step": step,
         "batch": lambda: next(batches),
         "masks on": masking.apply,
-        "mask update": masking.update_topology,
+        **{f"mask update, {name} growth": masks[name].update_topology for name in masks},
         "PGD-20 test of a batch": lambda: evaluate(
             model, tested, PGD(8 / 255, 2 / 255, 20), forward=forward
         ),

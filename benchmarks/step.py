@@ -15,10 +15,10 @@ passes are not counted.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Augmentation, Batch, Split, TrainLoader
+from data import Split
 from models.flops import layer_costs, real_inference
 from utils.attacks import PGD, n_fgsm
 from utils.compat import import_advertorch, import_torchvision
@@ -39,7 +39,6 @@ from utils.training.averages import ExponentialAverage
 from utils.training.engine import sgd, train_step
 from utils.training.losses import LOSSES, Options
 
-IMAGES = 4096  # of the synthetic data set
 PAPER = "the paper's loop"
 
 
@@ -49,18 +48,13 @@ def main() -> None:
         "--only", help="comma-separated parts of the names to run; the paper's loop is always there"
     )
     options = timing.parse(flags, {"batch_size": 32, "train_step": 2, "repeats": 3})
-    images = (
-        np.random.RandomState(0)
-        .randint(0, 256, (IMAGES, options.side, options.side, options.channels))
-        .astype(np.uint8)
-    )
-    labels = np.random.RandomState(1).randint(0, 10, IMAGES)
+    split = timing.synthetic(options)
     work: dict[str, Callable[[], object]] = {}
     try:
-        work[PAPER] = papers_loop(options, images, labels)
+        work[PAPER] = papers_loop(options, split)
     except ModuleNotFoundError as error:
         print(f"note: the paper's loop needs {error.name}, so there are no ratios", file=sys.stderr)
-    for name, step in ours(options, images, labels).items():
+    for name, step in ours(options, split).items():
         if options.only is None or any(part in name for part in options.only.split(",")):
             work[name] = step
     # on hardware without bf16 its product would take a minute
@@ -74,24 +68,15 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
-    inference = real_inference(
-        layer_costs(
-            timing.network(options), torch.Size((options.channels, options.side, options.side))
-        )
-    )
+    shape = (options.channels, options.side, options.side)
+    inference = real_inference(layer_costs(timing.network(options), shape))
     flops = options.batch_size * (2 * options.train_step + 3) * inference
     ceilings = {
         name: 2 * _side(options) ** 3 / ms / 1e6
         for name, ms in medians.items()
         if "product" in name
     }
-    ceiling = ceilings[
-        (
-            "bf16 matrix product"
-            if best_precision(torch.device(options.device)) == "bf16"
-            else "float32 matrix product"
-        )
-    ]
+    ceiling = ceilings[f"{best_precision(torch.device(options.device))} matrix product"]
     paper = medians.get(PAPER)
     rows = [
         {
@@ -107,16 +92,7 @@ def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
     for row in rows:
         row["share"] = row["gflops"] / ceiling
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "rows": rows,
-                    "ceilings": ceilings,
-                }
-            )
-        )
+        timing.print_json(rows=rows, ceilings=ceilings)
         return
     print(timing.setting(options))
     print(
@@ -136,9 +112,7 @@ def report(options: argparse.Namespace, medians: dict[str, float]) -> None:
 # ---------------------------------------------------------------- (a) the paper's loop
 
 
-def papers_loop(
-    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
-) -> Callable[[], object]:
+def papers_loop(options: argparse.Namespace, split: Split) -> Callable[[], object]:
     """A step of the paper's loop: DataLoader batch, advertorch's attack in train mode, update."""
     attacks, context = import_advertorch("attacks"), import_advertorch("context")
     transforms = import_torchvision("transforms")
@@ -148,9 +122,10 @@ def papers_loop(
         transforms.RandomCrop(options.side, padding=padding),
         transforms.RandomHorizontalFlip(),
     ]
-    dataset = _Dataset(images, labels, transforms.Compose([*crop, transforms.ToTensor()]))
+    transform = transforms.Compose([*crop, transforms.ToTensor()])
+    images, labels = split.images.cpu().numpy(), split.labels.tolist()
     loader = torch.utils.data.DataLoader(
-        dataset,
+        _Dataset(images, labels, transform),
         options.batch_size,
         shuffle=True,
         num_workers=2,
@@ -170,7 +145,7 @@ def papers_loop(
         clip_min=0.0,
         clip_max=1.0,
     )
-    batches = _endless(loader)
+    batches = (batch for _ in itertools.count() for batch in loader)
 
     def step() -> None:
         x, y = (part.to(options.device) for part in next(batches))
@@ -185,7 +160,7 @@ def papers_loop(
 
 class _Dataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, transform: Callable[[np.ndarray], Tensor]
+        self, images: np.ndarray, labels: list[int], transform: Callable[[np.ndarray], Tensor]
     ) -> None:
         self.images, self.labels, self.transform = images, labels, transform
 
@@ -193,20 +168,13 @@ class _Dataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
-
-
-def _endless(loader: object) -> Iterator[list[Tensor]]:
-    while True:
-        yield from loader  # type: ignore[misc]
+        return self.transform(self.images[index]), self.labels[index]
 
 
 # ---------------------------------------------------------------- (b) ours
 
 
-def ours(
-    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
-) -> dict[str, Callable[[], object]]:
+def ours(options: argparse.Namespace, split: Split) -> dict[str, Callable[[], object]]:
     """This project's step, adding one optimization at a time, then with one remedy each."""
     device = torch.device(options.device)
     precision = best_precision(device)
@@ -220,12 +188,6 @@ def ours(
         variants["+ all of it as one CUDA graph"] = Execution(
             precision, compile=not options.quick, graphs="full"
         )
-    split = Split(
-        torch.from_numpy(images).to(device),
-        torch.from_numpy(labels).to(device),
-        torch.arange(IMAGES, device=device),
-        device,
-    )
     steps = {name: _step(options, split, execution) for name, execution in variants.items()}
     plain = Execution(precision, graphs="off")
     trades = {"loss": LOSSES["trades"], "options": Options(beta=6.0)}
@@ -251,10 +213,7 @@ def _step(
 ) -> Callable[[], object]:
     model = timing.network(options)
     optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    loader = TrainLoader(
-        split, options.batch_size, Augmentation(options.side // 8, flip=True), seed=1
-    )
-    batches = _steps(loader)
+    batches = timing.batches(options, split)
     attack = attack or PGD(8 / 255, 2 / 255, options.train_step)
     forward = Forward(model, execution, [options.batch_size])
     average = ExponentialAverage(model, ema) if ema else None
@@ -274,13 +233,6 @@ def _step(
             average.after_step(model, None)
 
     return step
-
-
-def _steps(loader: TrainLoader) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
 
 
 # ---------------------------------------------------------------- (c) the ceiling

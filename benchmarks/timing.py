@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Batch
+from data import Augmentation, Batch, Split, TrainLoader
 from models import ARCHITECTURES, build_model
 from models.channels import ChannelPlan, narrow, plan_channels
 from utils.attacks import PGD
@@ -124,6 +126,29 @@ def setting(options: argparse.Namespace) -> str:
         f"{size}, PGD-{options.train_step}, {options.device}, {torch.get_num_threads()} threads,"
         f" torch {torch.__version__}"
     )
+
+
+def print_json(**figures: object) -> None:
+    """One line, with the version and the number of threads of torch."""
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **figures}))
+
+
+def synthetic(options: argparse.Namespace, images: int = 4096) -> Split:
+    """Random images of ten classes, on the device."""
+    device, shape = torch.device(options.device), (options.side, options.side, options.channels)
+    return Split(
+        torch.randint(0, 256, (images, *shape), dtype=torch.uint8, device=device),
+        torch.randint(0, 10, (images,), device=device),
+        torch.arange(images, device=device),
+        device,
+    )
+
+
+def batches(options: argparse.Namespace, split: Split) -> Iterator[Batch]:
+    """Augmented batches without end."""
+    augmentation = Augmentation(options.side // 8, flip=True)
+    loader = TrainLoader(split, options.batch_size, augmentation, seed=1)
+    return (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
 
 
 def alternate(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.sources import ImageSet, Source, dim_note
-from utils.errors import InputError, one_line
+from utils.errors import InputError, one_line, require
 
 _CHUNK = 2**22  # values examined at a time
 _SLACK = 1e-6  # by which floats may leave [0, 1], since interpolation overshoots
@@ -33,18 +33,13 @@ def in_form(source: Source) -> tuple[Source, list[str]]:
     made = {part: replace(found, labels=labels[part]) for part, found in images.items()}
     for part, found in made.items():
         held = len(found.opened())
-        _require(len(found.labels) == held, f"{held} {part} images have {len(found.labels)} labels")
+        require(len(found.labels) == held, f"{held} {part} images have {len(found.labels)} labels")
     _check_statistics(source, made["training"].opened().shape[-1])
     train, val = _rows(source, len(labels["training"]))
     made_source = replace(
         source, training=made["training"], test=made["test"], train=train, val=val, classes=classes
     )
     return made_source, notes
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 def _array(found: Any, what: str) -> np.ndarray:
@@ -67,32 +62,23 @@ class _Range:
     is_whole: bool
 
     def __str__(self) -> str:
-        return (
-            f"{self.dtype} from {self.low:g} to"
-            f" {self.high:g}{'' if self.is_whole else ', not all whole'}"
-        )
+        odd = "" if self.is_whole else ", not all whole"
+        return f"{self.dtype} from {self.low:g} to {self.high:g}{odd}"
 
 
 def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[str]]:
     arrays = {
-        part: _array(
-            found.opened() if isinstance(found.images, Path) else found.images, f"{part} images"
-        )
+        part: _four_dimensional(_array(found.opened(), f"{part} images"), f"{part} images")
         for part, found in parts.items()
     }
-    arrays = {part: _four_dimensional(array, f"{part} images") for part, array in arrays.items()}
     sides = {part: "x".join(map(str, array.shape[1:])) for part, array in arrays.items()}
-    _require(
+    require(
         sides["training"] == sides["test"],
         f"training images are {sides['training']} and test images {sides['test']} (height x width x"
         " channels)",
     )
-    if all(
-        isinstance(found.images, Path)
-        and arrays[part].dtype == np.uint8
-        and found.opened().ndim == 4
-        for part, found in parts.items()
-    ):
+    files = [found.opened() for found in parts.values() if isinstance(found.images, Path)]
+    if len(files) == len(parts) and all(f.dtype == np.uint8 and f.ndim == 4 for f in files):
         return dict(parts), []  # decoded by us: valid without reading them
     ranges = {part: _range(array) for part, array in arrays.items()}
     scale = _scale(ranges)
@@ -108,13 +94,13 @@ def _images(parts: Mapping[str, ImageSet]) -> tuple[dict[str, ImageSet], list[st
 
 def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
     shape = list(array.shape)
-    _require(
+    require(
         array.ndim in (3, 4) and array.size > 0,
         f"{what} have the shape {shape}; give [N, H, W, C], or [N, H, W] for grey ones",
     )
     if array.ndim == 3:
         return array[..., None]
-    _require(
+    require(
         shape[3] <= 4 or (shape[1] not in (1, 3, 4) and not shape[1] < shape[2] == shape[3]),
         f"{what} have the shape {shape}, channels first; transpose(0, 2, 3, 1) brings them last",
     )
@@ -122,7 +108,7 @@ def _four_dimensional(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def _range(array: np.ndarray) -> _Range:
-    _require(
+    require(
         array.dtype.kind in "buif",
         f"images of type {array.dtype} are not pixels; give uint8, or floats in [0, 1]",
     )
@@ -178,21 +164,19 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def _labels(source: Source) -> tuple[list[str], dict[str, np.ndarray]]:
     """The class names, and the labels of each part as class numbers."""
-    given = {
-        "training": _flat(source.training.labels, "training labels"),
-        "test": _flat(source.test.labels, "test labels"),
-    }
+    parts = {"training": source.training, "test": source.test}
+    given = {part: _flat(found.labels, f"{part} labels") for part, found in parts.items()}
     texts = {labels.dtype.kind == "U" for labels in given.values()}
-    _require(len(texts) == 1, "training and test labels must be both numbers or both names")
+    require(len(texts) == 1, "training and test labels must be both numbers or both names")
     trained, tested = (np.unique(labels) for labels in given.values())
     unseen = np.setdiff1d(tested, trained)
-    _require(
+    require(
         not len(unseen),
         f"test labels {_some(unseen)} do not appear among the training labels, which are"
         f" {_some(trained)}",
     )
     classes = [str(name) for name in source.classes] or [str(label) for label in trained]
-    _require(len(set(classes)) == len(classes), "two classes have the same name")
+    require(len(set(classes)) == len(classes), "two classes have the same name")
     numbers = _numbers(trained, classes, numbered=isinstance(source.training.images, Path))
     return classes, {
         part: numbers[np.searchsorted(trained, labels)] for part, labels in given.items()
@@ -203,17 +187,17 @@ def _flat(found: Any, what: str) -> np.ndarray:
     labels = _array(found, what)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    _require(
+    require(
         labels.ndim == 1 and len(labels) > 0,
         f"{what} have the shape {list(labels.shape)}; give one number an image",
     )
-    _require(
+    require(
         labels.dtype.kind in "biufU",
         f"{what} are {labels.dtype}; give whole numbers or names of classes",
     )
     if labels.dtype.kind == "f":
         whole = np.isfinite(labels) & (labels == np.rint(labels)) & (np.abs(labels) < 2**53)
-        _require(bool(whole.all()), f"{what} are not whole: {_some(labels[~whole])}")
+        require(bool(whole.all()), f"{what} are not whole: {_some(labels[~whole])}")
         return labels.astype(np.int64)
     return labels
 
@@ -254,35 +238,23 @@ def _some(values: Any) -> str:
 
 
 def _rows(source: Source, total: int) -> tuple[np.ndarray, np.ndarray]:
-    train, val = (
-        _array(rows, f"rows for {part}")
-        for part, rows in (("training", source.train), ("validation", source.val))
-    )
-    for part, rows in (("training", train), ("validation", val)):
-        fit = (
-            rows.ndim == 1
-            and rows.dtype.kind in "iu"
-            and (not len(rows) or (rows.min() >= 0 and rows.max() < total))
-        )
-        _require(
-            fit, f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
-        )
+    found = []
+    for part, given in (("training", source.train), ("validation", source.val)):
+        rows = _array(given, f"rows for {part}")
+        fit = rows.ndim == 1 and rows.dtype.kind in "iu" and ((rows >= 0) & (rows < total)).all()
+        text = f"rows for {part} must be whole numbers from 0 to {total - 1}, in one dimension"
+        require(bool(fit), text)
+        found.append(rows.astype(np.int64))
+    train, val = found
     shared = len(np.intersect1d(train, val))
-    _require(not shared, f"{shared} images are for training and for validation")
-    return train.astype(np.int64), val.astype(np.int64)
+    require(not shared, f"{shared} images are for training and for validation")
+    return train, val
 
 
 def _check_statistics(source: Source, channels: int) -> None:
     for name, values in (("mean", source.mean), ("std", source.std)):
-        if values is None:
-            continue
-        fit = (
-            len(values) == channels
-            and all(0 <= value <= 1 for value in values)
-            and (name == "mean" or min(values) > 0)
-        )
-        _require(
-            fit,
-            f"{name} {tuple(values)} does not fit: one for each of {channels} channels, of pixels"
-            " in [0, 1]",
-        )
+        if values is not None:
+            fit = len(values) == channels and all(0 <= value <= 1 for value in values)
+            text = f"one for each of {channels} channels, of pixels in [0, 1]"
+            fit = fit and (name == "mean" or min(values) > 0)
+            require(fit, f"{name} {tuple(values)} does not fit: {text}")

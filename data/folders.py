@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.errors import InputError
@@ -411,8 +411,7 @@ def decode_image(path: Path, image_size: int | None) -> Decoded:
                     f" ({_MOST_PIXELS})"
                 )
             image.load()
-            rgb, is_transparent = _on_black(_eight_bits(image, path))
-            rgb = _upright(rgb, image)
+            rgb, is_transparent = _on_black(_eight_bits(_upright(image), path))
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)
             return Decoded(np.asarray(rgb), is_transparent, getattr(image, "n_frames", 1) > 1)
@@ -456,19 +455,9 @@ def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
     return image.convert("RGB"), False
 
 
-def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn ``pixels`` by the EXIF orientation of ``image``, if it can be read."""
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation, if that can be read."""
     try:
-        turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return ImageOps.exif_transpose(image)
     except Exception:  # the image is usable despite a broken header
-        return pixels
-    return pixels if turn is None else pixels.transpose(turn)
+        return image

@@ -17,7 +17,7 @@ from data.arrays import in_form
 from data.augment import Augmentation
 from data.folders import DIGEST_BYTES, pixels_digest
 from data.loader import Split, plain_batches
-from data.sources import SOURCES, DataLocation, ImageSet, Source, stratified
+from data.sources import SOURCES, DataLocation, ImageSet, Source, default_cache, stratified
 from utils.errors import InputError, one_line
 from utils.seeding import permutation, stream
 
@@ -58,6 +58,11 @@ class Data:
         return replace(self, classes=list(classes), train=train, val=val, test=test)
 
     @property
+    def images(self) -> dict[str, int]:
+        """Number of images by split."""
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
+    @property
     def image_shape(self) -> torch.Size:
         """``[C, H, W]`` of one image."""
         height, width, channels = self.train.images.shape[1:]
@@ -92,9 +97,7 @@ def load_data(
             a single class, impossible subset.
     """
     device = torch.device(device)
-    place = DataLocation(Path(root), image_size=image_size)
-    if cache_dir is not None:
-        place = DataLocation(place.root, Path(cache_dir), image_size)
+    place = DataLocation(Path(root), Path(cache_dir or default_cache()), image_size)
     source, changes = _read(name, place)
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
     fits = _nbytes(source.training) + _nbytes(source.test) <= budget

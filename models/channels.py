@@ -12,7 +12,6 @@ network without some of its channels is an ordinary narrow network.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -238,17 +237,11 @@ def plan_channels(
             )
     counts = channel_counts(sizes, density, multiple)
     asked = f"--density {density:g}" if flops is None else f"--flops {flops:g}"
-    _refuse_whole(sizes, counts, asked, multiple)
-    return ChannelPlan(channels, costs, counts, multiple)
-
-
-def _refuse_whole(
-    sizes: Mapping[str, int], counts: Mapping[str, int], asked: str, multiple: int
-) -> None:
     if counts == sizes:
         raise ValueError(
             f"{asked} keeps all channels when rounded to a --channel_multiple of {multiple}"
         )
+    return ChannelPlan(channels, costs, counts, multiple)
 
 
 def _multiple(sizes: Mapping[str, int], asked: int | None) -> int:
@@ -387,7 +380,8 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _keep(module: nn.Module, name: str, side: Mapping[str, int], indices: Sequence[int]) -> None:
     sizes = {getattr(module, leaf).shape[dim] for leaf, dim in side.items()}
-    if sizes != {max(sizes, default=0)} or not indices or not _ascends(indices, max(sizes)):
+    ascends = [*indices] == sorted(set(indices))
+    if len(sizes) != 1 or not indices or not ascends or not {*indices} <= {*range(*sizes)}:
         raise ValueError(f"{name} cannot keep these channels")
     for leaf, dim in side.items():
         value = getattr(module, leaf)
@@ -395,11 +389,6 @@ def _keep(module: nn.Module, name: str, side: Mapping[str, int], indices: Sequen
         if isinstance(value, nn.Parameter):
             taken = nn.Parameter(taken, requires_grad=value.requires_grad)
         setattr(module, leaf, taken)
-
-
-def _ascends(indices: Sequence[int], size: int) -> bool:
-    inside = indices[0] >= 0 and indices[-1] < size
-    return inside and all(a < b for a, b in itertools.pairwise(indices))
 
 
 def _set_sizes(module: Any) -> None:

@@ -7,6 +7,8 @@ paper's table.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,40 +50,28 @@ def layer_costs(model: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]
     costs: list[LayerCost] = []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def hook(name: str):
-        def record(
-            module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Tensor], output: Any
-        ) -> None:
-            if isinstance(module, nn.MultiheadAttention):
-                costs.extend(
-                    _attention_costs(module, name, names, *_query_and_key(inputs, options))
-                )
-            else:
-                costs.append(
-                    _layer_cost(
-                        module, _weight_name(module, "weight", name, names), inputs[0], output
-                    )
-                )
-
-        return record
+    def record(
+        name: str, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            given = {**dict(zip(("query", "key"), inputs, strict=False)), **options}
+            costs.extend(_attention_costs(module, name, names, given["query"], given["key"]))
+        else:
+            weight = _weight_name(module, "weight", name, names)
+            costs.append(_layer_cost(module, weight, inputs[0], output))
 
     layers = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-    handles = [
-        m.register_forward_hook(hook(n), with_kwargs=True)
-        for n, m in model.named_modules()
-        if isinstance(m, layers)
-    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # a fused encoder layer does not call its submodules
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with contextlib.ExitStack() as hooks, in_mode(model, False):
+        for name, module in model.named_modules():
+            if isinstance(module, layers):
+                hook = functools.partial(record, name)
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        # a fused encoder layer does not call its submodules
+        torch.backends.mha.set_fastpath_enabled(False)
+        hooks.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         parameter = next(model.parameters())
-        with in_mode(model, False):
-            model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for handle in handles:
-            handle.remove()
+        model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
     return costs
 
 
@@ -89,15 +79,10 @@ def _weight_name(module: nn.Module, leaf: str, name: str, names: Mapping[int, st
     """The name of the parameter behind a weight: the original one if it is parametrized, that of
     the first layer if it is shared."""
     own = dict(module.named_parameters())
-    stored = next(
-        (
-            own[kept]
-            for kept in (f"parametrizations.{leaf}.original", f"{leaf}_orig", leaf)
-            if kept in own
-        ),
-        None,
-    )
-    return f"{name}.{leaf}" if stored is None else names[id(stored)]
+    for kept in (f"parametrizations.{leaf}.original", f"{leaf}_orig", leaf):
+        if kept in own:
+            return names[id(own[kept])]
+    return f"{name}.{leaf}"
 
 
 def _layer_cost(module: Any, weight: str, x: Tensor, output: Tensor) -> LayerCost:
@@ -139,21 +124,8 @@ def _attention_costs(
         for leaf, (positions, by_third) in projections.items()
         if getattr(module, leaf) is not None
     ]
-    return [
-        *found,
-        LayerCost(
-            _weight_name(out, "weight", f"{name}.out_proj", names),
-            out.weight.numel(),
-            width,
-            asked,
-            False,
-        ),
-    ]
-
-
-def _query_and_key(inputs: tuple[Tensor, ...], options: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    query = inputs[0] if inputs else options["query"]
-    return query, inputs[1] if len(inputs) > 1 else options["key"]
+    last = _weight_name(out, "weight", f"{name}.out_proj", names)
+    return [*found, LayerCost(last, out.weight.numel(), width, asked, False)]
 
 
 def real_inference(costs: Sequence[LayerCost], live: Live | None = None) -> int:

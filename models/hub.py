@@ -62,28 +62,15 @@ class HubNetwork(nn.Module, PyTorchModelHubMixin, library_name=LIBRARY, license=
         *,
         model_id: str,
         map_location: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **network: Any,  # config.json's content, which the weights' file has too
+        **given: Any,  # how to download, and config.json's content, which the weights' file has too
     ) -> HubNetwork:
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        download = {name: given.pop(name) for name in names if name in given}
         path = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
-            path = Path(
-                hf_hub_download(
-                    model_id,
-                    WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
+            path = Path(hf_hub_download(model_id, WEIGHTS, **download))
         model = cls.read(path)
-        if changed := [name for name in network if network[name] != model.spec.get(name)]:
+        if changed := [name for name in given if given[name] != model.spec.get(name)]:
             raise InputError(
                 f"{path} holds another network: {', '.join(changed)} cannot be changed"
             )

@@ -19,8 +19,14 @@ from models.channels import narrow
 from utils.errors import InputError, one_line
 from utils.storage.checkpoint import load_weights, network_weights
 from utils.storage.inputs import read_checkpoint
+from utils.storage.json_files import misfit
 from utils.storage.safetensors import SUFFIX, load_safetensors
 
+# The shape of a description (``misfit``); ``channels`` are kept outputs and inputs by layer, None
+# for all.
+_SHAPE = {"arch": str, "num_classes": int, "mean": [float], "std": [float], "width": float}
+_SHAPE |= {"image_size": int, "depth_factor": int, "width_factor": int}
+_OPTIONAL = {"channels?": {"*": [([int], None)]}, "classes?": [str]}
 # Valid values of a description, and limits of usual ones: others are checked before memory is
 # allocated.
 _RANGES = {
@@ -43,56 +49,19 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     spec = content.get("network")
     if spec is None:
         return None
-    kinds = {
-        "arch": str,
-        "num_classes": int,
-        "mean": list,
-        "std": list,
-        "width": float,
-        "image_size": int,
-    }
-    kinds |= {"depth_factor": int, "width_factor": int}
-    if isinstance(spec, Mapping) and "kept" in spec:
-        raise InputError(
-            f"{path} was written by an older version, in which each batch norm picked its own"
-            " channels"
-        )
-    known = isinstance(spec, Mapping) and spec.keys() - _NOT_BUILT == kinds.keys()
-    if not known or not all(isinstance(spec[name], kind) for name, kind in kinds.items()):
-        raise InputError(f"{path} does not say which network it holds")
-    if wrong := [
-        name for name, (least, most) in _RANGES.items() if not least <= spec[name] <= most
-    ]:
-        raise InputError(f"{path} describes an impossible network: {wrong[0]} {spec[wrong[0]]}")
-    if not all(
-        isinstance(number, (int, float)) and math.isfinite(number)
-        for number in (*spec["mean"], *spec["std"])
-    ):
+    wrong = misfit(spec, {**_SHAPE, **_OPTIONAL})
+    wrong = wrong or next((n for n in spec.keys() - _SHAPE.keys() - _NOT_BUILT), None)
+    if wrong:
+        raise InputError(f"{path} does not say which network it holds ({wrong})")
+    for name, (least, most) in _RANGES.items():
+        if not least <= spec[name] <= most:
+            raise InputError(f"{path} describes an impossible network: {name} {spec[name]}")
+    if not all(map(math.isfinite, (*spec["mean"], *spec["std"]))):
         raise InputError(f"{path} does not hold the mean and the standard deviation of its pixels")
-    if not _says_what_is_removed(spec):
-        raise InputError(f"{path} does not say which channels its network kept")
     classes = spec.get("classes")
-    named = classes is None or (
-        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    )
-    if not named or (classes is not None and len(classes) != spec["num_classes"]):
+    if classes is not None and len(classes) != spec["num_classes"]:
         raise InputError(f"{path} does not name each of its {spec['num_classes']} classes")
     return dict(spec)
-
-
-def _says_what_is_removed(spec: Mapping[str, Any]) -> bool:
-    """Whether ``channels`` is valid: by layer, its kept outputs and inputs, None for all."""
-    channels = spec.get("channels", {})
-    if not isinstance(channels, Mapping):
-        return False
-    if not all(isinstance(sides, list) and len(sides) == 2 for sides in channels.values()):
-        return False
-    return all(
-        isinstance(side, list) and all(type(channel) is int for channel in side)
-        for sides in channels.values()
-        for side in sides
-        if side is not None
-    )
 
 
 def full_size(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,11 +21,8 @@ class WideBlock(nn.Module):
         self.conv1 = conv3x3(channels_in, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = conv3x3(channels, channels)
-        self.convShortcut = (
-            conv1x1(channels_in, channels, stride)
-            if channels_in != channels or stride != 1
-            else None
-        )
+        differs = channels_in != channels or stride != 1
+        self.convShortcut = conv1x1(channels_in, channels, stride) if differs else None
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
@@ -33,17 +32,11 @@ class WideBlock(nn.Module):
         return out + shortcut
 
 
-class WideStage(nn.Module):
+def wide_stage(depth: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
     """``depth`` blocks, the first of which changes width and stride."""
-
-    def __init__(self, depth: int, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        blocks = [WideBlock(channels_in, channels, stride)]
-        blocks += [WideBlock(channels, channels, 1) for _ in range(depth - 1)]
-        self.layer = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    blocks = [WideBlock(channels_in, channels, stride)]
+    blocks += [WideBlock(channels, channels, 1) for _ in range(depth - 1)]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
 
 
 class WideResNet(nn.Module):
@@ -68,9 +61,9 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         self.normalize = normalize
         self.conv1 = conv3x3(normalize.mean.numel(), 16)
-        self.block1 = WideStage(blocks, 16, 16 * widen, 1)
-        self.block2 = WideStage(blocks, 16 * widen, 32 * widen, 2)
-        self.block3 = WideStage(blocks, 32 * widen, 64 * widen, 2)
+        self.block1 = wide_stage(blocks, 16, 16 * widen, 1)
+        self.block2 = wide_stage(blocks, 16 * widen, 32 * widen, 2)
+        self.block3 = wide_stage(blocks, 32 * widen, 64 * widen, 2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
         self.fc = nn.Linear(64 * widen, num_classes)
         self._initialize()

@@ -8,8 +8,6 @@ Layer densities are in the columns ``density/<layer>``; mask updates are counted
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import InputError, run_command
+from utils.report.tables import csv_text
 from utils.settings.command_line import OneLineParser
 from utils.storage.files import write_atomically
 from utils.storage.paths import RunPaths
@@ -45,16 +44,8 @@ def main() -> None:
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """The epochs as CSV with a header; columns in the order in which they first appear."""
     flat = [flattened(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text,
-        list(dict.fromkeys(name for row in flat for name in row)),
-        restval="",
-        lineterminator="\n",
-    )
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    return csv_text(names, [[row.get(name) for name in names] for row in flat])
 
 
 if __name__ == "__main__":

@@ -96,14 +96,8 @@ def _write(
     arguments: argparse.Namespace, entries: Sequence[Entry], flags: Sequence[str], out: Path
 ) -> str:
     if arguments.destination == "ap-benchmark":
-        return pruning_benchmark.write(
-            entries,
-            out,
-            arguments.name,
-            flags,
-            arguments.fmn_trials or 32,
-            arguments.fmn_steps or 200,
-        )
+        fmn = arguments.fmn_trials or 32, arguments.fmn_steps or 200
+        return pruning_benchmark.write(entries, out, arguments.name, flags, *fmn)
     if arguments.destination == "robustbench":
         return robustbench.write(entries[0], out, arguments.name, flags)
     write = release.write if arguments.destination == "release" else hugging_face.write

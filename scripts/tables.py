@@ -228,7 +228,7 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
     from utils.settings.device import pick_device
     from utils.settings.stored import SETTINGS_OF
     from utils.storage.run_folder import read_epochs
-    from utils.training.forecast import duration, image_passes, images_of, seconds_per_pass
+    from utils.training.forecast import duration, image_passes, seconds_per_pass
 
     kinds = [SETTINGS_OF[Path(script).name] for script, *_ in commands]
     asked = [
@@ -254,7 +254,7 @@ def plan(commands: list[list[str]], jobs: int) -> list[tuple[str, str, float]]:
             network = (s.arch, s.width, s.depth_factor, s.width_factor, s.batch_size, s.precision)
             if network not in speed:
                 speed[network] = seconds_per_pass(s, data, device)
-            passes = image_passes(s, images_of(data), s.epochs_done(epochs))
+            passes = image_passes(s, data.images, s.epochs_done(epochs))
             seconds = passes * speed[network]
             total, about = total + seconds, f"about {duration(seconds)}"
         lines.append(f"{paths.root.name:<{widest}}  {shown:<24}  {about}".rstrip())

@@ -220,7 +220,7 @@ def test_the_lowest_scores_are_dropped_and_the_highest_gradients_grow():
     numbers = training.channels.by_group(torch.arange(training.channels.total))[group]
     was = masking.live[numbers].clone()
     live = was.nonzero().squeeze(1)
-    n = math.ceil(masking._schedule.at(EVERY) * len(live))
+    n = math.ceil(masking.schedule.at(EVERY) * len(live))
     n = min(n, int((~was).sum()))
     lowest = live[total.argsort()[:n]]
     # by hand: the full network after every group's drop
@@ -229,7 +229,7 @@ def test_the_lowest_scores_are_dropped_and_the_highest_gradients_grow():
     for name, part in training.channels.by_group(kept).items():
         score = training.channels.by_group(scores)[name]
         alive = part.nonzero().squeeze(1)
-        count = min(math.ceil(masking._schedule.at(EVERY) * len(alive)), int((~part).sum()))
+        count = min(math.ceil(masking.schedule.at(EVERY) * len(alive)), int((~part).sum()))
         part[alive[score[alive].argsort()[: min(count, len(alive) - 1)]]] = False
     probe = training.full().train()
     state = probe.state_dict()

@@ -114,7 +114,7 @@ def trained(world, batch_norm=False, training=True, spoil=None, remedies=False, 
     if channels:
         masking = ChannelMasking(model, store, optimizer, groups, live, config, world=world)
     else:
-        masking = Masking(model, optimizer, config)
+        masking = Masking(model, optimizer, config, compare=False)
     loader = TrainLoader(toy.split(IMAGES), 4, Augmentation(1), seed=1, world=world)
     plan = Plan(2, ATTACK, attack_training=training, seed=1, lr=0.1, milestones=())
     average = None

@@ -110,7 +110,7 @@ def test_a_radius_of_another_norm_is_said_and_one_of_another_unit_refused(run_ad
     before = results(trained)
     outcome = run_adv("--eval", "--pretrained", trained, "--test_eps", 0.031)
     assert (outcome.code, outcome.err.count("\n"), results(trained)) == (2, 1, before)
-    assert "--test_eps is in 1/255" in outcome.err
+    assert "--test_eps is in units of 1/255" in outcome.err
 
 
 COMMON = "--eval --restarts 30 --test_step 3 --eval_dir"

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from data import load_data, plain_batches
-from models import BasicBlock, Normalize, PreActResNet, build_model, load_model
+from models import Normalize, build_model, load_model
 from models.channels import narrow, plan_largest
 from models.loading import build_network
+from models.resnet import BasicBlock, PreActResNet
 from sparse_core import prunable
 from tests import toy
 from utils import export as exporting

@@ -11,15 +11,9 @@ from utils.settings.adversarial import AdversarialSettings
 from utils.settings.applied import load_data_for
 from utils.settings.command_line import parse_settings
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
-from utils.training.forecast import (
-    Forecast,
-    Images,
-    duration,
-    image_passes,
-    images_of,
-    seconds_left,
-    seconds_per_pass,
-)
+from utils.training.forecast import Forecast, duration, image_passes, seconds_left, seconds_per_pass
+
+IMAGES = {"train": 100, "val": 30, "test": 50}
 
 
 def settings(kind, text):
@@ -32,7 +26,7 @@ def test_passes_by_hand():
         "--epochs 10 --decreasing_lr 5 --train_step 3 --test_step 4 --test_every 5",
     )
     epochs = 10 * 100 * (3 + 2 * 3) + (10 * 30 + 2 * 50) * (2 + 2 * 4)
-    assert image_passes(adv, Images(100, 30, 50), [0]) == epochs + 2 * 2 * 10 * (100 + 50)
+    assert image_passes(adv, IMAGES, [0]) == epochs + 2 * 2 * 10 * (100 + 50)
 
 
 def test_passes_of_two_stages_by_hand():
@@ -42,7 +36,7 @@ def test_passes_of_two_stages_by_hand():
     )
     first = 7 * (100 * 3 + 30)
     second = 10 * 100 * 9 + 10 * (30 + 50) * 10
-    assert image_passes(bird, Images(100, 30, 50), [0, 0]) == first + second + 2 * 2 * 10 * 150
+    assert image_passes(bird, IMAGES, [0, 0]) == first + second + 2 * 2 * 10 * 150
 
 
 TWO_STAGES = "--epochs1 7 --epochs2 10 --decreasing_lr 5 --train_step 3 --test_step 4 --density 0.5"
@@ -71,9 +65,7 @@ def test_what_is_left_by_hand():
         [{"stage": 1, "ticket": True}, {"stage": 2}, {"stage": 2}],
     )
     passes = 7.5 * 100 * 9 + 7.5 * (30 + 50) * 10 + 2 * 2 * 10 * 150
-    assert seconds_left(bird, Images(100, 30, 50), history, 0.5, 0.009) == pytest.approx(
-        passes * 1e-3
-    )
+    assert seconds_left(bird, IMAGES, history, 0.5, 0.009) == pytest.approx(passes * 1e-3)
 
 
 def test_a_forecast_leaves_out_the_slow_start_and_comes_once():
@@ -108,7 +100,7 @@ def test_a_run_says_what_it_does_where_it_writes_and_how_long_that_takes(run_adv
 def test_a_pass_is_measured():
     adv = settings(AdversarialSettings, "--width 0.0625 --train_subset 100")
     data = load_data_for(adv, torch.device("cpu"))
-    assert images_of(data).train == 100
+    assert data.images["train"] == 100
     assert 0 < seconds_per_pass(adv, data, torch.device("cpu")) < 0.1
 
 

@@ -44,7 +44,7 @@ def test_a_folder_keeps_what_it_is_given(folder, capsys):
     folder.say("hello")
     folder.append_epoch({"epoch": 1})
     folder.append_epoch({"epoch": 2})
-    folder.write_summary(SUMMARY)
+    folder.write_json(folder.paths.summary, SUMMARY)
     folder.settle()
     paths = folder.paths
     assert json.loads(paths.config.read_text()) == {"a": 1}
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path):
         RunFolder.create(RunPaths(tmp_path / "file" / "run"), {})
 
 
-@pytest.mark.parametrize("write", ["say", "append_epoch", "write_summary", "save"])
+@pytest.mark.parametrize("write", ["say", "append_epoch", "write_json", "save"])
 def test_a_failing_disk_ends_the_run_with_one_error(folder, write, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -74,7 +74,7 @@ def test_a_failing_disk_ends_the_run_with_one_error(folder, write, monkeypatch):
     arguments = {
         "say": ["x"],
         "append_epoch": [{}],
-        "write_summary": [{}],
+        "write_json": [folder.paths.summary, {}],
         "save": [folder.paths.checkpoint, {}],
     }[write]
     with pytest.raises(RunError, match=r"No space left on device.*intact"), folder.settled():
@@ -211,9 +211,9 @@ def test_environment_names_versions_and_revision():
 
 def test_display_is_plain_lines_without_a_terminal(folder, capsys):
     with EpochDisplay(folder, "epoch 1/2", 100, print_freq=5) as display:
-        display.training(Progress(4, 10, 2.0, 30.0, 1000.0))
-        display.training(Progress(5, 10, 2.0, 30.0, 1000.0))
-        display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
+        display.training(Progress(4, 10, 2.0, 30.0, 1000, 1.0))
+        display.training(Progress(5, 10, 2.0, 30.0, 1000, 1.0))
+        display.training(Progress(10, 10, 1.5, 40.0, 1000, 1.0))
     captured = capsys.readouterr()
     assert captured.out == "epoch 1/2 step 5/10  loss 2.000  acc 30.00  1000 img/s\n"
     assert captured.err == ""
@@ -223,9 +223,9 @@ def test_display_is_a_bar_on_a_terminal(folder, monkeypatch):
     shown = tqdm(total=100, disable=False)
     monkeypatch.setattr("utils.training.display.tqdm", lambda **options: shown)
     with EpochDisplay(folder, "epoch 1/2", 100) as display:
-        display.training(Progress(5, 10, 2.0, 30.0, 1000.0))
+        display.training(Progress(5, 10, 2.0, 30.0, 1000, 1.0))
         assert (shown.n, shown.postfix) == (50, "loss 2.000  acc 30.00")
-        display.training(Progress(10, 10, 1.5, 40.0, 1000.0))
+        display.training(Progress(10, 10, 1.5, 40.0, 1000, 1.0))
     assert (shown.n, shown.postfix) == (100, "loss 1.500  acc 40.00")
     assert not folder.paths.log.exists()
 

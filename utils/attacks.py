@@ -111,12 +111,11 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=1)
 
 
-def summed_divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """KL divergence from the logits of the clean images, summed over the batch (TRADES)."""
-    return kl_divergence(logits, clean).sum()
-
-
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "kl": summed_divergence}
+LOSSES: dict[str, Loss] = {
+    "ce": cross_entropy,
+    "margin": margin,
+    "kl": lambda logits, clean: kl_divergence(logits, clean).sum(),  # TRADES
+}
 
 
 def pgd_attack(
@@ -172,7 +171,7 @@ def pgd_attack(
                 loss_function(forward(adversarial), goal), adversarial
             )
             adversarial = _project(
-                adversarial.detach() + direction * _step(gradient, attack), x, attack
+                adversarial.detach() + direction * step(gradient, attack), x, attack
             )
     return adversarial.detach()
 
@@ -243,7 +242,8 @@ def _start_offset(draws: Tensor, attack: PGD) -> Tensor:
     return direction / direction.norm(dim=1, keepdim=True) * radius
 
 
-def _step(gradient: Tensor, attack: PGD) -> Tensor:
+def step(gradient: Tensor, attack: PGD) -> Tensor:
+    """One step along a gradient ``[N, ...]``."""
     if attack.norm == "linf":
         return attack.step_size * gradient.sign()
     # An image without a gradient (a saturated loss) stays where it is instead of becoming NaN.

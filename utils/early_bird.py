@@ -6,10 +6,10 @@ The paper's Robust Bird draws its ticket in cheap standard training (docs/algori
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,16 +52,16 @@ class EarlyBird:
         self.window = window
         self.tolerance = tolerance
         self.kind = kind
-        self._distances: list[list[float]] = []
+        # row e: the fraction of positions in which the mask of epoch e differs from those before
+        self.distances: list[list[float]] = []
         self._masks: list[Tensor] = []  # one per epoch, eight positions per byte
 
     def observe(self, model: nn.Module) -> bool:
         """Record the network's mask after one more epoch; True if its ticket has emerged."""
         mask = ticket_mask(model, self.density, self.kind)
-        packed = _pack(mask)
-        self._distances.append(
-            [_differing(packed, earlier) / mask.numel() for earlier in self._masks]
-        )
+        packed = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+        differing = [np.bitwise_count((packed ^ one).numpy()).sum() for one in self._masks]
+        self.distances.append([int(count) / mask.numel() for count in differing])
         self._masks.append(packed)
         return len(self._masks) >= self.window and all(
             distance <= self.tolerance for distance in self.recent()
@@ -70,22 +70,16 @@ class EarlyBird:
     def recent(self) -> list[float]:
         """Distances of the newest mask to the earlier ones in its window, as far as they exist."""
         return (
-            self._distances[-1][-(self.window - 1) :] if self._distances and self.window > 1 else []
+            self.distances[-1][-(self.window - 1) :] if self.distances and self.window > 1 else []
         )
-
-    @property
-    def distances(self) -> list[list[float]]:
-        """Row e: the fraction of positions in which the mask of epoch e differs from those of
-        epochs 0 to e - 1."""
-        return self._distances
 
     def state_dict(self) -> dict[str, Any]:
         """All masks and distances so far, as tensors and plain values. The masks are not copied:
         they never change."""
-        return {"distances": [list(row) for row in self._distances], "masks": list(self._masks)}
+        return {"distances": [list(row) for row in self.distances], "masks": list(self._masks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._distances = [[float(d) for d in row] for row in state["distances"]]
+        self.distances = [[float(d) for d in row] for row in state["distances"]]
         self._masks = list(state["masks"])
 
 
@@ -116,18 +110,3 @@ def _scores(model: nn.Module, kind: str) -> list[Tensor]:
             f" {kind} ticket"
         )
     return found
-
-
-def _pack(mask: Tensor) -> Tensor:
-    """Pack a mask ``[n]`` into bits, uint8 ``[ceil(n / 8)]``."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(
-        math.ceil(mask.numel() / 8), 8
-    )
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
-
-
-_BITS_SET = torch.tensor([number.bit_count() for number in range(256)])
-
-
-def _differing(one: Tensor, other: Tensor) -> int:
-    return int(_BITS_SET[(one ^ other).long()].sum())

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 
 class InputError(Exception):
@@ -76,12 +77,6 @@ def run_command(command: Callable[[], None]) -> int:
 def _code_of(command: Callable[[], None]) -> int:
     try:
         command()
-    except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 3
     except Stopped as stopped:
         if str(stopped):
             print(one_line(stopped), file=sys.stderr)
@@ -89,19 +84,13 @@ def _code_of(command: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of a pipe left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
+    except (InputError, RunError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 3
+        return 2 if isinstance(error, InputError) else 3
     return 0
 
 
-def _warning_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
+def _warning_line(message: Warning | str, *where: Any, **line: Any) -> str:
     return f"warning: {one_line(message)}\n"
 
 

@@ -26,7 +26,7 @@ from utils.errors import InputError, RunError, one_line
 from utils.seeding import seeded, stream
 from utils.settings.common import CommonSettings, settings_from
 from utils.settings.stored import SETTINGS_OF
-from utils.storage.files import write_atomically
+from utils.storage.files import saved_bytes, write_atomically
 from utils.storage.packing import compact_network
 from utils.storage.safetensors import SUFFIX, safetensors_bytes
 
@@ -40,6 +40,7 @@ _KEPT = ("script", "settings", "digests", "epoch", "val_ra", "val_sa", "averaged
 # metadata in a checkpoint, or in safetensors made of one
 _TOLD = ("method", "dataset", "seed", "script", "epoch", "val_ra", "val_sa")
 _CPU = torch.device("cpu")
+_BATCH = ({0: torch.export.Dim("batch")},)  # the dynamic dimension of the images
 
 Network = Callable[[Tensor], Tensor]
 
@@ -91,10 +92,9 @@ class Trained:
 
     def images(self, n: int) -> Tensor:
         """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, always the same ones."""
+        side = self.spec["image_size"]
         with seeded(stream(1, "export", n)):
-            return torch.rand(
-                n, len(self.spec["mean"]), self.spec["image_size"], self.spec["image_size"]
-            )
+            return torch.rand(n, len(self.spec["mean"]), side, side)
 
 
 def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:
@@ -161,15 +161,9 @@ def export(
 
 def default_path(checkpoint: Path, kind: str) -> Path:
     """Beside the checkpoint, with the suffix of the format."""
-    stem = next(
-        (
-            checkpoint.name.removesuffix(suffix)
-            for suffix in _CHECKPOINT_SUFFIXES
-            if checkpoint.name.endswith(suffix)
-        ),
-        None,
-    )
-    return checkpoint.with_name((stem or checkpoint.name) + FORMATS[kind].suffix)
+    suffix = next(filter(checkpoint.name.endswith, _CHECKPOINT_SUFFIXES), "")
+    stem = checkpoint.name.removesuffix(suffix) or checkpoint.name
+    return checkpoint.with_name(stem + FORMATS[kind].suffix)
 
 
 def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
@@ -215,27 +209,22 @@ def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
         model: in eval mode.
         images: an example batch ``[N, C, H, W]``, N at least 2.
     """
-    options: dict[str, Any] = {
-        "opset_version": _OPSET,
-        "input_names": ["images"],
-        "output_names": ["logits"],
-        "verbose": False,
-    }
+    options: dict[str, Any] = {"opset_version": _OPSET, "dynamo": True, "verbose": False}
+    options |= {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():  # which libraries give about each other
         warnings.simplefilter("ignore")
-        options |= {"dynamo": True, "dynamic_shapes": _dynamic_batch()}
-        program = torch.onnx.export(model, (images,), **options)
+        program = torch.onnx.export(model, (images,), dynamic_shapes=_BATCH, **options)
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
-def onnx_session(content: bytes | str, threads: int | None = None) -> Any:
-    """An onnxruntime session on the CPU for a model's bytes or a file's path; by default with as
-    many threads as torch has."""
+def onnx_session(content: bytes | str) -> Any:
+    """An onnxruntime session on the CPU, with as many threads as torch, for a model's bytes or a
+    file's path."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -248,9 +237,7 @@ def _program_bytes(trained: Trained) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            trained.model, (trained.images(2),), dynamic_shapes=_dynamic_batch()
-        )
+        program = torch.export.export(trained.model, (trained.images(2),), dynamic_shapes=_BATCH)
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
@@ -259,17 +246,11 @@ def _run_program(path: Path, trained: Trained) -> Network:
     return torch.export.load(str(path)).module()
 
 
-def _dynamic_batch() -> tuple[dict[int, torch.export.Dim], ...]:
-    return ({0: torch.export.Dim("batch")},)
-
-
 def _state_bytes(trained: Trained) -> bytes:
     """A flat state dict of the full-size network, as the loaders of the Adversarial Pruning
     Benchmark and of RobustBench expect it."""
     plain = full_size_state(trained.spec, trained.state)
-    buffer = io.BytesIO()
-    torch.save({name: value.contiguous() for name, value in plain.items()}, buffer)
-    return buffer.getvalue()
+    return saved_bytes({name: value.contiguous() for name, value in plain.items()})
 
 
 def _run_state(path: Path, trained: Trained) -> Network:
@@ -282,9 +263,7 @@ def packed_bytes(trained: Trained) -> bytes:
     """A checkpoint that holds the network alone: live weights in float16, masks as bits."""
     kept = {name: trained.content[name] for name in _KEPT if name in trained.content}
     content = {**kept, "network": dict(trained.spec), "state_dict": trained.state}
-    buffer = io.BytesIO()
-    torch.save(compact_network(content, list(prunable(trained.model))), buffer)
-    return buffer.getvalue()
+    return saved_bytes(compact_network(content, list(prunable(trained.model))))
 
 
 FORMATS = {

@@ -51,11 +51,8 @@ def preserved_generators(device: torch.device) -> Iterator[Callable[[int], None]
     """
     # Not torch.manual_seed, which would also reseed the generators of all other GPUs.
     generators = [torch.default_generator, *_of_gpu(device)]
-    before = (
-        [generator.get_state() for generator in generators],
-        np.random.get_state(),
-        random.getstate(),
-    )
+    states = [generator.get_state() for generator in generators]
+    others = np.random.get_state(), random.getstate()
 
     def seed(key: int) -> None:
         for generator in generators:
@@ -66,10 +63,10 @@ def preserved_generators(device: torch.device) -> Iterator[Callable[[int], None]
     try:
         yield seed
     finally:
-        for generator, state in zip(generators, before[0], strict=True):
+        for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+        np.random.set_state(others[0])
+        random.setstate(others[1])
 
 
 def cpu_generator_states() -> tuple[bytes, str, tuple[Any, ...]]:
@@ -86,8 +83,5 @@ def _of_gpu(device: torch.device) -> list[torch.Generator]:
     if device.type != "cuda":
         return []
     torch.cuda.init()  # creates the generators
-    return [
-        torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ]
-    ]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.cuda.default_generators[index]]

@@ -10,7 +10,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -200,17 +200,12 @@ class Evaluation:
                 next(t for t in trials if t.name == "PGD-20"),
             )
         name = f"{'CW' if attack.loss == 'margin' else 'PGD'}-{attack.steps}"
-        options: dict[str, Any] = {
-            "restarts": settings.restarts,
-            "name": name,
-            "source": None if self.source is None else self.source.model,
-        }
+        source = None if self.source is None else self.source.model
+        options: dict[str, Any] = {"restarts": settings.restarts, "name": name, "source": source}
         test = pgd_trials(model, attack, settings.seed, **options)
-        train = (
-            []
-            if self.source is not None
-            else pgd_trials(model, attack, settings.seed, part="train", **options)
-        )
+        train = []
+        if self.source is None:
+            train = pgd_trials(model, attack, settings.seed, part="train", **options)
         title = name + (f" x {settings.restarts}" if settings.restarts > 1 else "")
         title += "" if attack.random_start else " without random start"
         title += f" crafted on {_short(settings.source)}" if settings.source else ""
@@ -237,11 +232,8 @@ class Evaluation:
     def _folder(self) -> Path:
         settings = self.settings
         assert settings.pretrained is not None
-        folder = (
-            Path(settings.eval_dir)
-            if settings.eval_dir is not None
-            else Path(settings.pretrained).parent / "evaluations"
-        )
+        beside = Path(settings.pretrained).parent / "evaluations"
+        folder = beside if settings.eval_dir is None else Path(settings.eval_dir)
         return writable_folder(folder, "--eval_dir DIR")
 
     def _path(self, suffix: str) -> Path:
@@ -260,13 +252,8 @@ class Evaluation:
         settings = self.settings
         source = None if self.source is None else self.source.weights
         parts: list[Any] = [self.evaluated.weights, source, dataclasses.asdict(self.attack)]
-        parts += [
-            settings.eval_attack,
-            settings.restarts,
-            settings.seed,
-            *(_digest_of_rows(split) for split in self.splits.values()),
-        ]
-        parts += [self.data.digest]
+        parts += [settings.eval_attack, settings.restarts, settings.seed]
+        parts += [*map(_digest_of_rows, self.splits.values()), self.data.digest]
         parts += [(trial.name, trial.batch) for trial in self.plan.trials]
         # Equal weights do not make equal networks.
         archs = [network.arch for network in self.networks]
@@ -309,50 +296,32 @@ class Evaluation:
         """Run all trials; on a signal or at ``--time_limit``, save and raise ``Stopped``."""
         if self.world.is_first:
             own_steps = self.settings.eval_attack == "autoattack"
-            notes = [
-                f"note: {line}"
-                for line in (
-                    *self.data.notes,
-                    *self.settings.notes,
-                    *self.settings.attack_cautions("test", own_steps),
-                )
-            ]
-            for line in [*notes, *(f"warning: {line}" for line in self.warnings), self.began_at]:
-                if line:
-                    print(line, flush=True)
-        with Interruption(self.settings.time_limit) as interruption, self._progress() as progress:
+            cautions = self.settings.attack_cautions("test", own_steps)
+            for note in (*self.data.notes, *self.settings.notes, *cautions):
+                print(f"note: {note}", flush=True)
+            for warning in self.warnings:
+                print(f"warning: {warning}", flush=True)
+            if self.began_at:
+                print(self.began_at, flush=True)
+        shown = _Progress(self.plan.trials, self.outcomes, quiet=not self.world.is_first)
+        with (
+            Interruption(self.settings.time_limit) as interruption,
+            contextlib.closing(shown) as progress,
+        ):
 
             def on_round(trial: Trial, images: int) -> None:
-                progress.advance(trial, images)
+                progress.advance(trial)
                 stopped = interruption.asked()
                 code = self.world.highest(stopped.code if stopped else 0)
                 if code or time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
                     self.save()
                 if code:
-                    why = (
-                        f"{stopped}; the same command resumes from {self.answers}"
-                        if stopped and self.world.is_first
-                        else ""
-                    )
-                    raise Stopped(why, code)
+                    why = f"{stopped}; the same command resumes from {self.answers}"
+                    raise Stopped(why if stopped and self.world.is_first else "", code)
 
-            run_trials(
-                self.model,
-                self.splits,
-                self.plan.trials,
-                self.outcomes,
-                world=self.world,
-                on_round=on_round,
-            )
+            given = (self.model, self.splits, self.plan.trials, self.outcomes)
+            run_trials(*given, world=self.world, on_round=on_round)
             self.save()
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[_Progress]:
-        progress = _Progress(self.plan.trials, self.outcomes, quiet=not self.world.is_first)
-        try:
-            yield progress
-        finally:
-            progress.close()
 
     def finish(self) -> dict[str, Any]:
         """Write the summary, print the result and return it."""
@@ -389,17 +358,13 @@ class Evaluation:
         accuracies = {trial.name: self.outcomes.accuracy(trial) for trial in self.plan.trials}
         ra = accuracies[self.plan.test.name]
         train_ra = None if self.plan.train is None else accuracies[self.plan.train.name]
-        attack, kind = (
-            self.attack,
-            "transfer" if self.source is not None else self.settings.eval_attack,
-        )
+        attack, settings, network = self.attack, self.settings, self.evaluated
+        kind = "transfer" if self.source is not None else settings.eval_attack
+        told = {"weights": network.weights, "epoch": network.epoch, "val_ra": network.val_ra}
+        parts = dict.fromkeys(trial.part for trial in self.plan.trials)
         return {
-            "checkpoint": Path(self.settings.pretrained or "").name,
-            "network": {
-                "weights": self.evaluated.weights,
-                "epoch": self.evaluated.epoch,
-                "val_ra": self.evaluated.val_ra,
-            },
+            "checkpoint": Path(settings.pretrained or "").name,
+            "network": told,
             "attack": kind,
             "title": self.plan.title,
             "norm": attack.norm,
@@ -408,15 +373,12 @@ class Evaluation:
             # reports the RA of PGD-20.
             "step_size": None if kind == "autoattack" else attack.step_size * 255,
             "steps": {"autoattack": None, "masking": 20}.get(kind, attack.steps),
-            "restarts": None if kind == "autoattack" else self.settings.restarts,
-            "source": self.settings.source,
-            "seed": self.settings.seed,
+            "restarts": None if kind == "autoattack" else settings.restarts,
+            "source": settings.source,
+            "seed": settings.seed,
             "digests": dict(self.data.digests),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "images": {
-                part: len(self.splits[part])
-                for part in {trial.part: None for trial in self.plan.trials}
-            },
+            "images": {part: len(self.splits[part]) for part in parts},
             "test_sa": accuracies["clean"],
             "test_ra": ra,
             "train_ra": train_ra,
@@ -427,18 +389,14 @@ class Evaluation:
         }
 
     def _headline(self, result: Mapping[str, Any]) -> str:
-        attack = (
-            f"{'PGD-20' if self.settings.eval_attack == 'masking' else result['title']},"
-            f" {self.settings.test_ball}"
-        )
-        robust, standard = (
-            f"test RA ({attack}) {result['test_ra']:.2f}",
-            f"test SA {result['test_sa']:.2f}",
-        )
+        masking = self.settings.eval_attack == "masking"
+        attack = f"{'PGD-20' if masking else result['title']}, {self.settings.test_ball}"
+        robust = f"test RA ({attack}) {result['test_ra']:.2f}"
+        standard = f"test SA {result['test_sa']:.2f}"
         if result["train_ra"] is not None:
             gap = f"robust generalization gap {result['robust_gap']:.2f}"
             return f"{robust}  {standard}  training RA {result['train_ra']:.2f}  {gap}"
-        if self.settings.eval_attack == "masking":
+        if masking:
             return f"{robust}  {standard}  on {result['images']['test']} images"
         return f"{standard}  {robust}  on {result['images']['test']} images"
 
@@ -453,26 +411,18 @@ class _Progress:
         self._trial: Trial | None = None
         self._bar: Any = None
 
-    def advance(self, trial: Trial, images: int) -> None:
-        """Record that ``images`` more images of a trial are done."""
+    def advance(self, trial: Trial) -> None:
+        """Show how far a trial has come."""
         if trial is not self._trial:
             self.close()
             self._trial = trial
             self._rows = self._outcomes.rows(trial, self._trials)
-            self._bar = tqdm(
-                total=len(self._rows),
-                desc=trial.name,
-                unit="img",
-                leave=False,
-                disable=True if self._quiet else None,
-            )
-            self._bar.update(
-                int((self._outcomes.predicted(trial)[self._rows] != Outcomes.NOT_SHOWN).sum())
-                - images
-            )
-        self._bar.update(images)
-        estimate = self._outcomes.estimate(trial, self._rows)
-        done = not bool((self._outcomes.predicted(trial)[self._rows] == Outcomes.NOT_SHOWN).any())
+            options: dict[str, Any] = {"unit": "img", "leave": False, "desc": trial.name}
+            options["disable"] = True if self._quiet else None
+            self._bar = tqdm(total=len(self._rows), **options)
+        shown = int((self._outcomes.predicted(trial)[self._rows] != Outcomes.NOT_SHOWN).sum())
+        self._bar.update(shown - self._bar.n)
+        estimate, done = self._outcomes.estimate(trial, self._rows), shown == len(self._rows)
         if not self._bar.disable:
             self._bar.set_postfix_str(f"{'at most ' if trial.spares else ''}{estimate:.2f} %")
         elif done and not self._quiet:

@@ -201,17 +201,15 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
         InputError: captum is not installed.
     """
     stage = _stages(model)[cam_stage(model, x).name]
-    with _gradients_of_images(model), _activated(stage):
-        evidence = (
-            captum_methods()
-            .LayerGradCam(model, stage)
-            .attribute(x.detach(), target=classes)
-            .detach()
-        )
+    cam = captum_methods().LayerGradCam(model, stage)
+    # The ReLU, for captum's hook and without a change to the logits. Clamped above zero: Grad-CAM
+    # averages gradients over the whole map, and where a value is zero the ReLU that follows would
+    # pass none.
+    hook = stage.register_forward_hook(lambda module, given, output: output.clamp_min(_ACTIVE))
+    with _gradients_of_images(model), hook:
+        evidence = cam.attribute(x.detach(), target=classes).detach()
     evidence = F.threshold(evidence, _NO_EVIDENCE, 0.0)
-    evidence = F.interpolate(
-        evidence, size=x.shape[2:], mode="bilinear", align_corners=False
-    ).squeeze(1)
+    evidence = F.interpolate(evidence, x.shape[2:], mode="bilinear").squeeze(1)
     return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(_NO_EVIDENCE)
 
 
@@ -221,12 +219,9 @@ def input_saliency(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     Takes the arguments of ``grad_cam``; by captum (Simonyan, Vedaldi and Zisserman, "Deep Inside
     Convolutional Networks", 2014). Raises ``InputError`` if captum is not installed.
     """
+    saliency = captum_methods().Saliency(model)
     with _gradients_of_images(model):
-        gradient = (
-            captum_methods()
-            .Saliency(model)
-            .attribute(x.detach().clone().requires_grad_(), target=classes)
-        )
+        gradient = saliency.attribute(x.detach().clone().requires_grad_(), target=classes)
     return gradient.detach().amax(dim=1)
 
 
@@ -254,18 +249,25 @@ class CamStage:
 def cam_stage(model: nn.Module, x: Tensor) -> CamStage:
     """The deepest convolutional stage whose map of images ``x`` has at least 2x2 points; a smaller
     map cannot locate anything."""
-    with in_mode(model, False), torch.no_grad(), _recorded(_stages(model)) as maps:
+    sizes: dict[str, tuple[int, int]] = {}
+    with in_mode(model, False), torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name, module in _stages(model).items():
+
+            def record(_: nn.Module, given: object, output: Tensor, name: str = name) -> None:
+                sizes[name] = (output.shape[2], output.shape[3])
+
+            hooks.enter_context(module.register_forward_hook(record))
         model(x[:1])
-    name, names = _deepest_with_area(maps), list(maps)
-    height, width = maps[name].shape[2:]
-    return CamStage(name, (height, width), tuple(names[names.index(name) + 1 :]))
+    *_, deepest = [name for name, size in sizes.items() if min(size) >= 2]
+    names = list(sizes)
+    return CamStage(deepest, sizes[deepest], tuple(names[names.index(deepest) + 1 :]))
 
 
 def _stages(model: nn.Module) -> dict[str, nn.Module]:
     """The module whose output is each stage's feature map, by the stage's name, in order.
 
     In a VGG it is the last ReLU before each pool. In a pre-activation ResNet it is the batch norm
-    that reads the stage's sum; its ReLU is a function, not a module, so ``_activated`` applies it.
+    that reads the stage's sum; its ReLU is a function, not a module, so ``grad_cam`` applies it.
     """
     if isinstance(layers := getattr(model, "features", None), nn.Sequential):
         followed = zip(layers, list(layers)[1:], strict=False)
@@ -288,42 +290,6 @@ def _stages(model: nn.Module) -> dict[str, nn.Module]:
             f"{type(model).__name__} is neither a ResNet, a VGG nor a wide ResNet of this project"
         )
     return {stage: model.get_submodule(norm) for stage, norm in readers.items()}
-
-
-def _deepest_with_area(maps: Mapping[str, Tensor]) -> str:
-    return [name for name, features in maps.items() if min(features.shape[2:]) >= 2][-1]
-
-
-@contextlib.contextmanager
-def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """A dict that a forward pass within the block fills with the modules' outputs, by name."""
-    outputs: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, given, output: outputs.__setitem__(name, output)
-
-    hooks = [module.register_forward_hook(recorder(name)) for name, module in modules.items()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def _activated(stage: nn.Module) -> Iterator[None]:
-    """Apply the ReLU to the module's output for later hooks, without a change to the logits."""
-
-    def activate(module: nn.Module, given: object, output: Tensor) -> Tensor:
-        # Clamped above zero: Grad-CAM averages gradients over the whole map, and where a value is
-        # zero the ReLU that follows would pass none.
-        return output.clamp_min(_ACTIVE)
-
-    hook = stage.register_forward_hook(activate)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
@@ -391,7 +357,7 @@ def loss_surface(
     """Mean cross-entropy on a plane through a network's weights, in eval mode.
 
     Args:
-        model: its weights change during the call and are restored exactly.
+        model: not changed.
         image_sets: each ``[N, C, H, W]`` in [0, 1], of the same classes.
         y: the classes, int64 ``[N]``.
         directions: two results of ``filter_normalized_direction``.
@@ -404,29 +370,15 @@ def loss_surface(
     """
     coordinates = grid_coordinates(grid).tolist()
     losses = torch.empty(len(image_sets), grid, grid, dtype=torch.float64)
-    with in_mode(model, False), torch.no_grad(), _weights_put_back(model) as weights:
+    own = dict(model.named_parameters())
+    with in_mode(model, False), torch.no_grad():
         for i, first in enumerate(coordinates):
             for j, second in enumerate(coordinates):
-                for name, parameter in model.named_parameters():
-                    # Start from the copy each time: rounding does not accumulate, and the centre is
-                    # the network itself.
-                    parameter.copy_(
-                        weights[name] + first * directions[0][name] + second * directions[1][name]
-                    )
-                losses[:, i, j] = torch.stack(
-                    [F.cross_entropy(model(images), y) for images in image_sets]
-                )
+                moved = {
+                    name: weight + first * directions[0][name] + second * directions[1][name]
+                    for name, weight in own.items()
+                }
+                logits = [torch.func.functional_call(model, moved, (x,)) for x in image_sets]
+                losses[:, i, j] = torch.stack([F.cross_entropy(found, y) for found in logits])
                 on_point()
     return losses
-
-
-@contextlib.contextmanager
-def _weights_put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Copies of the parameters, by name; the parameters are restored from them on exit."""
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    try:
-        yield weights
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])

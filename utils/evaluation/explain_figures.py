@@ -151,20 +151,10 @@ def _draw_cuts(axes: Axes, surfaces: Tensor, names: Sequence[str]) -> None:
     coordinates = grid_coordinates(surfaces.shape[1]).numpy()
     centre = surfaces.shape[1] // 2
     for surface, name, colour in zip(surfaces, names, ("tab:blue", "tab:red"), strict=True):
-        axes.plot(
-            coordinates,
-            surface[:, centre].numpy(),
-            "-",
-            color=colour,
-            label=f"{name}, first direction",
-        )
-        axes.plot(
-            coordinates,
-            surface[centre].numpy(),
-            "--",
-            color=colour,
-            label=f"{name}, second direction",
-        )
+        cuts = (("-", surface[:, centre], "first"), ("--", surface[centre], "second"))
+        for style, cut, which in cuts:
+            label = f"{name}, {which} direction"
+            axes.plot(coordinates, cut.numpy(), style, color=colour, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(_loss_ticks())
     axes.yaxis.set_major_formatter(FormatStrFormatter(_LOSS_FORMAT))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data import Batch, Split
 from data.augment import to_float
 from models.modes import in_mode, without_parameter_gradients
-from utils.attacks import PGD, attack_draws
+from utils.attacks import PGD, attack_draws, step
 from utils.evaluation.trials import Trial, pgd_trials
 from utils.execution.hardware import full_precision
 from utils.seeding import random_bits, stream, uniform
@@ -90,11 +90,11 @@ def _noise(batch: Batch, attack: PGD, seed: int) -> Tensor:
     )
     assert draws is not None
     if attack.norm == "linf":
-        offset = (2 * draws - 1).sign() * attack.eps
+        direction = 2 * draws - 1
     else:
-        direction = torch.special.ndtri(draws[:, :-1].double())
-        offset = (attack.eps * direction / direction.norm(dim=1, keepdim=True)).to(batch.x.dtype)
-    return (batch.x + offset.view_as(batch.x)).clamp(0.0, 1.0)
+        direction = torch.special.ndtri(draws[:, :-1].double()).view_as(batch.x)
+    offset = step(direction, dataclasses.replace(attack, step_size=attack.eps))
+    return (batch.x + offset.to(batch.x.dtype)).clamp(0.0, 1.0)
 
 
 def signs(
@@ -156,16 +156,16 @@ def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Te
             (gradient,) = torch.autograd.grad(
                 F.cross_entropy(model(x_free), y, reduction="sum"), x_free
             )
-        along, across = (
-            _to_surface(direction, attack)
-            for direction in (gradient, _random_signs(x, indices, seed))
-        )
+        whole = dataclasses.replace(attack, step_size=attack.eps)  # to the surface of the ball
+        along, across = step(gradient, whole), step(_random_signs(x, indices, seed), whole)
         parts = torch.linspace(0, 1, _SURFACE_POINTS).tolist()
         with torch.no_grad():
+            # Images are not clipped to [0, 1], which would bend the surface.
+            logits = [[model(x + i * along + j * across) for j in parts] for i in parts]
             losses = torch.stack(
                 [
-                    torch.stack([_loss(model, x + i * along + j * across, y) for j in parts])
-                    for i in parts
+                    torch.stack([F.cross_entropy(found, y, reduction="none") for found in row])
+                    for row in logits
                 ]
             )
     way = losses[:, 0]  # [points, images]
@@ -175,24 +175,9 @@ def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Te
     return losses.mean(dim=2).double().cpu(), rise, rising
 
 
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    # Images are not clipped to [0, 1], which would bend the surface.
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
 def _random_signs(x: Tensor, indices: Tensor, seed: int) -> Tensor:
     keys = random_bits(stream(0, seed, "surface"), indices)[:, None]
     return (uniform(keys, torch.arange(x[0].numel(), device=x.device)) - 0.5).view_as(x)
-
-
-def _to_surface(direction: Tensor, attack: PGD) -> Tensor:
-    """The step along ``direction`` from an image to the surface of the ball."""
-    if attack.norm == "linf":
-        return attack.eps * direction.sign()
-    norm = torch.linalg.vector_norm(
-        direction, dim=tuple(range(1, direction.dim())), keepdim=True
-    ).clamp_min(torch.finfo(direction.dtype).tiny)
-    return attack.eps * direction / norm
 
 
 def text(signs: Signs) -> list[str]:

@@ -7,8 +7,7 @@ a worst-case trial only attacks images that are still classified correctly after
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,9 +176,9 @@ def _answers(model: nn.Module, split: Split, trial: Trial, rows: Tensor) -> Tens
 # ---------------------------------------------------------------- trials
 
 
-def clean_trial(part: str = "test") -> Trial:
-    """The trial on clean images."""
-    return Trial("clean" if part == "test" else f"clean, {part}", lambda batch: batch.x, part)
+def clean_trial() -> Trial:
+    """The trial on clean test images."""
+    return Trial("clean", lambda batch: batch.x)
 
 
 def pgd_trials(
@@ -253,7 +252,9 @@ def autoattack_trials(
 
     def craft(part: Any) -> Craft:
         def adversarial(batch: Batch) -> Tensor:
-            with _own_generators():  # the library seeds torch's global generators
+            # the library seeds torch's global generators, of all GPUs
+            gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+            with torch.random.fork_rng(gpus):
                 found = part.perturb(batch.x.contiguous(), batch.y).detach()
             # Rounding in its last step must not move an image out of the ball.
             if attack.norm == "linf":
@@ -268,12 +269,3 @@ def autoattack_trials(
         Trial(name, craft(part), spares=tuple(names[: n + 1]), batch=size)
         for n, (name, part) in enumerate(attacks.items())
     ]
-
-
-@contextlib.contextmanager
-def _own_generators() -> Iterator[None]:
-    # The library seeds the generators of all GPUs, whichever one it runs on.
-    with torch.random.fork_rng(
-        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    ):
-        yield

@@ -7,7 +7,8 @@ inputs are copied into tensors of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from utils.seeding import cpu_generator_states
 
 AttackOnce = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 StepOnce = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
-Inputs = Sequence[Tensor | None]
+Inputs = tuple[Tensor, Tensor, Tensor | None]  # images, labels, draws
 _WARM_UPS = 3  # in these, libraries choose kernels and allocate memory
 
 
@@ -98,13 +99,7 @@ class GraphedAttack:
         self, model: nn.Module, attack_once: AttackOnce, inputs: Inputs, memory: GraphMemory
     ) -> None:
         self._inputs = _own(inputs)
-        x, y, draws = self._inputs
-        assert x is not None
-        assert y is not None
-
-        def work() -> Tensor:
-            return attack_once(x, y, draws)
-
+        work = functools.partial(attack_once, *self._inputs)
         before = [buffer.clone() for buffer in model.buffers()]
         try:
             with memory.beside():
@@ -115,12 +110,11 @@ class GraphedAttack:
                 for buffer, value in zip(model.buffers(), before, strict=True):
                     buffer.copy_(value)
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: *Inputs) -> Tensor:
         """Adversarial images, in memory that the next call overwrites."""
         _fill(self._inputs, inputs)
         self._captured.replay()
-        adversarial: Tensor = self._captured.outputs
-        return adversarial
+        return self._captured.outputs
 
 
 class GraphedStep:
@@ -139,11 +133,10 @@ class GraphedStep:
     def __init__(
         self, optimizer: torch.optim.Optimizer, step_once: StepOnce, memory: GraphMemory
     ) -> None:
-        self._optimizer, self._step_once, self._memory = optimizer, step_once, memory
+        self._step_once, self._memory = step_once, memory
         (self._group,) = optimizer.param_groups
         self._done = 0
         self._captured: Captured | None = None
-        self._inputs: list[Tensor | None] = []
         self._gradients: list[Tensor | None] = []
         self._rate = torch.zeros((), device=memory.device)
 
@@ -151,25 +144,20 @@ class GraphedStep:
     def is_captured(self) -> bool:
         return self._captured is not None
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: *Inputs) -> tuple[Tensor, ...]:
         """Loss, number of correct predictions and adversarial images, whose memory the next call
         overwrites."""
         if self._captured is None and self._done < _WARM_UPS:
             self._done += 1
-            x, y, draws = inputs
-            assert x is not None
-            assert y is not None
             with self._memory.beside(), self._own_rate():
-                return self._step_once(x, y, draws)
-        if self._captured is None:
-            self._capture(inputs)
-        assert self._captured is not None
+                return self._step_once(*inputs)
+        captured = self._captured or self._capture(inputs)
         _fill(self._inputs, inputs)
         self._rate.fill_(self._group["lr"])
-        self._captured.replay()
+        captured.replay()
         for parameter, gradient in zip(self._group["params"], self._gradients, strict=True):
             parameter.grad = gradient  # an eager step may have replaced it
-        loss, right, attacked = self._captured.outputs
+        loss, right, attacked = captured.outputs
         return loss.clone(), right.clone(), attacked
 
     @contextlib.contextmanager
@@ -183,20 +171,18 @@ class GraphedStep:
         finally:
             self._group["lr"] = rate
 
-    def _capture(self, inputs: Inputs) -> None:
+    def _capture(self, inputs: Inputs) -> Captured:
         self._inputs = _own(inputs)
-        x, y, draws = self._inputs
-        assert x is not None
-        assert y is not None
         drawn = cpu_generator_states()
         with self._memory.beside(), self._own_rate():
-            self._captured = _capture(lambda: self._step_once(x, y, draws), self._memory)
+            self._captured = _capture(lambda: self._step_once(*self._inputs), self._memory)
         if cpu_generator_states() != drawn:
             raise RunError(
                 "the network draws on the host, which a CUDA graph would not repeat; --resume"
                 " --cuda_graphs auto continues"
             )
         self._gradients = [parameter.grad for parameter in self._group["params"]]
+        return self._captured
 
 
 def _warm_up(work: Callable[[], object]) -> None:
@@ -210,8 +196,9 @@ def _warm_up(work: Callable[[], object]) -> None:
         raise UncapturedError("the network draws on the host, which a graph would not repeat")
 
 
-def _own(inputs: Inputs) -> list[Tensor | None]:
-    return [None if value is None else torch.empty_like(value).copy_(value) for value in inputs]
+def _own(inputs: Inputs) -> Inputs:
+    x, y, draws = inputs
+    return x.clone(), y.clone(), None if draws is None else draws.clone()
 
 
 def _fill(own: Inputs, inputs: Inputs) -> None:

@@ -25,6 +25,7 @@ from utils.execution.cuda_graph import (
     GraphedAttack,
     GraphedStep,
     GraphMemory,
+    Inputs,
     StepOnce,
     UncapturedError,
 )
@@ -148,9 +149,8 @@ class Forward:
 
         if attack.steps == 0 or not self._is_graphed(x) or self._is_capturing:
             return once(x, y, draws)
-        if training and any(
-            isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()
-        ):
+        communicates = any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        if training and communicates:
             return once(x, y, draws)  # collectives stay outside of graphs
         key = (attack, training, x.shape)
         if key not in self._attacks and key not in self._uncaptured:
@@ -181,20 +181,15 @@ class Forward:
             self._is_capturing = False
 
     def _is_graphed(self, x: Tensor) -> bool:
-        return (
-            self._wanted != "off"
-            and len(x) in self._graph_sizes
-            and cuda_graph.may_capture(x.device)
-        )
+        graphed = self._wanted != "off" and len(x) in self._graph_sizes
+        return graphed and cuda_graph.may_capture(x.device)
 
     def _memory(self, device: torch.device) -> GraphMemory:
         if self._shared is None:
             self._shared = GraphMemory(device)
         return self._shared
 
-    def _capture(
-        self, key: Hashable, once: AttackOnce, inputs: tuple[Tensor, Tensor, Tensor | None]
-    ) -> None:
+    def _capture(self, key: Hashable, once: AttackOnce, inputs: Inputs) -> None:
         device = inputs[0].device
         try:
             with preserved_generators(device):  # capturing must not change the step's draws
@@ -233,8 +228,7 @@ class Forward:
         except Exception as error:
             # a missing compiler or an unsupported network: any layer below may raise its own error
             failure = one_line(error).split(". ")[0][:200]
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         if self.world.highest(failure is not None):

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from utils.errors import Stopped
@@ -44,12 +44,7 @@ class Interruption:
             self._before = {number: signal.signal(number, self._remember) for number in caught}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -62,9 +57,8 @@ class Interruption:
     def asked(self) -> Stopped | None:
         """The ``Stopped`` to raise if the process was asked to stop, else None."""
         if self._signal is not None:
-            return Stopped(
-                "interrupted" if self._signal == signal.SIGINT else "terminated", 128 + self._signal
-            )
+            how = "interrupted" if self._signal == signal.SIGINT else "terminated"
+            return Stopped(how, 128 + self._signal)
         if self._parent is not None and os.getppid() != self._parent:
             return Stopped("terminated, since torchrun has ended", 128 + signal.SIGTERM)
         if self._ends_at is not None and time.monotonic() >= self._ends_at:

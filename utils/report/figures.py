@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -81,9 +82,9 @@ def ra_against_sparsity(lines: Sequence[tuple[str, Sequence[Group]]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for number, (_, groups) in enumerate(lines):
         for axes, figure_of, style in (
-            (left, _train_ra, "--"),
-            (left, _test_ra, "-"),
-            (right, _gap, "-"),
+            (left, lambda s: s["final"]["train_ra"], "--"),
+            (left, lambda s: s["final"]["test_ra"], "-"),
+            (right, itemgetter("robust_gap"), "-"),
         ):
             _draw_by_sparsity(axes, groups, figure_of, {**_look(number), "linestyle": style})
     for axes, title, label in (
@@ -108,22 +109,6 @@ def ra_against_sparsity(lines: Sequence[tuple[str, Sequence[Group]]]) -> Figure:
 def _look(number: int) -> dict[str, Any]:
     """Colour and marker of a line."""
     return {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
-
-
-def _train_ra(summary: Row) -> float:
-    return summary["final"]["train_ra"]
-
-
-def _test_ra(summary: Row) -> float:
-    return summary["final"]["test_ra"]
-
-
-def _gap(summary: Row) -> float:
-    return summary["robust_gap"]
-
-
-def _diff(summary: Row) -> float:
-    return summary["diff"]
 
 
 def _draw_by_sparsity(
@@ -158,15 +143,18 @@ def gap_bars(groups: Sequence[Group]) -> Figure:
         figsize=(8.0, 1.7 + max(0.62, 0.2 * tallest + 0.1) * len(groups)), layout="constrained"
     )
     axes = figure.add_subplot()
-    for offset, figure_of, colour, label in (
-        (-0.2, _gap, "tab:blue", "robust generalization gap (training RA - test RA, final model)"),
-        (0.2, _diff, "tab:orange", "Diff. (best RA - final RA, test images)"),
+    for offset, name, colour, label in (
+        (
+            -0.2,
+            "robust_gap",
+            "tab:blue",
+            "robust generalization gap (training RA - test RA, final model)",
+        ),
+        (0.2, "diff", "tab:orange", "Diff. (best RA - final RA, test images)"),
     ):
-        measured = [group.measured(figure_of) for group in groups]
-        places, means = (
-            [number + offset for number in range(len(groups))],
-            [m.mean for m in measured],
-        )
+        measured = [group.measured(itemgetter(name)) for group in groups]
+        places = [number + offset for number in range(len(groups))]
+        means = [m.mean for m in measured]
         bars = axes.barh(
             places,
             means,
@@ -239,11 +227,8 @@ def ticket_distances(run: FinishedRun) -> Figure | None:
     watched = None
     if run.method.startswith("rb"):
         identity = run.identity
-        tolerance = (
-            TOLERANCES[identity["pruning"]]
-            if identity["eb_tolerance"] is None
-            else identity["eb_tolerance"]
-        )
+        tolerance = identity["eb_tolerance"]
+        tolerance = TOLERANCES[identity["pruning"]] if tolerance is None else tolerance
         watched = (identity["eb_window"], tolerance, rows[-1]["ticket"])
     return mask_distances([row["mask_distances"] for row in rows], rows[-1]["epoch"], watched)
 
@@ -280,14 +265,8 @@ def _masks_pictures(group: Group, whose: str, stem: str) -> list[Picture]:
     if group.method in ("fb", "fbp") and any(row["layer_densities"] for row in run.last_stage):
         caption = f"{whose}: density of each layer after each epoch, and of the network."
         alternative = f"Heat map of the density by layer and epoch of {whose}."
-        return [
-            Picture(
-                f"layer_densities_{stem}",
-                layer_densities(run.last_stage, whose),
-                caption,
-                alternative,
-            )
-        ]
+        figure = layer_densities(run.last_stage, whose)
+        return [Picture(f"layer_densities_{stem}", figure, caption, alternative)]
     distances = ticket_distances(run) if group.method.startswith("rb") else None
     if distances is None:
         return []
@@ -335,12 +314,8 @@ def _gap_picture(groups: Sequence[Group]) -> Picture:
     caption = (
         f"Robust generalization gap and robust overfitting (Diff.) by method{_bars_are(groups)}."
     )
-    return Picture(
-        "gaps",
-        gap_bars(groups),
-        caption,
-        f"Bars of the robust generalization gap and of Diff. of {_names(groups)}.",
-    )
+    alternative = f"Bars of the robust generalization gap and of Diff. of {_names(groups)}."
+    return Picture("gaps", gap_bars(groups), caption, alternative)
 
 
 def _several(groups: Sequence[Group]) -> bool:

@@ -25,18 +25,11 @@ _NO_DIFFERENCE = set("seed dataset data density fb fbp fix pruning precision ima
 _NO_DIFFERENCE |= {"train_subset", "test_subset"}
 
 
-@dataclass(frozen=True)
-class _Images:
-    train: int
-    test: int
-    side: int
-    classes: int
-
-
+_FACTS = ("classes", "training images", "test images", "image side")
 _IMAGES = {
-    "cifar10": _Images(45_000, 10_000, 32, 10),
-    "cifar100": _Images(45_000, 10_000, 32, 100),
-    "tinyimagenet": _Images(90_000, 10_000, 64, 200),
+    "cifar10": (10, 45_000, 10_000, 32),
+    "cifar100": (100, 45_000, 10_000, 32),
+    "tinyimagenet": (200, 90_000, 10_000, 64),
 }
 
 
@@ -82,13 +75,10 @@ def benchmark(dataset: str | None, arch: str, structure: str, sparsity: int) -> 
         if (row["dataset"], row["arch"], row["structure"]) == (dataset, arch, structure)
     ]
     return [
-        Published(
-            row["method"],
-            float(row["clean_accuracy"]) if row["clean_accuracy"] else None,
-            float(row["autoattack_accuracy"]),
-        )
+        Published(row["method"], float(clean) if clean else None, float(row["autoattack_accuracy"]))
         for row in cells
         if float(row["sparsity_percent"]) == sparsity
+        for clean in [row["clean_accuracy"]]
     ]
 
 
@@ -123,18 +113,12 @@ def _other_data(group: Group) -> str:
     )
 
 
-def _other_images(config: Mapping[str, Mapping[str, int]], theirs: _Images) -> list[str]:
+def _other_images(config: Mapping[str, Mapping[str, int]], theirs: Sequence[int]) -> list[str]:
     images, network = config.get("images", {}), config.get("network", {})
-    facts = [
-        ("classes", network.get("num_classes"), theirs.classes),
-        ("training images", images.get("train"), theirs.train),
-        ("test images", images.get("test"), theirs.test),
-        ("image side", network.get("image_size"), theirs.side),
-    ]
+    ours = (network.get("num_classes"), images.get("train"), images.get("test"))
+    facts = zip(_FACTS, (*ours, network.get("image_size")), theirs, strict=True)
     return [
-        f"{what} {ours} (paper: {paper})"
-        for what, ours, paper in facts
-        if ours not in (None, paper)
+        f"{what} {own} (paper: {paper})" for what, own, paper in facts if own not in (None, paper)
     ]
 
 
@@ -146,10 +130,8 @@ def _other_settings(group: Group) -> list[str]:
     }
     # Milestones given as fractions scale with the length, so they are compared at the paper's.
     at_length = dataclasses.replace(settings, **lengths).canonical()
-    ours, defaults = (
-        settings.canonical(),
-        {f.name: f.default for f in dataclasses.fields(settings) if f.metadata["result"]},
-    )
+    ours, fields = settings.canonical(), dataclasses.fields(settings)
+    defaults = {f.name: f.default for f in fields if f.metadata["result"]}
     if group.method.split("-")[0] in ("fb", "fbp"):
         defaults["dynamic_fre"] = True  # as in the paper's commands
     found = []

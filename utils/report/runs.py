@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,11 @@ _UNSET = {
     "beta": "the usual",
     "swa": "none",
 }
+# the live fraction of the prunable weights at the end of a run, of its summary
+density: Callable[[Row], float] = itemgetter("density")
 _MOST_TOLD = 3  # settings in a label; if more differ, only the necessary ones are named
 # Labels compare these settings over all runs, and others only within a method.
-_SCALE = (
-    "dataset",
-    "data",
-    "arch",
-    "width",
-    "depth_factor",
-    "width_factor",
-    "image_size",
-    "train_subset",
-)
+_SCALE = "dataset data arch width depth_factor width_factor image_size train_subset".split()
 _ATTACK = ("norm", "train_eps", "train_step", "test_eps", "test_step")
 
 
@@ -175,12 +169,8 @@ class FinishedRun:
             for f in dataclasses.fields(self.settings)
             if f.metadata["result"] and f.name != "seed"
         }
-        return {
-            **found,
-            "data": self.data,
-            "precision": self.precision,
-            "processes": self.processes,
-        }
+        how = {"precision": self.precision, "processes": self.processes}
+        return {**found, "data": self.data, **how}
 
     @cached_property
     def data(self) -> str | None:
@@ -202,19 +192,15 @@ class FinishedRun:
     @property
     def precision(self) -> str:
         """The precision of the training."""
-        return (
-            str(self._found.get("precision", "float32"))
-            if self.settings.precision == "auto"
-            else self.settings.precision
-        )
+        if self.settings.precision == "auto":
+            return str(self._found.get("precision", "float32"))
+        return self.settings.precision
 
     @property
     def processes(self) -> str:
         """The number of training processes; all numbers, in order, if it changed on resume."""
-        return (
-            ", ".join(dict.fromkeys(str(entry.get("processes", 1)) for entry in self.made_by))
-            or "1"
-        )
+        numbers = dict.fromkeys(str(entry.get("processes", 1)) for entry in self.made_by)
+        return ", ".join(numbers) or "1"
 
     @cached_property
     def made_by(self) -> list[dict[str, Any]]:
@@ -294,27 +280,17 @@ def command_of(run: FinishedRun) -> str:
     """The command that trains such a run: the settings that are not at their defaults, and the path
     of the data."""
     settings = run.settings
-    script = (
-        settings.script if settings.script == "main_adv.py" else f"Robust-Bird/{settings.script}"
-    )
-    words = ["python", script]
+    folder = "" if settings.script == "main_adv.py" else "Robust-Bird/"
+    words = ["python", folder + settings.script]
     usual = settings.guessed({"structure": getattr(settings, "structure", None)})
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         as_usual = value == usual.get(f.name, f.default)
         if as_usual or not (f.metadata["result"] or f.name in ("data", "on_collapse")):
             continue
-        words += (
-            [f"--{'' if value else 'no-'}{f.name}"]
-            if isinstance(value, bool)
-            else [f"--{f.name}", str(value)]
-        )
+        switch = isinstance(value, bool)
+        words += [f"--{'no-' if value is False else ''}{f.name}", *([] if switch else [str(value)])]
     return shlex.join(words)
-
-
-def density(summary: Row) -> float:
-    """The live fraction of the prunable weights at the end of a run."""
-    return summary["density"]
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -327,11 +303,8 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
     found: dict[Path, FinishedRun] = {}
     unfinished: list[str] = []
     for folder in folders:
-        inner = (
-            []
-            if RunPaths(folder).holds_a_run() or not folder.is_dir()
-            else sorted(folder.iterdir())
-        )
+        is_run = RunPaths(folder).holds_a_run() or not folder.is_dir()
+        inner = [] if is_run else sorted(folder.iterdir())
         inner = [path for path in inner if RunPaths(path).holds_a_run()]
         finished = [path for path in inner if RunPaths(path).summary.exists()]
         if inner and not finished:
@@ -436,17 +409,13 @@ def _labels(runs: Sequence[FinishedRun], without: str = "") -> list[str]:
 
 def _data_name(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
     """The name of a run's data, with part of the digest if other data have the same name."""
-    name = (
-        Path(run.settings.data).name
-        if run.settings.dataset == "imagefolder"
-        else run.settings.dataset
-    )
-    others = {
-        other.data
-        for other in runs
-        if (other.settings.dataset, Path(other.settings.data).name)
-        == (run.settings.dataset, Path(run.settings.data).name)
-    }
+
+    def named(one: FinishedRun) -> tuple[str, str]:
+        return one.settings.dataset, Path(one.settings.data).name
+
+    dataset, folder = named(run)
+    name = folder if dataset == "imagefolder" else dataset
+    others = {other.data for other in runs if named(other) == named(run)}
     return f"{name} {run.data[:8]}" if run.data and len(others) > 1 else name
 
 

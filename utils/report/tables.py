@@ -19,17 +19,8 @@ from utils.training.summary import percent
 Row = Mapping[str, Any]
 
 _COLUMNS = (
-    "method",
-    "RA best",
-    "RA final",
-    "Diff.",
-    "SA best",
-    "SA final",
-    "robust gap",
-    "density",
-    "train FLOPs",
-    "infer FLOPs",
-)
+    "method|RA best|RA final|Diff.|SA best|SA final|robust gap|density|train FLOPs|infer FLOPs"
+).split("|")
 
 
 def summary_table(summaries: Sequence[Row]) -> str:
@@ -57,39 +48,22 @@ def averaged(summary: Row) -> Row:
 
 def _method_name(summary: Row) -> str:
     name = METHOD_NAMES[summary["method"]]
-    return (
-        f"{name} ({summary['settings']['sparse_init']})" if summary["method"] == "static" else name
-    )
+    init = f" ({summary['settings']['sparse_init']})" if summary["method"] == "static" else ""
+    return name + init
 
 
 def _cells(s: Row) -> list[str]:
     best, final, flops = s["best"], s["final"], s["flops"]["real"]
-    figures = [
-        best["test_ra"],
-        final["test_ra"],
-        s["diff"],
-        best["test_sa"],
-        final["test_sa"],
-        s["robust_gap"],
-    ]
-    return [
-        *map(percent, figures),
-        f"{s['density']:.4f}",
-        f"{flops['training']:.3g}",
-        f"{flops['inference']:.3g}",
-    ]
+    figures = [best["test_ra"], final["test_ra"], s["diff"], best["test_sa"], final["test_sa"]]
+    work = [f"{flops[kind]:.3g}" for kind in ("training", "inference")]
+    return [*map(percent, [*figures, s["robust_gap"]]), f"{s['density']:.4f}", *work]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], words: int = 1) -> str:
     """A table row; the first ``words`` cells are aligned left, the others right."""
-    return (
-        "|"
-        + "|".join(
-            f" {cell:{'<' if i < words else '>'}{w}} "
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        + "|"
-    )
+    found = enumerate(zip(cells, widths, strict=True))
+    padded = (f" {cell:{'<' if i < words else '>'}{w}} " for i, (cell, w) in found)
+    return f"|{'|'.join(padded)}|"
 
 
 # ---------------------------------------------------------------- tables of groups
@@ -207,20 +181,11 @@ class Comparison:
         """
         widest = max([group.settings.width, *(other.settings.width for other in among)])
         theirs = paper.table1(group, paper_dataset) if group.settings.width == widest else {}
-        ours = {
-            name: group.measured(figure)
-            for name, (_, figure) in {**_ACCURACIES, **_PAPER_FLOPS}.items()
-        }
+        columns = {**_ACCURACIES, **_PAPER_FLOPS}
+        ours = {name: group.measured(figure) for name, (_, figure) in columns.items()}
         real = {name: group.measured(figure) for name, (_, figure) in _REAL_FLOPS.items()}
-        return cls(
-            group,
-            group.label,
-            paper.dataset_of(group, paper_dataset),
-            ours,
-            real,
-            group.measured(density),
-            theirs,
-        )
+        dataset = paper.dataset_of(group, paper_dataset)
+        return cls(group, group.label, dataset, ours, real, group.measured(density), theirs)
 
     @classmethod
     def all_of(cls, groups: Sequence[Group], paper_dataset: str | None) -> list[Comparison]:
@@ -245,21 +210,11 @@ class Comparison:
 def comparison_table(found: Sequence[Comparison]) -> Table:
     """Our means and spreads, the paper's figures and the differences: up to 3 lines per group."""
     headings = [heading for heading, _ in (*_ACCURACIES.values(), *_PAPER_FLOPS.values())]
-    columns = [
-        "method",
-        "whose",
-        "seeds",
-        *headings,
-        "density",
-        *(heading for heading, _ in _REAL_FLOPS.values()),
-    ]
+    columns = ["method", "whose", "seeds", *headings, "density"]
+    columns += [heading for heading, _ in _REAL_FLOPS.values()]
     rows = [line for comparison in found for line in _comparison_lines(comparison)]
-    return Table(
-        "Accuracies and FLOPs in the columns of the paper's Table 1",
-        columns,
-        rows,
-        comparison_notes(found),
-    )
+    title = "Accuracies and FLOPs in the columns of the paper's Table 1"
+    return Table(title, columns, rows, comparison_notes(found))
 
 
 def _comparison_lines(c: Comparison) -> list[list[str]]:
@@ -355,15 +310,8 @@ def comparison_csv(found: Sequence[Comparison]) -> str:
 def _comparison_record(c: Comparison) -> list[object]:
     settings = c.group.settings
     seeds = " ".join(map(str, c.group.seeds))
-    record: list[object] = [
-        c.label,
-        c.group.method,
-        settings.dataset,
-        settings.arch,
-        c.group.density,
-        seeds,
-    ]
-    record.append(c.dataset if c.theirs else None)
+    record: list[object] = [c.label, c.group.method, settings.dataset, settings.arch]
+    record += [c.group.density, seeds, c.dataset if c.theirs else None]
     for name in (*_ACCURACIES, *_PAPER_FLOPS):
         record += [c.ours[name].mean, c.ours[name].spread, c.theirs.get(name), c.difference(name)]
     for measured in (c.density, *(c.real[name] for name in _REAL_FLOPS)):
@@ -444,15 +392,9 @@ def stale_evaluations(groups: Sequence[Group]) -> list[str]:
     """Notes on the evaluations that are left out, one line per run."""
     found = []
     for run in (run for group in groups for run in group.runs):
-        count = sum(is_stale(run, evaluation) for evaluation in run.evaluations)
-        found += (
-            [
-                f"{run.name}: {count} evaluation(s) left out: they are of networks that have been"
-                " trained since."
-            ]
-            if count
-            else []
-        )
+        if count := sum(is_stale(run, evaluation) for evaluation in run.evaluations):
+            why = "they are of networks that have been trained since"
+            found.append(f"{run.name}: {count} evaluation(s) left out: {why}.")
     return found
 
 
@@ -500,29 +442,10 @@ def _checkpoint_order(checkpoint: str) -> int:
 
 def evaluation_table(found: Sequence[StrongEvaluation], left_out: Sequence[str] = ()) -> Table:
     """One line for each group, checkpoint and attack; ``left_out`` are notes below the table."""
-    columns = (
-        "method",
-        "checkpoint",
-        "attack",
-        "ball",
-        "seeds",
-        "test images",
-        "SA",
-        "RA",
-        "robust gap",
-    )
+    columns = "method|checkpoint|attack|ball|seeds|test images|SA|RA|robust gap".split("|")
     rows = [
-        [
-            s.group.label,
-            s.checkpoint,
-            s.title,
-            s.ball,
-            str(s.ra.n),
-            str(s.images),
-            _percents(s.sa),
-            _percents(s.ra),
-            _percents(s.gap),
-        ]
+        [s.group.label, s.checkpoint, s.title, s.ball, str(s.ra.n), str(s.images)]
+        + [_percents(measured) for measured in (s.sa, s.ra, s.gap)]
         for s in found
     ]
     notes = [
@@ -541,16 +464,8 @@ def evaluation_csv(found: Sequence[StrongEvaluation]) -> str:
     records: list[list[object]] = []
     for s in found:
         gap = (None, None) if s.gap is None else (s.gap.mean, s.gap.spread)
-        told = [
-            s.group.label,
-            s.group.method,
-            s.checkpoint,
-            s.title,
-            s.norm,
-            s.eps,
-            s.ra.n,
-            s.images,
-        ]
+        told = [s.group.label, s.group.method, s.checkpoint, s.title, s.norm, s.eps]
+        told += [s.ra.n, s.images]
         records.append([*told, s.sa.mean, s.sa.spread, s.ra.mean, s.ra.spread, *gap])
     return csv_text(columns, records)
 
@@ -567,24 +482,14 @@ def benchmark_tables(found: Sequence[StrongEvaluation], paper_dataset: str | Non
             dataset = paper.dataset_of(s.group, paper_dataset)
             cell = (dataset, canonical_arch(s.group.settings.arch), *asked)
             cells.setdefault(cell, []).append(s)
-    return [
-        _benchmark_table(cell, cells[cell])
-        for cell in sorted(cells, key=str)
-        if paper.benchmark(*cell)
-    ]
+    known = [cell for cell in sorted(cells, key=str) if paper.benchmark(*cell)]
+    return [_benchmark_table(cell, cells[cell]) for cell in known]
 
 
 _Cell = tuple[str | None, str, str, int]  # data set, network, structure, sparsity in percent
 _BENCHMARK_COLUMNS = (
-    "method",
-    "whose",
-    "seeds",
-    "kept",
-    "test images",
-    "eps",
-    "clean accuracy",
-    "AutoAttack accuracy",
-)
+    "method|whose|seeds|kept|test images|eps|clean accuracy|AutoAttack accuracy"
+).split("|")
 
 
 def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:

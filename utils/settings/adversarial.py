@@ -31,10 +31,6 @@ _EVALUATION = "image_size train_subset test_subset gap_subset seed norm".split()
 _EVALUATION += "test_eps test_step test_gamma test_randinit".split()
 
 
-def _dense(s: AdversarialSettings) -> bool:
-    return not s.eval and s.method == DENSE
-
-
 _METHOD_RULES = (
     Rule("", lambda s: s.reset, "--reset has no meaning in the paper's method; leave it out"),
     Rule(
@@ -46,96 +42,88 @@ _METHOD_RULES = (
     Rule("", lambda s: s.fbp and s.fix, "--fbp adapts the masks and --fix keeps them; choose one"),
 )
 _EVALUATION_RULES = (
-    Rule("", lambda s: s.eval and s.pretrained is None, "--eval needs --pretrained FILE"),
-    Rule("resume resume_dir save_dir precision", lambda s: s.eval, "--eval"),
+    Rule("", lambda s: s.pretrained is None, "--eval needs --pretrained FILE"),
+    Rule("resume resume_dir save_dir precision", lambda s: True, "--eval"),
     Rule(
         "print_freq save_every save_minutes compile cuda_graphs eval_every test_every tensorboard",
-        lambda s: s.eval,
+        lambda s: True,
         "--eval",
         True,
     ),
-    Rule("", lambda s: s.restarts < 1, "--restarts must be at least 1, not {s.restarts}"),
     Rule(
         "",
-        lambda s: s.eval and s.restarts > 1 and not s.test_randinit,
+        lambda s: s.restarts > 1 and not s.test_randinit,
         "--restarts has no effect with --no-test_randinit: all starts are the same",
     ),
     Rule(
         "restarts source",
-        lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
+        lambda s: s.eval_attack in ("autoattack", "masking"),
         "--eval_attack {s.eval_attack}, which has attacks of its own",
     ),
     Rule(
         "train_subset gap_subset",
-        lambda s: s.eval and s.eval_attack in ("autoattack", "masking"),
+        lambda s: s.eval_attack in ("autoattack", "masking"),
         "--eval_attack {s.eval_attack}, which uses test images alone",
     ),
     Rule(
         "train_subset gap_subset",
-        lambda s: s.eval and s.source is not None,
+        lambda s: s.source is not None,
         "--source, which uses test images alone",
     ),
     Rule(
         "test_step test_gamma test_randinit",
-        lambda s: s.eval and s.eval_attack == "autoattack",
+        lambda s: s.eval_attack == "autoattack",
         "--eval_attack autoattack, which has its own steps",
     ),
     Rule(
         "test_step",
-        lambda s: s.eval and s.eval_attack == "masking",
+        lambda s: s.eval_attack == "masking",
         "--eval_attack masking, which tries several",
     ),
 )
 _TRAINING_RULES = (
+    Rule("pretrained eval_attack restarts source eval_dir", lambda s: True, "training; add --eval"),
     Rule(
-        "pretrained eval_attack restarts source eval_dir",
-        lambda s: not s.eval,
-        "training; add --eval",
+        "density",
+        lambda s: s.method == DENSE,
+        "a dense run, which has no masks; see --fb, --fbp and --fix",
+        True,
     ),
-    Rule("density", _dense, "a dense run, which has no masks; see --fb, --fbp and --fix", True),
     Rule(
         f"sparse_init structure {_CHANNELS} {_MOVING_MASK} {_ADAPTIVE}",
-        _dense,
+        lambda s: s.method == DENSE,
         "a dense run, which has no masks; see --fb, --fbp and --fix",
     ),
-    Rule(
-        _CHANNELS,
-        lambda s: not s.eval and s.structure == "weight",
-        "masks of weights; see --structure channel",
-    ),
+    Rule(_CHANNELS, lambda s: s.structure == "weight", "masks of weights; see --structure channel"),
     Rule(
         "sparse_init",
-        lambda s: not s.eval and s.structure == "channel",
+        lambda s: s.structure == "channel",
         "--structure channel, which draws its first channels by the seed",
     ),
-    Rule(
-        "density", lambda s: not s.eval and s.flops is not None, "--flops, which gives the density"
-    ),
-    Rule("channel_score", lambda s: not s.eval and s.fix, "--fix, whose channels do not move"),
+    Rule("density", lambda s: s.flops is not None, "--flops, which gives the density"),
+    Rule("channel_score", lambda s: s.fix, "--fix, whose channels do not move"),
     Rule(
         "",
-        lambda s: not s.eval and s.structure == "channel" and s.growth not in CHANNEL_GROWTHS,
+        lambda s: s.structure == "channel" and s.growth not in CHANNEL_GROWTHS,
         "--growth {s.growth} applies to weights only; channels grow by "
         + " or ".join(CHANNEL_GROWTHS),
     ),
-    Rule(_MOVING_MASK, lambda s: not s.eval and s.fix, "--fix, whose masks do not move"),
-    Rule(
-        _ADAPTIVE, lambda s: not s.eval and not s.fbp, "this method; only --fbp adapts the density"
-    ),
-    Rule("second_frequency", lambda s: not s.eval and not s.dynamic_fre, "no --dynamic_fre"),
+    Rule(_MOVING_MASK, lambda s: s.fix, "--fix, whose masks do not move"),
+    Rule(_ADAPTIVE, lambda s: not s.fbp, "this method; only --fbp adapts the density"),
+    Rule("second_frequency", lambda s: not s.dynamic_fre, "no --dynamic_fre"),
     Rule(
         "",
-        lambda s: not s.eval and s.growth == "momentum" and not s.momentum,
+        lambda s: s.growth == "momentum" and not s.momentum,
         "--growth momentum has no effect with --momentum 0",
     ),
     Rule(
         "",
-        lambda s: not s.eval and s.fbp and s.eval_every > 1,
+        lambda s: s.fbp and s.eval_every > 1,
         "--fbp uses the validation of every epoch, so --eval_every must stay 1",
     ),
     Rule(
         "",
-        lambda s: not s.eval and s.method != DENSE and 1 in (s.density, s.flops),
+        lambda s: s.method != DENSE and 1 in (s.density, s.flops),
         "--density or --flops 1 leaves nothing to prune, so --fb, --fbp or --fix could not take"
         " effect",
     ),
@@ -156,13 +144,6 @@ class AdversarialSettings(CommonSettings):
         "python main_adv.py --eval --pretrained runs/RUN/model_RA_best.pth.tar",
     )
     may_grow: ClassVar[frozenset[str]] = frozenset({"epochs"})
-    rules: ClassVar[tuple[Rule, ...]] = (
-        *_METHOD_RULES,
-        *_EVALUATION_RULES,
-        *COMMON_RULES,
-        *_TRAINING_RULES,
-    )
-
     # run
     eval: bool = flag.evaluation(False, "evaluate --pretrained instead of training")
     pretrained: str | None = flag.evaluation(
@@ -240,6 +221,11 @@ class AdversarialSettings(CommonSettings):
     growth_ratio: float = flag.sparsity(
         0.05, "extra weights that Flying Bird+ grows, relative to those regrown"
     )
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:  # type: ignore[override]
+        first, last = (_EVALUATION_RULES, ()) if self.eval else ((), _TRAINING_RULES)
+        return (*_METHOD_RULES, *first, *COMMON_RULES, *last)
 
     @property
     def evaluates(self) -> bool:  # type: ignore[override]
@@ -323,7 +309,7 @@ class AdversarialSettings(CommonSettings):
 
     def check_values(self) -> None:
         super().check_values()
-        counts = ["epochs", "update_frequency", "second_frequency", "epoch_range"]
+        counts = ["epochs", "update_frequency", "second_frequency", "epoch_range", "restarts"]
         self.check_numbers(
             at_least_one=[*counts, "channel_multiple"],
             not_negative=["prune_ratio", "growth_ratio"],

@@ -14,15 +14,9 @@ from utils.storage.paths import RunPaths
 
 def load_data_for(settings: CommonSettings, device: torch.device) -> Data:
     """Load the data set of the settings onto ``device``."""
-    return load_data(
-        settings.dataset,
-        settings.data,
-        device=device,
-        image_size=settings.image_size,
-        train_subset=settings.train_subset,
-        test_subset=settings.test_subset,
-        cache_dir=settings.cache_dir,
-    )
+    names = ("image_size", "train_subset", "test_subset", "cache_dir")
+    options = {name: getattr(settings, name) for name in names}
+    return load_data(settings.dataset, settings.data, device=device, **options)
 
 
 def placed(settings: S, data: Data, device: torch.device, processes: int = 1) -> tuple[S, RunPaths]:
@@ -31,16 +25,11 @@ def placed(settings: S, data: Data, device: torch.device, processes: int = 1) ->
     variants = settings.on_machine(device, processes)
     # sync_bn keeps its stored value, in case several processes resume the run later
     if settings.resume_dir is not None:
-        return settings.with_values(precision=variants[0].precision), RunPaths(
-            Path(settings.resume_dir)
-        )
-    folders = [
-        (variant, RunPaths(Path(settings.save_dir) / variant.run_name(data.digest)))
-        for variant in variants
-    ]
-    begun = (
-        folder for folder in folders if folder[1].checkpoint.exists() or folder[1].previous.exists()
-    )
+        paths = RunPaths(Path(settings.resume_dir))
+        return settings.with_values(precision=variants[0].precision), paths
+    root = Path(settings.save_dir)
+    folders = [(variant, RunPaths(root / variant.run_name(data.digest))) for variant in variants]
+    begun = (one for one in folders if one[1].checkpoint.exists() or one[1].previous.exists())
     return next(begun, folders[0]) if settings.resume else folders[0]
 
 

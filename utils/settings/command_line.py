@@ -48,11 +48,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         value = super()._get_value(action, arg_string)
-        return (
-            as_known(value, action.choices)
-            if isinstance(value, str) and action.choices is not None
-            else value
-        )
+        choices = action.choices
+        return as_known(value, choices) if choices and isinstance(value, str) else value
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -84,11 +81,9 @@ def as_known(text: str, choices: Iterable[str]) -> str:
     ``text`` itself if there is none."""
     known = {name.lower(): name for name in choices}
     plain = text.lower()
-    return (
-        text
-        if text in known.values()
-        else known.get(plain, known.get(_ALIASES.get(plain, ""), text))
-    )
+    if text in known.values():
+        return text
+    return known.get(plain, known.get(_ALIASES.get(plain, ""), text))
 
 
 def suggestion(unknown: object, known: Iterable[str]) -> str:
@@ -112,17 +107,8 @@ def metavar_and_text(choices: tuple[str, ...], metavar: str, text: str) -> tuple
 
 
 # Settings without influence on the result that a resumed run nevertheless keeps.
-_TAKEN_ALONG = (
-    "data",
-    "cache_dir",
-    "compile",
-    "cuda_graphs",
-    "test_every",
-    "tensorboard",
-    "stage1_ra",
-    "on_collapse",
-    "deterministic",
-)
+_TAKEN_ALONG = "data cache_dir compile cuda_graphs test_every tensorboard stage1_ra".split()
+_TAKEN_ALONG += ["on_collapse", "deterministic"]
 
 
 def parse_settings(
@@ -166,7 +152,7 @@ def parse_settings(
     chosen = {} if stored else recipe_values(recipe, given, names)
     base = stored or {**kind.guessed(given), **chosen}
     settings = settings_from(kind, {**base, **given})
-    notes = ignored_flags(kind.rules, settings, given)
+    notes = ignored_flags(settings.rules, settings, given)
     used = {name: value for name, value in given.items() if name not in notes}
     settings = settings_from(kind, {**base, **used})
     _refuse_contradictions(used, stored, settings)
@@ -240,12 +226,8 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[CommonSettings]) -> N
                 allowed(f), f.metadata["metavar"] or letter, text
             )
             text += "" if f.default is None else f" (default {f.default})"
-        groups[f.metadata["group"]].add_argument(*_spellings(f.name), help=text, **options)
-
-
-def _spellings(name: str) -> list[str]:
-    """The flag with underscores and, where that differs, with dashes."""
-    return list(dict.fromkeys(["--" + name, "--" + name.replace("_", "-")]))
+        spellings = dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")])
+        groups[f.metadata["group"]].add_argument(*spellings, help=text, **options)
 
 
 def _levels(text: str) -> float:
@@ -276,11 +258,8 @@ def _refuse_contradictions(
                 continue
             # A repeated fraction is the same setting, whatever the number of epochs.
             same = _numbers(given[name]) == _numbers(stored[name])
-            same = (
-                same
-                or settings.canonical()[name]
-                == settings_from(type(settings), stored).canonical()[name]
-            )
+            earlier = settings_from(type(settings), stored).canonical()
+            same = same or settings.canonical()[name] == earlier[name]
             require(same, _contradiction(name, given[name], stored[name]))
         elif settings.must_match_checkpoint(name):
             raise InputError(f"--{name} has no effect with --eval")

@@ -13,19 +13,8 @@ from typing import Any, get_args, get_type_hints
 from utils.errors import InputError, require
 
 # Groups of flags and their headings, in the order of --help.
-GROUPS = {
-    name: name
-    for name in (
-        "stages",
-        "sparsity",
-        "training",
-        "remedies",
-        "attack",
-        "data",
-        "network",
-        "evaluation",
-    )
-}
+_SUBJECTS = "stages sparsity training remedies attack data network evaluation".split()
+GROUPS = {name: name for name in _SUBJECTS}
 GROUPS |= {"files": "files and resuming", "hardware": "hardware and speed"}
 _NO_RESULT = ("evaluation", "files", "hardware")  # groups that rarely affect a run's result
 Choices = Collection[str] | Callable[[], Collection[str]]
@@ -51,14 +40,8 @@ def _flag(
             registry may have new entries by then.
         result: whether it can change the result of a run and so enters the run's hash.
     """
-    metadata = {
-        "group": group,
-        "help": text,
-        "metavar": metavar,
-        "choices": choices,
-        "result": result,
-    }
-    return field(default=default, metadata=metadata)
+    told = {"group": group, "help": text, "metavar": metavar, "choices": choices, "result": result}
+    return field(default=default, metadata=told)
 
 
 # ``flag.attack(8.0, "radius in training, in 1/255")`` makes a flag in the group ``attack``.
@@ -78,9 +61,7 @@ def epoch_number(text: str, epochs: int, name: str) -> int:
     try:
         value = float(text)
     except ValueError:
-        raise InputError(
-            f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run"
-        ) from None
+        value = math.nan
     if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
         raise InputError(f"{name}: {text.strip()!r} is neither an epoch nor a fraction of the run")
     return round(value * epochs) if value < 1 else int(value)
@@ -92,20 +73,13 @@ def refuse_odd_values(kind: type[Any], values: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
         if f.name in values:
-            value, types, choices = (
-                values[f.name],
-                get_args(hints[f.name]) or (hints[f.name],),
-                f.metadata["choices"],
-            )
+            value, choices = values[f.name], f.metadata["choices"]
+            types = get_args(hints[f.name]) or (hints[f.name],)
             fits = type(value) in types or (float in types and type(value) is int)
             fits = fits and (type(value) is not int or abs(value) < 2**63)
             # Not checked against a registry, which may have had more when the run was made.
-            fits = fits and (
-                not isinstance(choices, tuple)
-                or not choices
-                or value in choices
-                or value == f.default
-            )
+            known = (*choices, f.default) if choices and isinstance(choices, tuple) else (value,)
+            fits = fits and value in known
             odd = repr(value)[:40]
             odd = odd if isinstance(value, (str, float)) else f"this {type(value).__name__}"
             require(fits, f"--{f.name} cannot be {odd}")

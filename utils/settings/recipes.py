@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Choice(NamedTuple):
-    """A recipe's value for a flag, and the reason for it."""
-
-    value: Any
-    reason: str
-
-
-RECIPES: dict[str, dict[str, Choice]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "modern": {
-        "lr_schedule": Choice(
-            "cosine", "robust overfitting begins at a sudden fall of the rate (Rice et al., 2020)"
-        ),
-        "ema": Choice(0.995, "averages find flatter minima (Izmailov et al., 2018)"),
-        "label_smoothing": Choice(0.1, "keeps the network from certainty on attacked images"),
-        "awp": Choice(0.01, "the authors' value for cross-entropy (Wu, Xia and Wang, 2020)"),
+        "lr_schedule": "cosine",  # overfitting begins at a sudden fall (Rice et al., 2020)
+        "ema": 0.995,  # averages find flatter minima (Izmailov et al., 2018)
+        "label_smoothing": 0.1,  # keeps the network from certainty on attacked images
+        "awp": 0.01,  # the authors' value for cross-entropy (Wu, Xia and Wang, 2020)
     },
     "fast": {
-        "train_attack": Choice("n-fgsm", "5 inferences a step for PGD-10's 23"),
-        "epochs": Choice(30, "the length of its authors' trainings (de Jorge et al., 2022)"),
-        "lr": Choice(0.2, "their peak of the cycle"),
-        "lr_schedule": Choice("onecycle", "short trainings need a rate that rises first"),
-        "ema": Choice(0.995, "costs next to nothing"),
+        "train_attack": "n-fgsm",  # 5 inferences a step for PGD-10's 23
+        "epochs": 30,  # the length of its authors' trainings (de Jorge et al., 2022)
+        "lr": 0.2,  # their peak of the cycle
+        "lr_schedule": "onecycle",  # short trainings need a rate that rises first
+        "ema": 0.995,  # costs next to nothing
     },
 }
 # Flags that replace another flag of a recipe if the user sets them.
@@ -47,12 +37,12 @@ def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str])
     shared = {"lr", "decreasing_lr"} if "epochs2" in names else set()
     replaced = {_REPLACED_BY[name] for name in given.keys() - shared if name in _REPLACED_BY}
     found = {}
-    for name, choice in RECIPES[recipe].items():
+    for name, value in RECIPES[recipe].items():
         if name in shared:
             continue
         flag = name if name in names else f"{name}2"
         if flag not in given and name not in replaced:
-            found[flag] = choice.value
+            found[flag] = value
     if "awp" in found and given.get("train_loss") == "trades":
         found["awp"] = 0.005  # the authors' value for TRADES
     return found

@@ -234,13 +234,8 @@ def load_newest(newest: Path, previous: Path) -> tuple[dict[str, Any], Path, str
                 raise
             troubles.append(str(error))
         else:
-            return (
-                content,
-                path,
-                f"{troubles[0]}; resuming from the previous checkpoint {path.name}"
-                if troubles
-                else None,
-            )
+            older = f"resuming from the previous checkpoint {path.name}"
+            return content, path, f"{troubles[0]}; {older}" if troubles else None
     raise InputError(
         f"{'; '.join(troubles)}: this run cannot be resumed; another --save_dir starts a new run"
     )
@@ -385,11 +380,8 @@ def refuse_unfit_training_state(model: nn.Module, content: Mapping[str, Any]) ->
     """Raise ``ValueError`` naming the first optimizer tensor or mask not shaped like its weight."""
     parameters = list(model.named_parameters())
     for number, state in content["optimizer"]["state"].items():
-        name, parameter = (
-            parameters[number]
-            if type(number) is int and 0 <= number < len(parameters)
-            else (number, None)
-        )
+        known = type(number) is int and 0 <= number < len(parameters)
+        name, parameter = parameters[number] if known else (number, None)
         for kind, value in state.items():
             if parameter is None or (
                 isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape

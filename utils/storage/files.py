@@ -8,11 +8,11 @@ import io
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from utils.errors import InputError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_KINDS = (".png", ".pdf", ".svg")
-_UMASK = threading.Lock()
 
 
 def write_figure(path: Path, figure: Figure) -> None:
@@ -44,6 +43,13 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+def saved_bytes(content: object) -> bytes:
+    """What ``torch.save`` writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
 def write_atomically(
     path: Path, content: bytes | memoryview, before: Callable[[], None] = lambda: None
 ) -> None:
@@ -52,18 +58,17 @@ def write_atomically(
     before it replaces the old file."""
     if path.exists() and not path.is_file():  # such as /dev/stdout
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -81,13 +86,6 @@ def locked(path: Path, timeout: float = -1) -> FileLock:
     except OSError:  # no locks here, or an unwritable folder, which fails later
         pass
     return lock
-
-
-def _umask() -> int:
-    with _UMASK:  # it can only be read by setting it
-        mask = os.umask(0o077)
-        os.umask(mask)
-    return mask
 
 
 def writable_folder(folder: Path, instead: str = "") -> Path:

@@ -67,11 +67,8 @@ def misfit(value: Any, shape: Any, name: str = "") -> str | None:
         name: name of the value in the description.
     """
     if isinstance(shape, tuple):
-        return (
-            None
-            if any(misfit(value, one) is None for one in shape)
-            else misfit(value, shape[0], name)
-        )
+        fits = any(misfit(value, one) is None for one in shape)
+        return None if fits else misfit(value, shape[0], name)
     kind = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape
     if not _is(value, kind):
         is_nested = isinstance(value, (dict, list))
@@ -80,24 +77,18 @@ def misfit(value: Any, shape: Any, name: str = "") -> str | None:
     if isinstance(shape, list):
         return next(filter(None, (misfit(item, shape[0], name) for item in value)), None)
     if isinstance(shape, dict):
-        return _misfit_within(
-            value,
-            dict.fromkeys(value, shape["*"]) if "*" in shape else shape,
-            f"{name}." if name else "",
-        )
+        shapes = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
+        return _misfit_within(value, shapes, f"{name}." if name else "")
     return None
 
 
 def _misfit_within(value: dict[str, Any], shape: Mapping[str, Any], inside: str) -> str | None:
     for key, inner in shape.items():
         name = key if key in value else key.removesuffix("?")
-        wrong = (
-            misfit(value[name], inner, inside + name)
-            if name in value
-            else f"it has no {inside}{name}"
-            if name == key
-            else None
-        )
+        if name in value:
+            wrong = misfit(value[name], inner, inside + name)
+        else:
+            wrong = f"it has no {inside}{name}" if name == key else None
         if wrong:
             return wrong
     return None

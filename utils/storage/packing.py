@@ -29,32 +29,15 @@ def compact(content: Mapping[str, Any], parameters: Sequence[str]) -> dict[str, 
     if masking is None or "masks" not in masking:  # channel masking leaves no zeros
         return dict(content)
     masks: Mapping[str, Tensor] = masking["masks"]
-
-    def live(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: value[masks[n]] if n in masks else value for n, value in tensors.items()}
-
-    optimizer = dict(content["optimizer"])
-    optimizer["state"] = {
-        number: (
-            {**state, _BUFFER: state[_BUFFER][masks[parameters[number]]]}
-            if _is_packed(state, parameters[number], masks)
-            else state
-        )
-        for number, state in optimizer["state"].items()
-    }
     bits = {
         kind: {name: _to_bits(mask) for name, mask in masking[kind].items()}
         for kind in ("masks", "explored")
     }
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    packed = {"shapes": shapes, "parameters": list(parameters)}
     return {
-        **content,
-        "state_dict": live(content["state_dict"]),
-        **_of_average(content, live),
-        "optimizer": optimizer,
+        **_changed(content, masks, parameters, lambda value, mask: value[mask]),
         "masking": {**masking, **bits},
-        "packed": packed,
+        "packed": {"shapes": shapes, "parameters": list(parameters)},
     }
 
 
@@ -96,42 +79,35 @@ def expand(content: Mapping[str, Any]) -> dict[str, Any]:
             for kind in ("masks", "explored")
         },
     }
-    masks = masking["masks"]
-
-    def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: _spread(t, masks[n]) if n in masks else t for n, t in tensors.items()}
-
-    optimizer = dict(content["optimizer"])
-    optimizer["state"] = {
-        number: (
-            {**state, _BUFFER: _spread(state[_BUFFER], masks[parameters[number]])}
-            if _is_packed(state, parameters[number], masks)
-            else state
-        )
-        for number, state in optimizer["state"].items()
-    }
-    return {
-        **content,
-        "state_dict": full(content["state_dict"]),
-        **_of_average(content, full),
-        "optimizer": optimizer,
-        "masking": masking,
-    }
+    changed = _changed(content, masking["masks"], parameters, _spread)
+    return {**changed, "masking": masking}
 
 
-def _of_average(
-    content: Mapping[str, Any], change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+def _changed(
+    content: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    parameters: Sequence[str],
+    change: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Any]:
-    """The averaged network of a checkpoint, if any, with ``change`` applied to its weights."""
-    average = content.get("average")
-    if not isinstance(average, Mapping):
-        return {}
-    by_weight = {kind: change(average[kind]) for kind in ("weights", "ages") if kind in average}
-    return {"average": {**average, **by_weight}}
+    """A checkpoint with ``change(tensor, mask)`` of all that is shaped like a masked weight: the
+    weights, their averages and their momentum."""
 
+    def each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: change(t, masks[n]) if n in masks else t for n, t in tensors.items()}
 
-def _is_packed(state: Mapping[str, Any], name: str, masks: Mapping[str, Tensor]) -> bool:
-    return name in masks and isinstance(state.get(_BUFFER), Tensor)
+    state = dict(content["optimizer"]["state"])
+    for number, own in state.items():
+        name = parameters[number]
+        if name in masks and isinstance(own.get(_BUFFER), Tensor):
+            state[number] = {**own, _BUFFER: change(own[_BUFFER], masks[name])}
+    changed: dict[str, Any] = {
+        "state_dict": each(content["state_dict"]),
+        "optimizer": {**content["optimizer"], "state": state},
+    }
+    if isinstance(average := content.get("average"), Mapping):
+        by_weight = {kind: each(average[kind]) for kind in ("weights", "ages") if kind in average}
+        changed["average"] = {**average, **by_weight}
+    return {**content, **changed}
 
 
 def _spread(live: Tensor, mask: Tensor) -> Tensor:

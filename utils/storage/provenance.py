@@ -16,18 +16,7 @@ from utils.storage.json_files import misfit, read_object
 from utils.storage.paths import RunPaths
 
 _ENVIRONMENT = ("versions", "revision", "device", "hardware")
-
-
-_LIBRARIES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scikit-learn",
-    "Pillow",
-    "advertorch",
-    "pyautoattack",
-    "tensorboard",
-)
+_LIBRARIES = "torch torchvision numpy scikit-learn Pillow advertorch pyautoattack tensorboard"
 
 
 def made_by(paths: RunPaths) -> list[dict[str, Any]]:
@@ -45,7 +34,7 @@ def made_by(paths: RunPaths) -> list[dict[str, Any]]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Library versions, source revision, device and hardware, for ``config.json`` and results."""
     versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in _LIBRARIES.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     hardware = (
@@ -53,30 +42,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    return dict(
-        zip(_ENVIRONMENT, (versions, source_revision(), str(device), hardware), strict=True)
-    )
+    found = (versions, source_revision(), str(device), hardware)
+    return dict(zip(_ENVIRONMENT, found, strict=True))
 
 
 def source_revision() -> str:
     """The commit of this source, with ``-dirty`` if files differ; ``unknown`` outside git."""
     root = Path(__file__).resolve().parents[2]
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty",
-        "--exclude=*",
-    ]
+    command = "git describe --always --abbrev=12 --dirty --exclude=*".split()
+    options: dict[str, Any] = {"cwd": root, "text": True, "timeout": 10}
     try:
-        return (
-            subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            or "unknown"
-        )
+        found = subprocess.check_output(command, stderr=subprocess.DEVNULL, **options)
+        return found.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -110,9 +110,9 @@ class RunFolder:
             ) from error
         return cls(paths, lock, tensorboard)
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        with self._writing(self.paths.config):
-            write_atomically(self.paths.config, json_bytes(config))
+    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        with self._writing(path):
+            write_atomically(path, json_bytes(content))
 
     def say(self, line: str) -> None:
         """Print a line and append it to ``result.log``."""
@@ -217,10 +217,6 @@ class RunFolder:
         else:
             path.unlink(missing_ok=True)
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        with self._writing(self.paths.summary):
-            write_atomically(self.paths.summary, json_bytes(summary))
-
     def write_picture(self, path: Path, figure: Figure) -> None:
         with self._writing(path):
             write_figure(path, figure)
@@ -255,20 +251,9 @@ class SilentRunFolder(RunFolder):
 
     writes = False
 
-    def write_config(self, config: Mapping[str, Any]) -> None: ...
-    def say(self, line: str) -> None: ...
-    def append_epoch(self, row: Mapping[str, Any]) -> None: ...
-    def rewrite_epochs(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
-    def save(
-        self,
-        path: Path,
-        checkpoint: Mapping[str, Any],
-        keep: Path | None = None,
-        on_disk: Callable[[], None] = lambda: None,
-    ) -> None: ...
-    def drop(self, path: Path) -> None: ...
-    def write_summary(self, summary: Mapping[str, Any]) -> None: ...
-    def write_picture(self, path: Path, figure: Figure) -> None: ...
+    def _nothing(self, *given: Any, **options: Any) -> None: ...
+
+    write_json = say = append_epoch = rewrite_epochs = save = drop = write_picture = _nothing
 
 
 def read_epochs(paths: RunPaths) -> list[dict[str, Any]]:

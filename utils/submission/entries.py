@@ -3,7 +3,6 @@ under the attacks that benchmarks require."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -215,7 +214,3 @@ def agrees(network: nn.Module, entry: Entry, *, normalization: bool) -> bool:
             images = (images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
         difference = (network.eval()(images) - expected).abs().max()
     return bool(difference <= 1e-5 * expected.abs().max())
-
-
-def json_text(content: object) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -4,7 +4,6 @@ taxonomy entry; and the text of an issue."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.loading import build_network, full_size
+from models.loading import build_network, full_size, full_size_state
 from sparse_core import prunable
 from utils.errors import RunError, require
-from utils.export import FORMATS
 from utils.report.paper import BENCHMARK_EPS, SPARSITIES
-from utils.submission.entries import Entry, agrees, autoattack, beyond, distances, json_text
+from utils.storage.files import json_bytes, saved_bytes
+from utils.submission.entries import Entry, agrees, autoattack, beyond, distances
 
 BALL = ("linf", 255 * BENCHMARK_EPS)  # of AutoAttack; HO-FMN's robust accuracy is at 8/255
 _PAPER = "https://arxiv.org/pdf/2202.09844.pdf"
@@ -87,13 +86,13 @@ def write(
     first = next(iter(networks.values()))
     method = first.run.method.removesuffix("-channel")
     key = name or _key(method, first.narrow)
-    taxonomy = json_text(_taxonomy(method, first, key))
-    (out / "taxonomy.json").write_text(taxonomy)
+    taxonomy = json_bytes(_taxonomy(method, first, key))
+    (out / "taxonomy.json").write_bytes(taxonomy)
     results, sections, left = {}, [], None
     for number, (rate, entry) in enumerate(networks.items(), 1):
         arch = "R18" if entry.spec["arch"] == "resnet18" else "V16"
         model_key = f"{key}_{arch}_{entry.dataset}_{'S' if entry.narrow else 'US'}_{rate}"
-        (out / f"{model_key}.pt").write_bytes(_checkpoint(entry))
+        (out / f"{model_key}.pt").write_bytes(saved_bytes({"state_dict": _flat_state(entry)}))
         _refuse_other_answers(out / f"{model_key}.pt", entry)
         scores = autoattack(entry, *BALL, flags)
         attack, found = distances(scores, trials, steps)
@@ -126,8 +125,8 @@ def write(
             f"_Robust Accuracy (HO-FMN):_ {beyond(found, 8 / 255):.2f}\n"
         )
         left = left or scores.shortfall(entry, "the benchmark")
-    (out / "results.json").write_text(json_text(results))
-    entry_text = f"## JSON Entry\n```json\n{taxonomy}```\n"
+    (out / "results.json").write_bytes(json_bytes(results))
+    entry_text = f"## JSON Entry\n```json\n{taxonomy.decode()}```\n"
     (out / "issue.md").write_text("\n".join([entry_text, *sections, _details(first)]))
     return left or "upload each .pt and .pickle, put their ids into issue.md, and open the issue"
 
@@ -183,17 +182,11 @@ def _training(settings: Any) -> str:
     return f"Adversarial Training (AT) {kind}" + (", AWP" if settings.awp else "")
 
 
-def _checkpoint(entry: Entry) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"state_dict": _flat_state(entry)}, buffer)
-    return buffer.getvalue()
-
-
 def _flat_state(entry: Entry) -> dict[str, torch.Tensor]:
     """Full-size state dict without the pixel statistics, which the benchmark has as constants."""
-    content = FORMATS["state_dict"].content(entry.trained)
-    state = torch.load(io.BytesIO(content), weights_only=True)
-    return {name: value for name, value in state.items() if not name.startswith("normalize.")}
+    state = full_size_state(entry.spec, entry.trained.state)
+    kept = {name: value for name, value in state.items() if not name.startswith("normalize.")}
+    return {name: value.contiguous() for name, value in kept.items()}
 
 
 def _refuse_other_answers(path: Path, entry: Entry) -> None:

@@ -19,7 +19,8 @@ from models.build import ARCHITECTURES, RESNETS, STAGES, network_class
 from utils.errors import RunError, require
 from utils.export import FORMATS
 from utils.report.runs import command_of
-from utils.submission.entries import Entry, agrees, autoattack, json_text
+from utils.storage.files import json_bytes
+from utils.submission.entries import Entry, agrees, autoattack
 
 _BALLS = {("linf", 8.0): ("Linf", "8/255"), ("l2", 127.5): ("L2", "0.5")}  # radius in 1/255
 _DATASETS = {"CIFAR10": "cifar10", "CIFAR100": "cifar100"}
@@ -70,7 +71,7 @@ def write(entry: Entry, out: Path, name: str | None, flags: Sequence[str]) -> st
     info = _info(entry, radius, figures)
     folder = out / "model_info" / _DATASETS[str(entry.dataset)] / threat
     folder.mkdir(parents=True)
-    (folder / f"{model_id}.json").write_text(json_text(info))
+    (folder / f"{model_id}.json").write_bytes(json_bytes(info))
     (out / "issue.md").write_text(_issue(model_id, threat, info))
     done = "upload the weights, put their address into issue.md, and open the issue"
     return scores.shortfall(entry, "RobustBench") or done

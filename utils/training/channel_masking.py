@@ -17,17 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.channels import Channels, Kept, put, silence
-from sparse_core import (
-    DensityController,
-    DropFractionSchedule,
-    MaskingConfig,
-    Verdict,
-    drop_lowest,
-    grow_highest,
-    stream,
-    uniform,
-    update_is_due,
-)
+from sparse_core import Course, MaskingConfig, Verdict, drop_lowest, grow_highest, stream, uniform
 from utils.execution.distributed import ALONE, World
 from utils.training.losses import LossOf
 
@@ -73,7 +63,7 @@ def _gradient(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
-class ChannelMasking:
+class ChannelMasking(Course):
     """Keeps a network narrow: holds, updates, saves and restores its live channels.
 
     The counterpart of ``sparse_core.Masking`` for channels, stepped and observed like it.
@@ -108,15 +98,8 @@ class ChannelMasking:
         multiple: int = 1,
         world: World = ALONE,
     ) -> None:
-        self.config, self.channels, self.live = config, channels, live.clone()
-        self.steps = 0
-        self.events: list[dict[str, Any]] = []
-        self.controller = DensityController(
-            config.epoch_range, config.update_threshold, config.start_epoch
-        )
-        self._schedule = DropFractionSchedule(
-            config.drop_fraction, config.total_steps, config.drop_schedule
-        )
+        super().__init__(config)
+        self.channels, self.live = channels, live.clone()
         self._model, self._store, self.optimizer = model, store, optimizer
         self._score, self._multiple, self._world = score, multiple, world
         self._explored = live.clone()
@@ -144,10 +127,6 @@ class ChannelMasking:
         """
         self.steps += 1
         return self.update(loss_of) if self.update_due() else None
-
-    def update_due(self) -> bool:
-        """Whether a mask update is due after the step just counted."""
-        return update_is_due(self.config, self.steps)
 
     @torch.no_grad()
     def _add_scores(self) -> None:
@@ -196,8 +175,7 @@ class ChannelMasking:
     def update(self, loss_of: LossOf) -> ChannelMove:
         """Drop and grow channels in every group, by the current schedule and verdict. Called by
         ``step`` when due."""
-        verdict = self.controller.decide(self.epoch) if self.config.adaptive else Verdict()
-        fraction = self._schedule.at(self.steps)
+        verdict, fraction = self.verdict(), self.schedule.at(self.steps)
         scores = (self._sums / self._summed if self._summed else self._scores_now()).cpu()
         changes = self._changes(scores, fraction, verdict)
         before, was_live = self._positions(), self.live
@@ -211,9 +189,7 @@ class ChannelMasking:
         self._sums.zero_()
         self._summed = 0
         self._find_scored()
-        event = {"step": self.steps, "epoch": self.epoch, "drop_fraction": fraction}
-        event |= {"prune": verdict.prune, "grow": verdict.grow, "density": self.density()}
-        self.events.append(event)
+        self._add_event(verdict, self.density())
         return move
 
     def _changes(
@@ -233,22 +209,13 @@ class ChannelMasking:
         by_mean = sorted(counts, key=lambda name: (means[name], name))
         total = fraction * sum(counts.values()) / self._multiple
         if verdict.prune:
-            self._spread(
-                pruned,
-                max(1, round(total * self.config.prune_ratio)),
-                by_mean,
-                {
-                    name: live - max(self._multiple, swaps[name] + 1)
-                    for name, live in counts.items()
-                },
-            )
+            most = max(1, round(total * self.config.prune_ratio))
+            room = {n: live - max(self._multiple, swaps[n] + 1) for n, live in counts.items()}
+            self._spread(pruned, most, by_mean, room)
         if verdict.grow:
-            self._spread(
-                grown,
-                max(1, round(total * self.config.growth_ratio)),
-                by_mean[::-1],
-                {name: sizes[name] - live - swaps[name] for name, live in counts.items()},
-            )
+            most = max(1, round(total * self.config.growth_ratio))
+            room = {n: sizes[n] - live - swaps[n] for n, live in counts.items()}
+            self._spread(grown, most, by_mean[::-1], room)
         return {name: (swaps[name] + pruned[name], swaps[name] + grown[name]) for name in counts}
 
     def _spread(
@@ -264,27 +231,19 @@ class ChannelMasking:
             multiples -= min(multiples, len(taking))
 
     def _kept(self, scores: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
-        live = self.live.clone()
-        for (name, part), score in zip(
-            self.channels.by_group(live).items(),
-            self.channels.by_group(scores).values(),
-            strict=True,
-        ):
-            part.copy_(drop_lowest(score, part, changes[name][0]))
+        live, by_group = self.live.clone(), self.channels.by_group(scores)
+        for name, part in self.channels.by_group(live).items():
+            part.copy_(drop_lowest(by_group[name], part, changes[name][0]))
         return live
 
     def _grown(self, ranks: Tensor, kept: Tensor, changes: Mapping[str, tuple[int, int]]) -> Tensor:
         """``kept`` and the highest-ranked channels among those that were dead before."""
         # a channel that was just dropped cannot grow back in the same update
         taken = self.live | kept
-        grown = taken.clone()
-        for (name, part), rank in zip(
-            self.channels.by_group(grown).items(),
-            self.channels.by_group(ranks).values(),
-            strict=True,
-        ):
+        grown, by_group = taken.clone(), self.channels.by_group(ranks)
+        for name, part in self.channels.by_group(grown).items():
             tie_key = stream(self.config.seed, "ties", self.steps, name)
-            part.copy_(grow_highest(rank, part, changes[name][1], tie_key=tie_key))
+            part.copy_(grow_highest(by_group[name], part, changes[name][1], tie_key=tie_key))
         return kept | (grown & ~taken)
 
     def _probe(self, loss_of: LossOf, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -406,16 +365,7 @@ class ChannelMasking:
                 self.optimizer.state[parameter] = {"momentum_buffer": momentum}
         return move
 
-    # ---- every epoch, queries, state
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch from 0: the number of epochs observed."""
-        return len(self.controller.gaps)
-
-    def observe(self, *, train_ra: float, val_ra: float, val_loss: float) -> None:
-        """Add a finished epoch: accuracies in percent, mean robust loss on validation images."""
-        self.controller.observe(train_ra=train_ra, val_ra=val_ra, val_loss=val_loss)
+    # ---- queries, state
 
     def counts(self) -> dict[str, int]:
         """Live channels of each group."""
@@ -437,10 +387,7 @@ class ChannelMasking:
             "store": self._store.state_dict(),
             "sums": self._sums.clone(),
             "summed": self._summed,
-            "steps": self.steps,
-            "gaps": list(self.controller.gaps),
-            "val_losses": list(self.controller.val_losses),
-            "events": [dict(event) for event in self.events],
+            **self._course(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -451,10 +398,8 @@ class ChannelMasking:
         self._explored = state["explored"].clone()
         self._store.load_state_dict(state["store"])
         self._sums.copy_(state["sums"])
-        self._summed, self.steps = int(state["summed"]), int(state["steps"])
-        self.controller.gaps = [float(gap) for gap in state["gaps"]]
-        self.controller.val_losses = [float(loss) for loss in state["val_losses"]]
-        self.events = [dict(event) for event in state["events"]]
+        self._summed = int(state["summed"])
+        self._load_course(state)
 
     def kept(self) -> Kept:
         """What ``models.channels.narrow`` keeps of the full-size network to make this one."""

@@ -37,7 +37,7 @@ class EpochDisplay:
             if progress.step % self._print_freq == 0 and progress.step < progress.steps:
                 self._folder.say(
                     f"{self._title} step {progress.step}/{progress.steps}  {figures} "
-                    f" {progress.images_per_second:.0f} img/s"
+                    f" {progress.images / max(progress.seconds, 1e-9):.0f} img/s"
                 )
             return
         done = round(self._bar.total * progress.step / progress.steps)

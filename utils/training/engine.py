@@ -29,26 +29,16 @@ _SECONDS_BETWEEN_REPORTS = 1.0
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """Mean loss and running accuracy (percent) on the images trained on, and the time it took in
-    seconds."""
-
-    loss: float
-    accuracy: float
-    images: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Progress:
-    """Progress of an epoch: mean loss and accuracy (percent) over the first ``step`` of ``steps``
-    steps, and images per second."""
+    """Progress of an epoch: mean loss and running accuracy (percent) over the first ``step`` of
+    ``steps`` steps, the number of images in them, and the time they took in seconds."""
 
     step: int
     steps: int
     loss: float
     accuracy: float
-    images_per_second: float
+    images: int
+    seconds: float
 
 
 def sgd(
@@ -186,7 +176,7 @@ def train_epoch(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     after_step: Callable[[Tally], None] = lambda tally: None,
     on_move: Callable[[ChannelMove], None] = lambda move: None,
-) -> EpochResult:
+) -> Progress:
     """Train for one epoch in train mode.
 
     Args:
@@ -233,7 +223,7 @@ def train_epoch(
                 reported_at = tally.seconds = time.perf_counter() - start
                 on_progress(progress)
             after_step(tally)
-    return tally.result(epoch)
+    return tally.progress(epoch)
 
 
 def _step_masks(
@@ -300,18 +290,10 @@ class Tally:
                 f"the loss became {losses[step - 1].item()} in epoch {epoch + 1}, step {step} of"
                 f" {self._steps}"
             )
-        mean = (
-            losses * torch.tensor(self._weights, dtype=torch.float64)
-        ).sum().item() / self.images
+        total = (losses * torch.tensor(self._weights, dtype=torch.float64)).sum().item()
         accuracy = 100.0 * int(self._right) / self.images
-        return Progress(
-            self.step, self._steps, mean, accuracy, self.images / max(self.seconds, 1e-9)
-        )
-
-    def result(self, epoch: int) -> EpochResult:
-        """The finished epoch; raises as ``progress`` does."""
-        end = self.progress(epoch)
-        return EpochResult(end.loss, end.accuracy, self.images, self.seconds)
+        mean = total / self.images
+        return Progress(self.step, self._steps, mean, accuracy, self.images, self.seconds)
 
     def state_dict(self) -> dict[str, Any]:
         losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,26 +24,15 @@ _SECONDS = 2.0  # of measuring, after which no further step is measured
 _MIN_SECONDS = 5.0  # of training after the first update that a forecast needs
 
 
-@dataclass(frozen=True)
-class Images:
-    """Number of images to train, validate and test on."""
-
-    train: int
-    val: int
-    test: int
-
-
-def images_of(data: Data) -> Images:
-    return Images(len(data.train), len(data.val), len(data.test))
-
-
-def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]) -> float:
+def image_passes(
+    settings: CommonSettings, images: Mapping[str, int], done: Sequence[float]
+) -> float:
     """Forward passes of single images, or their equivalent, that a run has left; stage 1 of Robust
     Bird counts with all its epochs.
 
     Args:
         settings: of the run.
-        images: of its data.
+        images: of its data, by split (``Data.images``).
         done: epochs finished in each stage; may be fractional.
     """
     test = _passes_per_test_image(settings.test_attack)
@@ -56,16 +44,16 @@ def image_passes(settings: CommonSettings, images: Images, done: Sequence[float]
         further -= (behind - first) * plan.further_passes(first)
         looks = 2 if plan.ema or plan.swa_start is not None else 1
         validated, tested = (
-            epochs / settings.eval_every * images.val,
-            epochs / settings.test_every * images.test,
+            epochs / settings.eval_every * images["val"],
+            epochs / settings.test_every * images["test"],
         )
-        total += epochs * images.train * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
-        total += further * images.train
-        total += looks * (validated + tested) * test if attacked else epochs * images.val
+        total += epochs * images["train"] * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
+        total += further * images["train"]
+        total += looks * (validated + tested) * test if attacked else epochs * images["val"]
     # Final scores of the best and the final model, measured once if they are one, on test and
     # training images, in float32, which takes about twice as long as bf16.
-    train = min(images.train, settings.gap_subset or images.train)
-    return total + 2 * 2 * test * (train + images.test)
+    train = min(images["train"], settings.gap_subset or images["train"])
+    return total + 2 * 2 * test * (train + images["test"])
 
 
 class Forecast:
@@ -104,7 +92,7 @@ class Forecast:
 
 def seconds_left(
     settings: CommonSettings,
-    images: Images,
+    images: Mapping[str, int],
     history: Sequence[Mapping[str, Any]],
     share: float,
     pace: float,
@@ -113,7 +101,7 @@ def seconds_left(
 
     Args:
         settings: of the run.
-        images: of its data.
+        images: of its data, by split (``Data.images``).
         history: rows of its metrics.
         share: fraction of the epoch's training that is done.
         pace: seconds per image in this stage's training.

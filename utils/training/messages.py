@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from utils.settings.common import CommonSettings
 
 def setting_text(settings: CommonSettings, data: Data) -> str:
     """Network, data and tests, for the headline."""
-    images = f"{len(data.train)} / {len(data.val)} / {len(data.test)} images"
+    images = f"{' / '.join(map(str, data.images.values()))} images"
     tests = f"PGD-{settings.test_step} tests at {settings.test_ball}"
     return f"{settings.arch} on {settings.dataset} ({images}), {tests}"
 
@@ -54,18 +53,3 @@ def saved_text(
     last, step = history[-1], f", and {within} of the next" if done else ""
     stage = f"stage {last['stage']}, " if "stage" in last else ""
     return f"{stage}epoch {last['epoch']}{step}"
-
-
-def last_good_text(path: Path, saved: str) -> str:
-    """Which checkpoint a run that ends early can be resumed from."""
-    if not path.exists():
-        return "no epoch was finished, so there is no checkpoint yet"
-    return f"the last good checkpoint is {path}" + (f" ({saved})" if saved else "")
-
-
-def processes_text(before: int, now: int) -> str:
-    """Note for a run that is resumed with another number of processes."""
-    return (
-        f"the checkpoint was written by {before} process(es), {now} resume(s): from here on batch"
-        " norm sees batches split differently"
-    )

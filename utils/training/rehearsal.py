@@ -30,6 +30,7 @@ from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import full_precision
 from utils.seeding import cpu_generator_states, preserved_generators
 from utils.storage.checkpoint import checksum, load_weights, network_weights, snapshot
+from utils.storage.files import saved_bytes
 from utils.storage.packing import compact, expand
 
 
@@ -93,8 +94,7 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
             if parameter.requires_grad
         }
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(value)
@@ -189,10 +189,8 @@ def rehearse_checkpoint(
             "optimizer": {**states["optimizer"], "state": momenta},
         }
     )
-    buffer = io.BytesIO()
-    torch.save(compact(content, list(named)), buffer)
-    buffer.seek(0)
-    stored = expand(torch.load(buffer, weights_only=True))
+    written = io.BytesIO(saved_bytes(compact(content, list(named))))
+    stored = expand(torch.load(written, weights_only=True))
     if checksum(stored) != checksum(content):
         raise InputError("the network's checkpoint does not restore what was saved")
     other = build_network(spec, device, seed + 1)

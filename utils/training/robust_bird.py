@@ -18,7 +18,7 @@ from models.loading import build_network, full_size, network_of, refuse_other_cl
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils.early_bird import ticket_mask
 from utils.errors import InputError, require
-from utils.evaluation.scores import evaluate
+from utils.evaluation.scores import score
 from utils.execution.distributed import joined
 from utils.settings.command_line import parse_settings
 from utils.settings.device import pick_device
@@ -62,41 +62,28 @@ class RobustBirdRun(Run):
         self._refuse_what_cannot_be_pruned(model)
         if settings.stage1_pretrained is not None:
             model = self._pretrained(settings.stage1_pretrained)
-        return self._on_dense_weights(
-            Stage(model, self.data, settings.plan1, settings, self.execution)
-        )
+        return self._first_on(model)
 
     def stage_of(self, content: Mapping[str, Any]) -> Stage:
         settings = self.settings
         self.early_bird = settings.early_bird()
-        stage = self._on_dense_weights(
-            Stage(
-                build_network(full_size(self.spec), self.device),
-                self.data,
-                settings.plan1,
-                settings,
-                self.execution,
-            )
-        )
+        dense = build_network(full_size(self.spec), self.device)
+        stage = self._first_on(dense)
         if content["stage"] == 2:
-            return self._second_stage(
-                build_network(self.spec, self.device),
-                content["masking"] and content["masking"]["masks"],
-            )
-        masks = (
-            []
-            if self._ticket_is_drawn()
-            else [load_checkpoint(self.paths.mask(row["epoch"]))["mask"] for row in self.rows1]
-        )
-        self.early_bird.load_state_dict(
-            {"distances": [row["mask_distances"] for row in self.rows1], "masks": masks}
-        )
+            masks = content["masking"] and content["masking"]["masks"]
+            return self._second_stage(build_network(self.spec, self.device), masks)
+        rows = self.rows1
+        paths = [] if self._ticket_is_drawn() else [self.paths.mask(row["epoch"]) for row in rows]
+        masks = [load_checkpoint(path)["mask"] for path in paths]
+        distances = [row["mask_distances"] for row in rows]
+        self.early_bird.load_state_dict({"distances": distances, "masks": masks})
         return stage
 
-    def _on_dense_weights(self, stage: Stage) -> Stage:
-        """Remember the dense network's costs, with which the ticket's are compared."""
-        self.stage_number = 1
-        self.dense_costs = stage.costs
+    def _first_on(self, model: nn.Module) -> Stage:
+        """Stage 1 on a dense network, with whose costs the ticket's are compared."""
+        settings = self.settings
+        stage = Stage(model, self.data, settings.plan1, settings, self.execution)
+        self.stage_number, self.dense_costs = 1, stage.costs
         return stage
 
     def _refuse_what_cannot_be_pruned(self, model: nn.Module) -> None:
@@ -122,13 +109,14 @@ class RobustBirdRun(Run):
     def _pretrained(self, path: str) -> nn.Module:
         """The network of ``--stage1_pretrained``; raises ``InputError`` if it does not fit."""
         content = read_checkpoint(path)
-        if "channels" in (spec_in(content, path) or {}):
+        spec = spec_in(content, path) or {}
+        if "channels" in spec:
             raise InputError(
                 f"--stage1_pretrained {path} is a network whose channels were already removed; a"
                 " dense one is needed"
             )
-        self._refuse_other_spec(path, spec_in(content, path) or {})
-        same = refuse_other_classes(path, spec_in(content, path) or {}, self.data.classes)
+        self._refuse_other_spec(path, spec)
+        same = refuse_other_classes(path, spec, self.data.classes)
         require(
             same, f"--stage1_pretrained {path} numbers the classes in another order than the data"
         )
@@ -136,10 +124,8 @@ class RobustBirdRun(Run):
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise InputError(f"--stage1_pretrained {path} has weights that are not finite")
         weights = prunable(model).values()
-        live, total = (
-            sum(int(weight.count_nonzero()) for weight in weights),
-            sum(weight.numel() for weight in weights),
-        )
+        live = sum(int(weight.count_nonzero()) for weight in weights)
+        total = sum(weight.numel() for weight in weights)
         wanted = round(self.settings.density * total) if self.settings.density < 1 else 0
         if self.settings.pruning == "unstructured" and live < wanted:
             sparse = (
@@ -185,13 +171,10 @@ class RobustBirdRun(Run):
 
     def headline(self) -> str:
         s, kept = self.settings, "channels" if self.settings.pruning == "channel" else "weights"
+        most = f"{'at most ' if s.early_stop else ''}{s.epochs1} epochs"
+        now = f"{s.stage_text(s.stage1)} for {most}"
         if s.stage1_pretrained is not None:
             now = f"pruning {s.stage1_pretrained}"
-        else:
-            now = (
-                f"{s.stage_text(s.stage1)} for {'at most ' if s.early_stop else ''}{s.epochs1}"
-                " epochs"
-            )
         what = f"{s.method} at density {s.density:g} of the {kept}: {setting_text(s, self.data)}"
         then = f"then {s.stage2_text} for {s.epochs2}"
         return f"{what}, {now}, {then}, {execution_text(self.execution, self.device)}"
@@ -224,11 +207,8 @@ class RobustBirdRun(Run):
             self._epoch_of_stage_1(len(self.history))
         self.folder.write_picture(self.paths.distances, self._picture())
         self.folder.save(self.paths.stage1, self.network_content())
-        last, recent, tolerance = (
-            self.rows1[-1],
-            self.early_bird.recent(),
-            self.early_bird.tolerance,
-        )
+        last, bird = self.rows1[-1], self.early_bird
+        recent, tolerance = bird.recent(), bird.tolerance
         if not self.settings.early_stop:
             self.folder.say(f"the ticket is drawn after epoch {last['epoch']}")
             return
@@ -259,18 +239,12 @@ class RobustBirdRun(Run):
         if self.settings.stage1_ra:
             measured = self.tester.after_epoch(self.stage, title, ("val", "test"))
         else:
-            clean = evaluate(
-                self.stage.model,
-                self.data.val,
-                forward=self.stage.forward,
-                on_batch=lambda images: self.leave_if_asked(),
+            clean = score(
+                self.stage.forward, self.data.val, on_batch=lambda images: self.leave_if_asked()
             )
             measured = {"val_sa": clean.accuracy, "val_clean_loss": clean.loss}
-        self.refuse_broken_network(
-            epoch,
-            self.stage.steps,
-            measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"],
-        )
+        loss = measured["val_loss" if self.settings.stage1_ra else "val_clean_loss"]
+        self.refuse_broken_network(epoch, self.stage.steps, loss)
         emerged = self.early_bird.observe(self.stage.model)
         drawn: Row = {"mask_distances": self.early_bird.distances[-1], "ticket": emerged}
         # Each mask is written once: with all of them in every checkpoint, 200 epochs would write
@@ -303,7 +277,7 @@ class RobustBirdRun(Run):
         if settings.pruning == "unstructured" and settings.density < 1:
             masks = initial_masks(model, settings.density, "magnitude", seed=settings.seed)
         self.stage = self._second_stage(model, masks)
-        self.folder.write_config(self.config())
+        self.folder.write_json(self.paths.config, self.config())
         self.require_same_state()
         if settings.density < 1:
             self._say_pruned()
@@ -312,14 +286,8 @@ class RobustBirdRun(Run):
         settings = self.settings
         self.stage_number = 2
         self.forecast = Forecast()  # its pace differs: other attacks, fewer weights or channels
-        stage = Stage(
-            model,
-            self.data,
-            settings.plan2,
-            settings,
-            self.execution,
-            {cost.name: cost.weights for cost in self.dense_costs},
-        )
+        dense = {cost.name: cost.weights for cost in self.dense_costs}
+        stage = Stage(model, self.data, settings.plan2, settings, self.execution, dense)
         if masks is not None:
             steps = settings.epochs2 * stage.steps
             config = MaskingConfig(
@@ -353,11 +321,8 @@ class RobustBirdRun(Run):
 
         rows, watched = self.rows1, self.early_bird
         drawn = rows[-1]["epoch"] if self._ticket_is_drawn() else None
-        seen = (
-            (watched.window, watched.tolerance, rows[-1]["ticket"])
-            if self.settings.early_stop
-            else None
-        )
+        found = (watched.window, watched.tolerance, rows[-1]["ticket"])
+        seen = found if self.settings.early_stop else None
         return mask_distances([row["mask_distances"] for row in rows], drawn, seen)
 
     def summary(self) -> Row:
@@ -368,12 +333,9 @@ class RobustBirdRun(Run):
             "pretrained": settings.stage1_pretrained,
         }
         if rows:
+            emerged = settings.early_stop and rows[-1]["ticket"]
             seconds = sum(row["seconds"] for row in rows)
-            first |= {
-                "emerged": settings.early_stop and rows[-1]["ticket"],
-                "val_sa": rows[-1]["val_sa"],
-                "seconds": seconds,
-            }
+            first |= {"emerged": emerged, "val_sa": rows[-1]["val_sa"], "seconds": seconds}
         sides = self.spec.get("channels", {})
         kept = {name: len(out) for name, (out, _) in sides.items() if out is not None}
         return {**super().summary(), "stage1": first, "channels": kept}

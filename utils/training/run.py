@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from models import flops
 from models.loading import network_of, spec_in
 from models.modes import norm_statistics
 from utils.errors import RunError, Stopped
@@ -27,12 +28,12 @@ from utils.training import messages, resuming
 from utils.training.collapse import MOST_ROLLBACKS, CollapseError
 from utils.training.display import EpochDisplay
 from utils.training.ending import saying_how_it_ends
-from utils.training.engine import EpochResult, Progress, Tally
-from utils.training.forecast import Forecast, duration, images_of, seconds_left
+from utils.training.engine import Progress, Tally
+from utils.training.forecast import Forecast, duration, seconds_left
 from utils.training.run_state import RunState
 from utils.training.saving import AVERAGE, best_epoch, epoch_row
 from utils.training.stage import Row
-from utils.training.summary import entry, run_flops, summary_content, summary_text, weight_checksums
+from utils.training.summary import entry, summary_content, summary_text, weight_checksums
 from utils.training.testing import Tester
 
 # Drawing takes a quarter of a second, too long after every short epoch.
@@ -87,8 +88,13 @@ class Run(RunState):
             return
         if world.size > 1:
             self._take_over()
+        given = (self.config(), self.settings.tensorboard, self.stamps)
         self.folder = world.agree(
-            self._own_folder if world.is_first else lambda: SilentRunFolder(self.paths)
+            lambda: (
+                RunFolder.create(self.paths, *given)
+                if world.is_first
+                else SilentRunFolder(self.paths)
+            )
         )
         self.tester = Tester(self.data, self.settings, world, self.folder, self.leave_if_asked)
         ends = saying_how_it_ends(self.folder, world, self.device, self.where, self.checkpoints)
@@ -101,9 +107,6 @@ class Run(RunState):
             self._announce()
             self.train_stages()
             self._finish()
-
-    def _own_folder(self) -> RunFolder:
-        return RunFolder.create(self.paths, self.config(), self.settings.tensorboard, self.stamps)
 
     def _take_over(self) -> None:
         """Adopt the first process's state: the others may have found another on disk."""
@@ -150,7 +153,7 @@ class Run(RunState):
             if (epoch + 1) % epochs == 0 or epoch + 1 == self.epochs
         ]
 
-    def train_epoch(self, epoch: int, title: str) -> EpochResult:
+    def train_epoch(self, epoch: int, title: str) -> Progress:
         """Train the remaining steps of an epoch, from the last checkpoint after each rollback."""
         while True:
             try:
@@ -164,14 +167,14 @@ class Run(RunState):
         before = self.stage.guard.rollbacks if self.stage.guard else 0
         if self.settings.on_collapse != "rollback":
             again = "--on_collapse rollback repeats it with a smaller step, warn goes on"
-            self._fail_together(RunError(f"{error} ({again})"))
+            self.world.fail(RunError(f"{error} ({again})"))
         self.folder.settle()
         path, stage = self.checkpoints.last_good, self.further_state()
         content = self.world.from_first(lambda: load_checkpoint(path) if path.exists() else {})
         if not content or {name: content[name] for name in stage} != stage:
-            self._fail_together(RunError(f"{error}, before there was a checkpoint to go back to"))
+            self.world.fail(RunError(f"{error}, before there was a checkpoint to go back to"))
         if before >= MOST_ROLLBACKS:
-            self._fail_together(RunError(f"{error}, again after {before} rollbacks"))
+            self.world.fail(RunError(f"{error}, again after {before} rollbacks"))
         self.restore(content)
         assert self.stage.guard is not None
         self.stage.guard.rollbacks = before + 1
@@ -181,11 +184,7 @@ class Run(RunState):
             f" {size:.3g}/255"
         )
 
-    def _fail_together(self, error: RunError) -> None:
-        """Raise an error that all processes meet at the same step; only the first reports it."""
-        raise error if self.folder.writes else Stopped("", 3)
-
-    def _train_epoch(self, epoch: int, title: str) -> EpochResult:
+    def _train_epoch(self, epoch: int, title: str) -> Progress:
         """Train the steps of an epoch that the checkpoint has not done."""
         stage = self.stage
         self.epoch, tally = epoch, Tally(stage.steps)
@@ -231,11 +230,7 @@ class Run(RunState):
         pace = self.forecast.update(tally.images, tally.seconds, tally.step == self.stage.steps)
         if pace is not None:
             left = seconds_left(
-                self.settings,
-                images_of(self.data),
-                self.history,
-                tally.step / self.stage.steps,
-                pace,
+                self.settings, self.data.images, self.history, tally.step / self.stage.steps, pace
             )
             self.folder.say(
                 f"about {duration(left)} left, tests included, at the pace of the first steps"
@@ -270,12 +265,12 @@ class Run(RunState):
                 f"the network was no longer finite after epoch {epoch + 1}, step {step} of"
                 f" {self.stage.steps}"
             )
-            self._fail_together(error)
+            self.world.fail(error)
 
     # ---- files
 
     def record(
-        self, title: str, epoch: int, trained: EpochResult, tested: float, figures: Row
+        self, title: str, epoch: int, trained: Progress, tested: float, figures: Row
     ) -> None:
         """Save a finished epoch (from 0), whose tests took ``tested`` seconds and gave ``figures``;
         the checkpoint first, as a resumed run restores the rest."""
@@ -337,7 +332,9 @@ class Run(RunState):
             closest = resuming.closest_existing_run(self.settings, self.paths)
             say(f"note: nothing to resume there, starting from scratch{closest}")
         if self.processes != self.world.size and not self.settings.sync_bn:
-            say(f"note: {messages.processes_text(self.processes, self.world.size)}")
+            who = f"{self.processes} process(es), {self.world.size} resume(s)"
+            then = "from here on batch norm sees batches split differently"
+            say(f"note: the checkpoint was written by {who}: {then}")
         for caution in (*self.data.notes, *self.cautions()):
             say(f"note: {caution}")
 
@@ -348,7 +345,7 @@ class Run(RunState):
         if self.stage.average is not None:
             self.folder.save(self.paths.average, self.network_content(AVERAGE))
         summary = self.summary()
-        self.folder.write_summary(summary)
+        self.folder.write_json(self.paths.summary, summary)
         self.folder.say(summary_text(summary))
         self.folder.say(f"everything is in {self.paths.root}")
 
@@ -386,5 +383,14 @@ class Run(RunState):
         return stored
 
     def flops(self) -> dict[str, dict[str, int]]:
-        """Real and paper's FLOPs of the last stage."""
-        return run_flops(self.stage, self.rows, len(self.data.train))
+        """FLOPs of the last stage: real ones from its metrics, and as the paper counts them."""
+        stage, images, rows = self.stage, len(self.data.train), self.rows
+        plan, by_epoch = stage.plan, [row["inference_flops"] for row in rows]
+        steps, further = plan.attack_steps, [plan.further_passes(n) for n in range(len(rows))]
+        real = flops.real_training(by_epoch, images, steps, further)
+        inference = flops.paper_inference(stage.costs, stage.live_counts())
+        paper = flops.paper_training(inference, images, steps, plan.epochs, further)
+        return {
+            "real": {"inference": by_epoch[-1], "training": real},
+            "paper": {"inference": inference, "training": paper},
+        }

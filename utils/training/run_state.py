@@ -3,6 +3,7 @@ folder, and how it is stored."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from utils.storage.provenance import environment, made_by
 from utils.storage.run_folder import refuse_locked
 from utils.training import messages, resuming
 from utils.training.rehearsal import refusing, rehearse_checkpoint
-from utils.training.saving import Checkpoints, config_content, network_content
+from utils.training.saving import Checkpoints
 from utils.training.stage import Row, Stage
 
 
@@ -117,9 +118,21 @@ class RunState(ABC):
     # ---- what it stores
 
     def network_content(self, prefix: str = "") -> dict[str, Any]:
-        """The network as it is, or its average if ``prefix`` is ``AVERAGE``."""
+        """The network as it is, or its average if ``prefix`` is ``AVERAGE``, with its description
+        and the metrics of its epoch: part of every checkpoint."""
         row = self.history[-1] if self.history else {}
-        return network_content(self.stage, self.settings, self.data, self.network, row, prefix)
+        average = self.stage.average if prefix else None
+        return {
+            "state_dict": (average or self.stage).model.state_dict(),
+            **({"averaged": True} if prefix else {}),
+            "network": self.network,
+            "script": self.settings.script,
+            "settings": dataclasses.asdict(self.settings),
+            "digests": dict(self.data.digests),
+            "epoch": row.get("epoch", 0),
+            "val_ra": row.get(prefix + "val_ra"),
+            "val_sa": row.get(prefix + "val_sa"),
+        }
 
     def content(self, partial: Mapping[str, Any] | None) -> dict[str, Any]:
         """Contents of a checkpoint; ``partial`` is the tally of an unfinished epoch."""
@@ -157,14 +170,19 @@ class RunState(ABC):
 
     def config(self) -> Row:
         """Contents of ``config.json``."""
-        return config_content(
-            self.stage,
-            self.settings,
-            self.data,
-            self.network,
-            epochs=self.epochs,
-            made_by=self.made_by,
-        )
+        settings, data = self.settings, self.data
+        return {
+            "method": settings.method,
+            "settings": dataclasses.asdict(settings),
+            "milestones": settings.milestones_in(self.epochs),
+            "network": self.network,
+            "classes": data.classes,
+            "digests": dict(data.digests),
+            "images": data.images,
+            "steps_per_epoch": self.stage.steps,
+            "compiled": self.stage.execution.compile,
+            "made_by": self.made_by,
+        }
 
     @cached_property
     def made_by(self) -> list[Row]:

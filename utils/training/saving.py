@@ -1,20 +1,17 @@
-"""What a run saves: the contents of its checkpoints and of ``config.json``."""
+"""The checkpoints that a run saves, and what an epoch adds to its metrics."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import Data
 from utils.settings.common import CommonSettings
 from utils.storage.checkpoint import load_newest
 from utils.storage.packing import compact
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import RunFolder
-from utils.training import messages
-from utils.training.engine import EpochResult
+from utils.training.engine import Progress
 from utils.training.stage import Row, Stage
 
 AVERAGE = "average_"  # prefix of the averaged network's figures
@@ -68,7 +65,10 @@ class Checkpoints:
 
     def text(self, *, with_progress: bool = True) -> str:
         """Which one a run that ends early can be resumed from."""
-        return messages.last_good_text(self.last_good, self.progress if with_progress else "")
+        if not self.last_good.exists():
+            return "no epoch was finished, so there is no checkpoint yet"
+        progress = f" ({self.progress})" if with_progress and self.progress else ""
+        return f"the last good checkpoint is {self.last_good}{progress}"
 
 
 def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
@@ -78,56 +78,7 @@ def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
     return max(every, key=lambda found: found[0][found[1] + key])
 
 
-def network_content(
-    stage: Stage,
-    settings: CommonSettings,
-    data: Data,
-    network: Mapping[str, Any],
-    row: Mapping[str, Any],
-    prefix: str = "",
-) -> dict[str, Any]:
-    """The network, or its average if ``prefix`` is ``AVERAGE``, with its description ``network``
-    and the ``row`` of metrics of its epoch: part of every checkpoint."""
-    model = stage.average.model if prefix and stage.average is not None else stage.model
-    return {
-        "state_dict": model.state_dict(),
-        **({"averaged": True} if prefix else {}),
-        "network": dict(network),
-        "script": settings.script,
-        "settings": dataclasses.asdict(settings),
-        "digests": dict(data.digests),
-        "epoch": row.get("epoch", 0),
-        "val_ra": row.get(prefix + "val_ra"),
-        "val_sa": row.get(prefix + "val_sa"),
-    }
-
-
-def config_content(
-    stage: Stage,
-    settings: CommonSettings,
-    data: Data,
-    network: Mapping[str, Any],
-    *,
-    epochs: int,
-    made_by: Sequence[Row],
-) -> Row:
-    """Contents of ``config.json``; ``epochs`` are those of the last stage."""
-    images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-    return {
-        "method": settings.method,
-        "settings": dataclasses.asdict(settings),
-        "milestones": settings.milestones_in(epochs),
-        "network": dict(network),
-        "classes": data.classes,
-        "digests": dict(data.digests),
-        "images": images,
-        "steps_per_epoch": stage.steps,
-        "compiled": stage.execution.compile,
-        "made_by": list(made_by),
-    }
-
-
-def epoch_row(stage: Stage, epoch: int, trained: EpochResult) -> Row:
+def epoch_row(stage: Stage, epoch: int, trained: Progress) -> Row:
     """What training an epoch (from 0) adds to ``metrics.jsonl``, where epochs count from 1;
     accuracies are in percent."""
     return {

@@ -22,7 +22,7 @@ from utils.settings.common import CommonSettings
 from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.channel_masking import ChannelMasking, ChannelMove
 from utils.training.collapse import CollapseGuard
-from utils.training.engine import EpochResult, Tally, sgd, train_epoch
+from utils.training.engine import Progress, Tally, sgd, train_epoch
 from utils.training.rehearsal import refuse_bound_copy, refusing, rehearse_step
 from utils.training.schedule import Plan
 
@@ -77,17 +77,11 @@ class Stage:
         further = [plan.further_passes(epoch) for epoch in range(plan.epochs)]
         dense_costs = [flops.real_inference(self.costs)] * plan.epochs
         work = flops.real_training(dense_costs, len(data.train), plan.attack_steps, further)
-        self.execution = (
-            dataclasses.replace(execution, compile=False)
-            if together
-            else execution.for_training(work, data.train.device)
-        )
-        self.forward = Forward(
-            model,
-            self.execution,
-            sizes=(self.loader.most, EVAL_BATCH),
-            has_idle=bool(idle) or draws,
-        )
+        plain = dataclasses.replace(execution, compile=False)
+        compiled = execution.for_training(work, data.train.device)
+        self.execution = plain if together else compiled
+        sizes = (self.loader.most, EVAL_BATCH)
+        self.forward = Forward(model, self.execution, sizes, has_idle=bool(idle) or draws)
         self._is_prepared = not self.execution.compile
         self._most_tested = max(len(data.val), len(data.test))
         self._train, self._image_shape = data.train, data.image_shape
@@ -109,7 +103,7 @@ class Stage:
             x, self.plan.attack is not None, self.plan.attack_training, tested
         )
 
-    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> EpochResult:
+    def train_epoch(self, epoch: int, tally: Tally, **options: Any) -> Progress:
         """Train the steps of an epoch (from 0) that ``tally`` has not seen; ``options`` go to
         ``engine.train_epoch``."""
         if self._synchronized:  # not earlier: each process builds its stage on its own
@@ -118,18 +112,9 @@ class Stage:
         plan = self.plan
         if self.guard is not None:
             plan = dataclasses.replace(plan, attack=self.guard.attack)
-        given: dict[str, Any] = {
-            "plan": plan,
-            "epoch": epoch,
-            "steps": self.steps,
-            "masking": self.masking,
-            "average": self.average,
-            "tally": tally,
-            "on_move": self._follow,
-        }
-        return train_epoch(
-            self.model, self.optimizer, batches, forward=self.forward, **given, **options
-        )
+        options |= {"plan": plan, "epoch": epoch, "steps": self.steps, "tally": tally}
+        options |= {"masking": self.masking, "average": self.average, "on_move": self._follow}
+        return train_epoch(self.model, self.optimizer, batches, forward=self.forward, **options)
 
     def _follow(self, move: ChannelMove) -> None:
         """Update what else depends on the network's shapes or on the positions of its channels."""
@@ -175,12 +160,11 @@ class Stage:
         # an unused layer has no costs, so its mask gives its size
         dense = {name: self._dense.get(name) or masks[name].numel() for name in live}
         density = sum(live.values()) / sum(dense.values())
+        by_layer = {name: live[name] / dense[name] for name in live}
         return {
             "density": density,
             "explored": self.masking.explored_fraction() if self.masking else density,
-            "layer_densities": (
-                {name: live[name] / dense[name] for name in live} if density < 1 else {}
-            ),
+            "layer_densities": by_layer if density < 1 else {},
             "inference_flops": flops.real_inference(self.costs, {**live, **masks}),
         }
 
@@ -198,9 +182,8 @@ class Stage:
             for name, value in kept.items():
                 # memory layout of the weights, so that a step is one pass
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    kept[name] = torch.empty_like(
-                        parameter, dtype=value.dtype, requires_grad=False
-                    ).copy_(value)
+                    like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                    kept[name] = like.copy_(value)
         if self.masking is not None:
             self.masking.load_state_dict(state["masking"])
         if self.average is not None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from models import flops
 from models.loading import network_of, spec_in
 from utils.evaluation.scores import FinalScores
 from utils.settings.common import CommonSettings
 from utils.storage.checkpoint import checksum, load_checkpoint
 from utils.storage.paths import RunPaths
-from utils.training.stage import Row, Stage
+from utils.training.stage import Row
 
 
 def entry(row: Mapping[str, Any], scores: FinalScores, *, averaged: bool = False) -> Row:
@@ -54,23 +53,6 @@ def weight_checksums(paths: RunPaths) -> dict[str, str]:
         network = network_of(content, path, spec_in(content, path) or {}, torch.device("cpu"))
         found[path.name] = checksum(network.state_dict())
     return found
-
-
-def run_flops(stage: Stage, rows: Sequence[Row], images: int) -> dict[str, dict[str, int]]:
-    """FLOPs of a stage: real ones from its ``rows`` of metrics, and as the paper counts them."""
-    steps, by_epoch = stage.plan.attack_steps, [row["inference_flops"] for row in rows]
-    further = [stage.plan.further_passes(epoch) for epoch in range(len(rows))]
-    paper = flops.paper_inference(stage.costs, stage.live_counts())
-    return {
-        "real": {
-            "inference": by_epoch[-1],
-            "training": flops.real_training(by_epoch, images, steps, further),
-        },
-        "paper": {
-            "inference": paper,
-            "training": flops.paper_training(paper, images, steps, stage.plan.epochs, further),
-        },
-    }
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:

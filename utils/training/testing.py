@@ -54,8 +54,7 @@ class Tester:
         return found
 
     def _scores(self, title: str, forward: Forward, parts: Collection[str]) -> dict[str, float]:
-        images = {"val": len(self._data.val), "test": len(self._data.test)}
-        total = sum(images[part] for part in parts)
+        total = sum(self._data.images[part] for part in parts)
         with EpochDisplay(self._folder, f"{title} test", total) as display:
             return epoch_scores(
                 forward.model,
