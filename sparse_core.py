@@ -505,7 +505,7 @@ def initial_masks(
     """
     _check_density(density)
     weights = _unfrozen(_chosen(model, prunable))
-    _refuse_nothing(weights)
+    _refuse_unfit(weights)
     _refuse_computed(model, weights)
     if method in DENSITY_METHODS:
         counts = layer_counts({n: tuple(w.shape) for n, w in weights.items()}, density, method)
@@ -532,10 +532,14 @@ def initial_masks(
     return _connected_masks(scores, density, tie_key)
 
 
-def _refuse_nothing(weights: Mapping[str, nn.Parameter]) -> None:
+def _refuse_unfit(weights: Mapping[str, nn.Parameter]) -> None:
     if not weights:
         kinds = "no trained convolution, linear layer or attention, or none is chosen"
         raise ValueError(f"the network has no weights to mask: {kinds}")
+    sharded = [name for name, weight in weights.items() if hasattr(weight, "device_mesh")]
+    if sharded:
+        what = "is split over processes (fully_shard), where masks would need all of it"
+        raise ValueError(f"{sharded[0]} {what}; DistributedDataParallel works")
 
 
 def _refuse_useless(scores: Mapping[str, Tensor], method: str) -> None:
@@ -1084,7 +1088,7 @@ class Masking(Course):
         self._postponed = False  # a due update found no usable gradients or momentum
         self._has_warned = False  # of such updates
         self._known_dead: set[str] = set()
-        _refuse_nothing(weights)
+        _refuse_unfit(weights)
         frozen = [name for name in chosen if name not in weights]
         if frozen:  # which a caller may expect to be masked
             named = ", ".join(frozen)

@@ -13,4 +13,4 @@ if [ "${1:-}" = --all ]; then
     set -- -m "long or not long" "$@"
 fi
 # One thread per process: with more, the processes would wait for each other.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist worksteal "$@"

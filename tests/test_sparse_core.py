@@ -726,6 +726,13 @@ def test_an_update_after_the_last_step_of_a_constant_schedule_is_named():
         start(update_frequency=3, drop_schedule="constant")
 
 
+def test_weights_split_over_processes_are_refused():
+    model, optimizer, _ = start()
+    model[0].weight.device_mesh = None  # as those of fully_shard have
+    with pytest.raises(ValueError, match=r"0\.weight is split over processes"):
+        Masking(model, optimizer, MaskingConfig(0.3, 8))
+
+
 def _observing(world, compare):
     model = toy.network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
