@@ -117,9 +117,7 @@ def train_step(
     """
     forward = Forward(model) if forward is None else forward
     world = forward.world
-    draws = None
-    if attack is not None:
-        draws = attack_draws(attack, batch.indices, batch.x.shape[1:], *key)
+    draws = attack_draws(attack, batch.indices, batch.x.shape[1:], *key) if attack else None
 
     def batch_loss(network: Network, x: Tensor, attacked: Tensor, y: Tensor) -> LossAndLogits:
         value, logits = loss.compute(network, x, attacked, y, options)
@@ -139,13 +137,11 @@ def train_step(
         return value.detach(), (logits.detach().argmax(dim=1) == y).sum(), attacked
 
     kind = (attack, attack_training, loss, options, awp)
-    value, right, attacked = forward.update(
-        update, batch.x, batch.y, draws, optimizer=optimizer, key=kind
-    )
+    given = (batch.x, batch.y, draws)
+    value, right, attacked = forward.update(update, *given, optimizer=optimizer, key=kind)
 
     def loss_of(other: nn.Module) -> Tensor:
-        network = partial(forward.plainly, other)
-        return batch_loss(network, batch.x, attacked, batch.y)[0]
+        return batch_loss(partial(forward.plainly, other), batch.x, attacked, batch.y)[0]
 
     if world.size == 1:
         return Step(value, right, loss_of)
@@ -187,21 +183,19 @@ def train_epoch(
             the network itself draws from the global generators, which are left as found.
         masking, average: updated after each step.
         tally: of the steps done before, for an epoch that is resumed.
-        print_freq: maximum number of steps between calls of ``on_progress``, which also check the
-            losses. Slow steps are reported once a second.
+        print_freq: steps between calls of ``on_progress``, which check the losses; slow steps are
+            reported once a second.
         forward: as in ``train_step``.
         after_step: called after each step, masks included; may raise.
         on_move: called after an update of channels, before the average.
 
     Raises:
-        RunError: a loss is not finite (the network is then useless), or masks differ between
-            processes.
+        RunError: a loss is not finite, or masks differ between processes.
     """
     model.train()
     tally = Tally(steps) if tally is None else tally
     forward = Forward(model) if forward is None else forward
-    options = plan.step_options(epoch)
-    reported_at = tally.seconds
+    options, reported_at = plan.step_options(epoch), tally.seconds
     start = time.perf_counter() - reported_at
     with preserved_generators(next(model.parameters()).device) as seed:
         for step, batch in enumerate(batches, tally.step):
@@ -215,11 +209,9 @@ def train_epoch(
                 average.after_step(model, masking)
             tally.add(done.loss, done.right, batch.total)
             tally.seconds = time.perf_counter() - start
-            is_due = step + 1 == steps or (step + 1) % print_freq == 0
-            is_due |= tally.seconds - reported_at > _SECONDS_BETWEEN_REPORTS
-            if forward.world.highest(is_due):  # all processes at the same step
-                progress = _progress(tally, epoch, forward.world)
-                # reading the losses waited for the GPU
+            is_late = tally.seconds - reported_at > _SECONDS_BETWEEN_REPORTS  # in any process
+            if forward.world.highest(is_late or step + 1 == steps or (step + 1) % print_freq == 0):
+                progress = _progress(tally, epoch, forward.world)  # waits for the device
                 reported_at = tally.seconds = time.perf_counter() - start
                 on_progress(progress)
             after_step(tally)
