@@ -31,6 +31,7 @@ import functools
 import hashlib
 import itertools
 import math
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 __version__ = "0.2.0"
 DENSITY_METHODS = ("igq", "erk", "er", "uniform")
@@ -427,50 +429,51 @@ def _refuse_computed(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> N
             raise ValueError(f"{what} values computed from it: its zeros do not carry over")
 
 
-_PROBES = 32  # input channels of a layer
+_PRODUCTS = re.compile(r"(linear|conv(_transpose)?[123]d|_*r?matmul_*|b?mm|(b?add)b?mm)")
 
 
-def _keeps_zeros(layer: Any) -> bool:
-    """Whether zeros of a layer's weight multiply nothing: True as well for a layer that cannot be
-    called by itself, or draws."""
-    try:
-        probe = copy.deepcopy(layer).eval()
-        return bool(probe.weight.is_meta) or _ignores_zeroed(probe)
-    except Exception:  # takes other inputs than its base class
-        return True
+class _Multiplied(TorchFunctionMode):
+    """Notes, of each tensor shaped like ``weight`` (or its transpose) that a layer multiplies by,
+    whether it is zero where the weight is."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        zero = weight == 0
+        self.zeros = (zero, zero.mT) if zero.dim() == 2 else (zero,)
+        self.found: list[bool] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, given: Any = (), named: Any = None
+    ) -> Any:
+        if _PRODUCTS.fullmatch(getattr(function, "__name__", "")):
+            for part in (*given, *(named or {}).values()):
+                for zero in self.zeros:
+                    if isinstance(part, Tensor) and part.shape == zero.shape:
+                        self.found.append(not bool((part.detach()[zero] != 0).any()))
+        return function(*given, **(named or {}))
 
 
 @torch.no_grad()
-def _ignores_zeroed(layer: Any) -> bool:
-    """Whether pixels that only meet zeros of the weight leave the output as it is; overwrites the
-    weight."""
-    weight, is_linear = layer.weight, isinstance(layer, nn.Linear)
-    inputs = layer.in_features if is_linear else layer.in_channels
-    group = inputs if is_linear else inputs // layer.groups
-    sides = [] if is_linear else zip(layer.kernel_size, layer.dilation, strict=True)
-    middle = [dilation * (size - 1) for size, dilation in sides]
-    probed = range(0, group, 2 * max(1, group // (2 * _PROBES)))
-    x = weight.new_zeros(1 + len(probed), inputs, *(2 * place + 1 for place in middle))
-    for row, channel in enumerate(probed, 1):  # one pixel each; the first image stays black
-        x[(row, channel, *middle)] = 1
-
-    def changes(values: Tensor) -> Tensor:
-        weight.copy_(values)
-        return (layer(x) - layer(x[:1])).abs()
-
-    full = _random_score(weight, 0, "probe") + 0.5
-    some, before = full.clone(), changes(full)
-    seen = 1e-4 * before.max()
-    if bool(changes(full).ne(before).any()) or not bool(seen > 0):
-        return True  # it draws, or has no response
-    if group == 1:  # filters of one channel: all of a filter's positions but one
-        some.flatten(1)[:, 1:] = 0
-        return weight[0].numel() == 1 or int((changes(some) > seen).sum()) < int(
-            (before > seen).sum()
-        )
-    transposed = not is_linear and layer.transposed
-    some.transpose(0, int(not transposed))[::2] = 0  # every second channel, those probed included
-    return not bool((changes(some) > seen).any())
+def _keeps_zeros(layer: Any) -> bool:
+    """Whether a layer multiplies by zero where its weight is zero: True as well if it cannot be
+    called by itself, or multiplies in another way."""
+    if layer.weight.is_meta:
+        return True
+    try:
+        probe = copy.deepcopy(layer)
+        probe.eval()
+        weight = probe.weight
+        drawn = _random_score(weight, 0, "probe") + 0.5
+        weight.copy_(drawn.masked_fill(_random_score(weight, 0, "zeros") < 0.5, 0.0))
+        images = [2, probe.in_features] if isinstance(probe, nn.Linear) else [2, probe.in_channels]
+        if not isinstance(probe, nn.Linear):
+            sides = zip(probe.kernel_size, probe.dilation, strict=True)
+            images += [2 * dilation * (side - 1) + 1 for side, dilation in sides]
+        with _Multiplied(weight.clone()) as seen, _global_draws(0, weight.device):
+            type(probe).forward(probe, weight.new_ones(images))  # without hooks
+    except Exception:  # takes other inputs than its base class
+        return True
+    return any(seen.found) or not seen.found
 
 
 # ---------------------------------------------------------------- first masks
@@ -619,16 +622,21 @@ def _copied(
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
-    trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    if copied.eval()(x).requires_grad:
+    copied.eval()
+    if depends_on(copied(x), model):
         problem = "a copy of the network computes with the original's weights, as its functions"
         raise ValueError(f"{problem} hold on to them (a lambda over self?), so it cannot be scored")
-    for parameter in trained:
-        parameter.requires_grad_()
     own = dict(copied.named_parameters())
     return copied, {name: own[name] for name in names}
+
+
+def depends_on(output: Any, model: nn.Module) -> bool:
+    """Whether ``output`` was computed with trained parameters of ``model``."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not isinstance(output, Tensor) or not output.requires_grad or not trained:
+        return False
+    gradients = torch.autograd.grad(output.sum(), trained, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 def _gradients(
@@ -683,9 +691,10 @@ def _synflow_masks(
 ) -> dict[str, Tensor]:
     """100 rounds of keeping the highest |w * dR/dw|; R is the summed output for an input of ones,
     with all weights made positive."""
-    model, _ = _copied(model, names, x)
+    ones = torch.ones_like(x, dtype=next(model.parameters()).dtype)
+    model, _ = _copied(model, names, ones)
     # float64: in a deep positive network the products span more than float32 holds.
-    own = dict(model.double().eval().named_parameters())
+    own = dict(model.double().named_parameters())
     weights = {name: own[name] for name in names}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -805,7 +814,7 @@ class _OptimizerState:
             if type(optimizer).__module__.startswith("torch."):
                 continue
             for name, weight in self._weights.items():
-                state = getattr(optimizer, "state", {}).get(weight, {})
+                state = _named(getattr(optimizer, "state", {}).get(weight, {}))
                 keys = [key for key in state if key not in _ELEMENTWISE]
                 parts = [key for key in keys for part in _leaves(state[key]) if _fits(part, weight)]
                 if weight.dim() == 2 and weight.shape[0] == weight.shape[1] and parts:
@@ -822,7 +831,7 @@ class _OptimizerState:
         parts = [
             part
             for state in self._states(weight)
-            for key, held in state.items()
+            for key, held in _named(state).items()
             if key not in _SCALES
             for part in _leaves(held)
         ]
@@ -876,6 +885,10 @@ def _keeps_momentum(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
     if "betas" in group:
         return True
     return False if isinstance(optimizer, _NO_MOMENTUM) else None
+
+
+def _named(state: Any) -> Mapping[Any, Any]:
+    return state if isinstance(state, Mapping) else {"state": state}
 
 
 def _fits(part: Any, weight: Tensor) -> bool:
@@ -1041,8 +1054,8 @@ class Masking(Course):
 
     Args:
         model: its prunable weights (``prunable``) are masked in place at once.
-        optimizer: every weight-shaped tensor in its state (momentum) is masked too, also in that of
-            optimizers it wraps.
+        optimizer: momentum, every weight-shaped tensor in its state that does not only scale steps,
+            is masked too, also in that of optimizers it wraps.
         config: see ``MaskingConfig``.
         masks: the first masks, instead of ``config.sparse_init``, e.g. a Robust Bird ticket.
         batches: images and labels, for first masks that score weights on data.
@@ -1191,7 +1204,7 @@ class Masking(Course):
 
     def moments(self, name: str) -> Iterable[Tensor]:
         """The tensors shaped like a layer's weight in the state of the optimizer and of those it
-        wraps, e.g. SGD's momentum."""
+        wraps, e.g. SGD's momentum; averages that only scale steps are left out."""
         return self._state.of(name)
 
     # ---- every update
@@ -1329,9 +1342,12 @@ class Masking(Course):
         shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not (self._compares and shared and torch.distributed.get_world_size() > 1):
             return
-        found = [0] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, mask_hash(self.masks))
-        if len(set(found)) > 1:
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        device = next(iter(self.weights.values())).device if on_gpu else "cpu"
+        mine = torch.tensor([mask_hash(self.masks)], device=device)
+        found = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(found, mine)
+        if len({int(other) for other in found}) > 1:
             needed = "each needs the same weights, seed, first batches and observed figures"
             advice = "compare=False if they train different networks"
             raise ValueError(f"masks differ between processes: {needed}; {advice}")
@@ -1451,8 +1467,8 @@ def _warn_of_idle_updates(config: MaskingConfig, *, is_full: bool) -> None:
     elif config.drop_schedule == "constant" and update_is_due(config, int(config.total_steps)):
         what = f"an update follows the last of total_steps={config.total_steps}"
         warnings.warn(
-            f"{what}, and what it grows stays zero; a few steps more, or a schedule that"
-            " falls, avoids this",
+            f"{what}, and what it grows stays zero; a few steps more avoid this, and a schedule"
+            " that falls makes it small",
             stacklevel=3,
         )
 

@@ -39,7 +39,7 @@ Row = dict[str, float]
 
 
 def main() -> None:
-    flags = timing.parser((__doc__ or "").splitlines()[0])
+    flags = timing.parser((__doc__ or "").splitlines()[0], trains=False)
     flags.add_argument("--batch", type=int, default=64, help="images at once, for the throughput")
     flags.add_argument("--calls", type=int, default=1, help="batches a measurement")
     flags.set_defaults(device="cpu", repeats=15)

@@ -29,20 +29,22 @@ Options = argparse.Namespace
 QUICK = {"width": 0.25, "batch_size": 64, "side": 8, "channels": 1, "repeats": 9}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The flags of every benchmark; ``parse`` interprets ``--quick``."""
+def parser(description: str, *, trains: bool = True) -> argparse.ArgumentParser:
+    """The flags of every benchmark, or of one that does not train; ``parse`` interprets
+    ``--quick``."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--arch", default="resnet18", choices=ARCHITECTURES)
     flags.add_argument("--width", type=float, default=1.0)
-    flags.add_argument("--batch_size", type=int, default=128)
     flags.add_argument("--side", type=int, default=32, help="of the images, in pixels")
     flags.add_argument("--channels", type=int, default=3, help="of the images")
-    flags.add_argument("--train_step", type=int, default=10)
     flags.add_argument("--repeats", type=int, default=5)
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if trains:
+        flags.add_argument("--batch_size", type=int, default=128)
+        flags.add_argument("--train_step", type=int, default=10)
+        flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", action="store_true", help="one line of JSON")
     flags.add_argument(
-        "--quick", action="store_true", help="the quickstart's network on 8x8 images, a few seconds"
+        "--quick", action="store_true", help="the quickstart's network on 8x8 images"
     )
     return flags
 

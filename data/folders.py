@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.errors import InputError
@@ -411,10 +411,11 @@ def decode_image(path: Path, image_size: int | None) -> Decoded:
                     f" ({_MOST_PIXELS})"
                 )
             image.load()
-            rgb, is_transparent = _on_black(_eight_bits(_upright(image), path))
+            rgb, is_transparent = _on_black(_eight_bits(image, path))
+            rgb = _upright(rgb, image)
             if image_size is not None and rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BOX)
-            return Decoded(np.asarray(rgb), is_transparent, getattr(image, "n_frames", 1) > 1)
+            return Decoded(np.asarray(rgb), is_transparent, _has_more(image))
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -455,9 +456,19 @@ def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
     return image.convert("RGB"), False
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned by its EXIF orientation, if that can be read."""
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn ``pixels`` by the EXIF orientation of ``image``, if it can be read."""
+    # not by ImageOps.exif_transpose, which turns nothing if another tag is odd
+    kinds = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+    turns = dict(enumerate(kinds.split(), 2))
     try:
-        return ImageOps.exif_transpose(image)
+        turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # the image is usable despite a broken header
-        return image
+        return pixels
+    return pixels if turn is None else pixels.transpose(Image.Transpose[turn])
+
+
+def _has_more(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # later frames may be damaged
+        return getattr(image, "n_frames", 1) > 1
+    return False

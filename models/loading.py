@@ -49,6 +49,11 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     spec = content.get("network")
     if spec is None:
         return None
+    if isinstance(spec, Mapping) and "kept" in spec:
+        raise InputError(
+            f"{path} was written by an older version, in which each batch norm picked its own"
+            " channels"
+        )
     wrong = misfit(spec, {**_SHAPE, **_OPTIONAL})
     wrong = wrong or next((n for n in spec.keys() - _SHAPE.keys() - _NOT_BUILT), None)
     if wrong:
@@ -58,6 +63,8 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
             raise InputError(f"{path} describes an impossible network: {name} {spec[name]}")
     if not all(map(math.isfinite, (*spec["mean"], *spec["std"]))):
         raise InputError(f"{path} does not hold the mean and the standard deviation of its pixels")
+    if any(len(sides) != 2 for sides in spec.get("channels", {}).values()):
+        raise InputError(f"{path} does not say which channels its network kept")
     classes = spec.get("classes")
     if classes is not None and len(classes) != spec["num_classes"]:
         raise InputError(f"{path} does not name each of its {spec['num_classes']} classes")

@@ -41,10 +41,7 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The running statistics of batch and instance norms by name, without their batch counters."""
-    return {
-        f"{name}.{leaf}".lstrip("."): buffer
-        for name, norm in model.named_modules()
-        if isinstance(norm, nn.modules.batchnorm._NormBase)
-        for leaf, buffer in norm.named_buffers(recurse=False)
-        if buffer.is_floating_point()
-    }
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    own = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    named = model.named_buffers()
+    return {name: buffer for name, buffer in named if id(buffer) in own and buffer.dim()}

@@ -175,12 +175,15 @@ def answers_in(folder: Path) -> Answers:
     """Which test images each run's networks withstand under PGD-20, bool ``[N]`` by name, seed and
     network (best, final), from the evaluations in the run folders."""
     found: Answers = {}
-    for path in sorted(folder.glob("*/evaluations/*_pgd-20_*.pth.tar")):
-        summary = read_summary(RunPaths(path.parent.parent))
-        content = load_checkpoint(path)
-        right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
-        network = "best" if path.name.startswith("model_RA_best") else "final"
-        found[name_of(summary), summary["settings"]["seed"], network] = right.numpy()
+    for network, stem in (("best", "model_RA_best"), ("final", "checkpoint")):
+        for path in sorted(folder.glob(f"*/evaluations/{stem}_pgd-20_*.pth.tar")):
+            summary = read_summary(RunPaths(path.parent.parent))
+            older = "older-" if path.parent.parent.name.startswith("older-") else ""
+            key = (older + name_of(summary), summary["settings"]["seed"], network)
+            require(key not in found, f"{path} is not the only PGD-20 evaluation of its network")
+            content = load_checkpoint(path)
+            right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
+            found[key] = right.numpy()
     return found
 
 

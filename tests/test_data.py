@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import tempfile
 import time
 import warnings
@@ -330,6 +331,24 @@ def test_further_pages_and_dim_pixels_are_noted(tmp_path):
             "the brightest of all pixels of imagefolder-test is 15, where white is 255: attacks are"
             " measured on that scale",
         )
+
+
+def test_damaged_later_frames_do_not_matter(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (9, 90, 200)]
+    frames[0].save(tmp_path / "whole.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "whole.gif").read_bytes()
+    assert data.folders.decode_image(tmp_path / "whole.gif", None).is_paged
+    (tmp_path / "cut.gif").write_bytes(content[:-12])
+    pixels = data.folders.decode_image(tmp_path / "cut.gif", None).pixels
+    assert np.array_equal(pixels, data.folders.decode_image(tmp_path / "whole.gif", None).pixels)
+
+
+def test_an_odd_tag_beside_the_orientation_does_not_matter(tmp_path):
+    width = struct.pack(">HHI4s", ExifTags.Base.ImageWidth, 2, 4, b"abc")  # text
+    turn = struct.pack(">HHIHH", ExifTags.Base.Orientation, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + width + turn + bytes(4)
+    Image.new("RGB", (9, 7)).save(tmp_path / "odd.png", exif=exif)
+    assert data.folders.decode_image(tmp_path / "odd.png", None).pixels.shape == (9, 7, 3)
 
 
 def test_one_class_is_nothing_to_learn(image_tree, tmp_path):

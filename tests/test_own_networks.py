@@ -629,6 +629,17 @@ def test_an_average_of_equal_networks_is_that_network(middle, kind):
     assert torch.allclose(ours, theirs, atol=0.02 * theirs.abs().max().item())
 
 
+def test_what_no_average_moves_is_copied():
+    """Whole numbers among the parameters, and a buffer that two norms share."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].running_mean = model[0].running_mean
+    model.register_parameter("sizes", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
+    average = ExponentialAverage(model, 0.5)
+    model.sizes.data += 1
+    average.after_step(model, None)
+    assert average.model.sizes.tolist() == [2, 3]
+
+
 @pytest.mark.parametrize("middle", ["attending", "stored"])
 def test_buffers_of_infinities_are_no_broken_network(run_adv, tmp_path, monkeypatch, middle):
     def build(classes, normalize):

@@ -19,6 +19,7 @@ import torch
 
 from tests import toy
 from utils.errors import InputError
+from utils.storage.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
@@ -566,6 +567,32 @@ def test_answers_by_image_are_kept_bit_by_bit(tmp_path):
     difference = 100 * (1 - 2 * first["dense", 2, "final"].mean())
     assert pair[:2] == ["| Flying Bird - Dense", "2"]
     assert pair[3].startswith(f"{difference:+.2f} [")
+
+
+def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
+    for name in ("one", "older-two"):
+        shutil.copytree(ROOT / "results" / "study" / "dense-s1", tmp_path / name)
+        for n, stem in enumerate(("model_RA_best", "checkpoint", "model_SA_best", "model_average")):
+            content = {
+                "outcomes": {"predicted": {"PGD-20": torch.full((4,), n)}},
+                "labels": {"test": torch.arange(4)},
+            }
+            path = tmp_path / name / "evaluations" / f"{stem}_pgd-20_ab.pth.tar"
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(path, content)
+    found = study_table.answers_in(tmp_path)
+    assert {key: list(right).index(True) for key, right in found.items()} == {
+        ("dense", 1, "best"): 0,
+        ("dense", 1, "final"): 1,
+        ("older-dense", 1, "best"): 0,
+        ("older-dense", 1, "final"): 1,
+    }
+    shutil.copy(
+        path.with_name("checkpoint_pgd-20_ab.pth.tar"),
+        path.with_name("checkpoint_pgd-20_c.pth.tar"),
+    )
+    with pytest.raises(InputError, match="not the only PGD-20 evaluation"):
+        study_table.answers_in(tmp_path)
 
 
 def test_what_is_no_run_of_the_study_is_refused(tmp_path):

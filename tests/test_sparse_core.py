@@ -692,11 +692,65 @@ def test_layers_that_compute_their_weight_are_refused(change, keeps, shape):
         lambda self, x: F.layer_norm(nn.Linear.forward(self, x), (self.out_features,)),
         lambda self, x: nn.Linear.forward(self, x) + torch.randn(self.out_features),
         lambda self, x, y: nn.Linear.forward(self, x) + y,
+        lambda self, x: x + nn.Linear.forward(self, x),
+        lambda self, x: nn.Linear.forward(self, F.layer_norm(x, (self.in_features,))),
+        lambda self, x: nn.Linear.forward(self, x.flip(-1)),
+        lambda self, x: nn.Linear.forward(self, x) + x @ torch.ones(8, 2) @ torch.ones(2, 8),
+        lambda self, x: x @ self.weight.T,
+        lambda self, x: torch.einsum("ni,oi->no", x, self.weight),
     ],
 )
 def test_layers_that_only_do_more_are_masked(forward):
-    layer = type("Mine", (nn.Linear,), {"forward": forward})(12, 6)
+    layer = type("Mine", (nn.Linear,), {"forward": forward})(8, 8)
     initial_masks(nn.Sequential(layer), 0.5)
+
+
+def test_a_computed_weight_is_seen_in_a_plain_product_too():
+    def forward(self, x):
+        return x @ (self.weight - self.weight.mean()).T
+
+    layer = type("Mine", (nn.Linear,), {"forward": forward})(8, 8)
+    before = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match="0 does not multiply by its weight"):
+        initial_masks(nn.Sequential(layer), 0.5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Unusual(nn.Sequential):
+    """``train`` returns nothing, in eval mode the answer is a tuple, and a tensor of its own, no
+    parameter, has a gradient."""
+
+    own = torch.ones(10, requires_grad=True)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        logits = super().forward(x.clone().requires_grad_()) * self.own
+        return logits if self.training else (logits, x)
+
+
+def test_unusual_networks_are_scored():
+    model = Unusual(nn.Flatten(), nn.Linear(192, 10))
+    batches = [(torch.rand(8, 3, 8, 8), torch.arange(8))]
+    for method in ("snip", "grasp"):
+        masks = initial_masks(model, 0.25, method, batches=batches)
+        assert int(masks["1.weight"].sum()) == 480
+    ones = [(torch.ones(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8))]
+    initial_masks(nn.Sequential(*model), 0.25, "synflow", batches=ones)  # needs only the shape
+
+
+def test_a_state_that_is_the_momentum_itself_is_masked():
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizer = Foreign(model.parameters(), "", None)
+    optimizer.step = lambda: optimizer.state.update({p: p.grad.clone() for p in model.parameters()})
+    masking = Masking(model, optimizer, MaskingConfig(0.5, 10, fixed=True))
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    masking.step()
+    momentum, mask = optimizer.state[model[0].weight], masking.masks["0.weight"]
+    assert not momentum[~mask].any()
+    assert momentum[mask].all()
 
 
 def test_weights_added_or_replaced_after_the_masking_are_noticed():

@@ -86,7 +86,7 @@ def _misfit_within(value: dict[str, Any], shape: Mapping[str, Any], inside: str)
     for key, inner in shape.items():
         name = key if key in value else key.removesuffix("?")
         if name in value:
-            wrong = misfit(value[name], inner, inside + name)
+            wrong = misfit(value[name], inner, f"{inside}{name}")
         else:
             wrong = f"it has no {inside}{name}" if name == key else None
         if wrong:

@@ -31,7 +31,8 @@ class Average:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.eval()
         self.count = 0
 
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
@@ -66,7 +67,8 @@ class ExponentialAverage(Average):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
-        self._moving = [*dict(model.named_parameters()), *norm_statistics(model)]
+        moving = {**dict(model.named_parameters()), **norm_statistics(model)}
+        self._moving = [name for name, value in moving.items() if value.is_floating_point()]
         self.decay = decay
         self._masks: Mapping[str, Tensor] | None = None
 
@@ -146,6 +148,7 @@ class EpochAverage(Average):
                 if name in self._ages:
                     self._ages[name].mul_(self._masks[name])
 
+    @torch.no_grad()
     def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
         """Set the statistics of batch norms that ``train()`` puts into train mode from clean
         training images ``[N, C, H, W]``."""

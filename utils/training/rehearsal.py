@@ -23,6 +23,7 @@ from data import Data, plain_batches
 from models import CUSTOM_ARCHITECTURES
 from models.loading import build_network
 from models.modes import in_mode
+from sparse_core import depends_on
 from utils.errors import InputError, RunError, one_line
 from utils.evaluation.sanity import check_answers, close
 from utils.execution.distributed import ALONE
@@ -109,12 +110,11 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
 
 
 def refuse_bound_copy(model: nn.Module, copied: nn.Module, data: Data) -> None:
-    """Raise ``InputError`` if ``copied``, none of whose parameters requires a gradient, computes
-    with weights of ``model``."""
+    """Raise ``InputError`` if ``copied`` computes with weights of ``model``."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     x = next(plain_batches(data.train, 2)).x
     with preserved_generators(x.device), in_mode(copied, False):
-        bound = copied(x).requires_grad
+        bound = depends_on(copied(x), model)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)

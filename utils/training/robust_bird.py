@@ -15,6 +15,7 @@ from torch import nn
 from models import flops
 from models.channels import ChannelPlan, narrow, plan_largest
 from models.loading import build_network, full_size, network_of, refuse_other_classes, spec_in
+from models.modes import norm_statistics
 from sparse_core import Masking, MaskingConfig, initial_masks, prunable
 from utils.early_bird import ticket_mask
 from utils.errors import InputError, require
@@ -121,7 +122,8 @@ class RobustBirdRun(Run):
             same, f"--stage1_pretrained {path} numbers the classes in another order than the data"
         )
         model = network_of(content, path, self.spec, self.device)
-        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        values = [*model.parameters(), *norm_statistics(model).values()]
+        if not all(bool(value.isfinite().all()) for value in values):
             raise InputError(f"--stage1_pretrained {path} has weights that are not finite")
         weights = prunable(model).values()
         live = sum(int(weight.count_nonzero()) for weight in weights)

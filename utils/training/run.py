@@ -88,13 +88,8 @@ class Run(RunState):
             return
         if world.size > 1:
             self._take_over()
-        given = (self.config(), self.settings.tensorboard, self.stamps)
         self.folder = world.agree(
-            lambda: (
-                RunFolder.create(self.paths, *given)
-                if world.is_first
-                else SilentRunFolder(self.paths)
-            )
+            self._own_folder if world.is_first else lambda: SilentRunFolder(self.paths)
         )
         self.tester = Tester(self.data, self.settings, world, self.folder, self.leave_if_asked)
         ends = saying_how_it_ends(self.folder, world, self.device, self.where, self.checkpoints)
@@ -107,6 +102,9 @@ class Run(RunState):
             self._announce()
             self.train_stages()
             self._finish()
+
+    def _own_folder(self) -> RunFolder:
+        return RunFolder.create(self.paths, self.config(), self.settings.tensorboard, self.stamps)
 
     def _take_over(self) -> None:
         """Adopt the first process's state: the others may have found another on disk."""
