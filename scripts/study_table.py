@@ -317,11 +317,9 @@ def figure(runs: Runs) -> Figure:
 def page(results: Path) -> str:
     """The text of results/README.md with its tables rebuilt from the summaries."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
-    tables = {
-        "study": main_table(runs),
-        "pairs": paired_table(runs),
-        "images": images_table(stored_answers(results / "study" / "answers.npz")),
-    }
+    tables = {"study": main_table(runs), "pairs": paired_table(runs)}
+    if (answers := results / "study" / "answers.npz").exists():
+        tables["images"] = images_table(stored_answers(answers))
     for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n")
         text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
