@@ -63,7 +63,19 @@ def test_the_models_are_small_and_described():
         card = (MODELS / name / "README.md").read_text()
         assert "robust accuracy" in card
         row = next(line for line in page.splitlines() if line.startswith(f"| [{name}]"))
-        assert row.endswith(f"| {figures[name]['clean']:.1f} | {figures[name]['pgd10']:.1f} |")
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[3:5] == [f"{figures[name][kind]:.1f}" for kind in ("clean", "pgd10")]
+        evaluation = json.loads((MODELS / name / "autoattack.json").read_text())
+        assert evaluation["images"] == {"test": 1000}
+        assert cells[5] == accuracy_text(evaluation["test_ra"] / 100, 1000)
+
+
+def accuracy_text(accuracy, images):
+    """In percent, with the 95 % interval of Wilson."""
+    z2 = 1.96**2 / images
+    middle = (accuracy + z2 / 2) / (1 + z2)
+    half = (z2 * (accuracy * (1 - accuracy) + z2 / 4)) ** 0.5 / (1 + z2)
+    return f"{100 * accuracy:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
 
 
 def test_the_record_of_a_speedrun_is_what_its_files_say():
@@ -78,7 +90,7 @@ def test_the_record_of_a_speedrun_is_what_its_files_say():
     row = next(line for line in page.splitlines() if line.startswith("| [ResNet-18 x .25]"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:4] == [str(len(rows)), f"{minutes:.0f}"]
-    assert cells[4].startswith(f"{evaluation['test_ra']:.1f} ")
+    assert cells[4] == accuracy_text(evaluation["test_ra"] / 100, 1000)
     assert cells[5:7] == [f"{best['test_ra']:.1f}", f"{best['test_sa']:.1f}"]
     answers = load_checkpoint(folder / "autoattack.pth.tar")
     y, found = answers["labels"]["test"], answers["outcomes"]["predicted"].values()
