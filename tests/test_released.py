@@ -65,9 +65,13 @@ def test_the_models_are_small_and_described():
         row = next(line for line in page.splitlines() if line.startswith(f"| [{name}]"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[3:5] == [f"{figures[name][kind]:.1f}" for kind in ("clean", "pgd10")]
-        evaluation = json.loads((MODELS / name / "autoattack.json").read_text())
-        assert evaluation["images"] == {"test": 1000}
-        assert cells[5] == accuracy_text(evaluation["test_ra"] / 100, 1000)
+        evaluated = MODELS / name / "autoattack.json"
+        if evaluated.exists():
+            evaluation = json.loads(evaluated.read_text())
+            assert evaluation["images"] == {"test": 1000}
+            assert cells[5] == accuracy_text(evaluation["test_ra"] / 100, 1000)
+        else:
+            assert cells[5] == ""
 
 
 def accuracy_text(accuracy, images):
