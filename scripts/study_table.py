@@ -146,8 +146,9 @@ def paired_table(runs: Runs) -> str:
     for one, other in PAIRS:
         if one not in runs or other not in runs:
             continue
-        common = sorted(runs[one].keys() & runs[other].keys())
-        cells = []
+        common, cells = sorted(runs[one].keys() & runs[other].keys()), []
+        if not common:
+            continue
         for name in wanted:
             figure = FIGURES[name]
             cells.append(_paired([figure(runs[one][s]) - figure(runs[other][s]) for s in common]))
