@@ -105,17 +105,22 @@ def test_the_record_of_a_speedrun_is_what_its_files_say():
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_the_guard_stops_at_a_real_collapse(monkeypatch):
-    """The accuracies that it saw after each epoch of the speedrun, whose second one collapsed."""
-    folder = ROOT / "results" / "speedrun" / "resnet18-quarter"
+@pytest.mark.parametrize(
+    ("run", "epochs", "fall"),
+    [("resnet18-quarter", 1, r"from 17\.2 to 1\.2 %"), ("fgsm", 4, r"from 16\.0 to 3\.9 %")],
+)
+def test_the_guard_stops_at_a_real_collapse(monkeypatch, run, epochs, fall):
+    """Shown the accuracies after each epoch of two runs: after ``epochs`` it still goes on."""
+    folder = ROOT / "results" / "speedrun" / run
     rows = list(map(json.loads, (folder / "metrics.jsonl").open()))
     seen = [row[name] for row in rows for name in ("guard_ra", "guard_one_step_ra")]
     monkeypatch.setattr(collapse, "score", lambda *_, **__: Score(seen.pop(0), 0.0, 256))
     guard = CollapseGuard(PGD(8 / 255, 8 / 255, 1), toy.data(30), 1)
     guard._chance = 10.0
-    guard.check(Forward(toy.network()), "epoch 1")
-    with pytest.raises(CollapseError, match=r"from 17\.2 to 1\.2 %"):
-        guard.check(Forward(toy.network()), "epoch 2")
+    for epoch in range(epochs):
+        guard.check(Forward(toy.network()), f"epoch {epoch}")
+    with pytest.raises(CollapseError, match=fall):
+        guard.check(Forward(toy.network()), "the next")
 
 
 if __name__ == "__main__":
