@@ -218,6 +218,8 @@ def images_table(answers: Answers) -> str:
         label = NAMES[one] if other is None else f"{NAMES[one]} - {NAMES[other]}"
         compared = [_compared(answers, network, one, other) for network in ("best", "final")]
         seeds = ", ".join(sorted({str(seed) for values in compared for seed in values}))
+        if not seeds:
+            continue
         lines.append(
             [label, seeds, *(_interval(v, "" if other is None else "+") for v in compared)]
         )
