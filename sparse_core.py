@@ -783,14 +783,6 @@ class _OptimizerState:
             if self._keeps_momentum(weight) is False:
                 raise ValueError(f"{_MOMENTUM_NEEDED}; that of {name} has none")
 
-    def refuse_replaced(self) -> None:
-        """Raise ``ValueError`` for weights that the model no longer has."""
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        for name, weight in self._weights.items():
-            if own.get(name) is not weight:
-                problem = f"{name} of the model is no longer the parameter that is masked"
-                raise ValueError(f"{problem}: replace parameters before making the Masking")
-
     def refuse_hidden(self) -> None:
         """Raise ``ValueError`` for weight-shaped tensors outside of ``state[weight]``."""
         like = {tuple(weight.shape): name for name, weight in self._weights.items()}
@@ -1142,10 +1134,10 @@ class Masking(Course):
         self.steps += 1
         if not self._is_checked:
             self._is_checked = True
+            self._check_model()
             self._state.refuse_hidden()
             self._state.warn_of_square()
             self._warn_of_order()
-            self._check_model()
             self._refuse_other_processes()
         due, was_postponed = self.update_due(), self._postponed
         self._postponed = due and self.config.growth in _SIGNALS and not self._signals_are_useful()
@@ -1222,8 +1214,8 @@ class Masking(Course):
         the layer with the most live weights (one that is not fully dense, if there is one) gives
         one up, so the total stays exact.
         """
-        self._state.refuse_hidden()
         self._check_model()
+        self._state.refuse_hidden()
         if self.config.growth in _SIGNALS:
             self._required(self._signals())  # raises if no layer has one: nothing would move
         verdict, fraction = self.verdict(), self.schedule.at(self.steps)
@@ -1319,7 +1311,11 @@ class Masking(Course):
 
     def _check_model(self) -> None:
         """The model may have changed: replaced weights are refused, others are warned of, once."""
-        self._state.refuse_replaced()
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, weight in self.weights.items():
+            if own.get(name) is not weight:
+                problem = f"{name} of the model is no longer the parameter that is masked"
+                raise ValueError(f"{problem}: replace parameters before making the Masking")
         if not self._chooses:
             return
         masked = {id(weight) for weight in self.weights.values()}

@@ -185,6 +185,8 @@ def answers_in(folder: Path) -> Answers:
             content = load_checkpoint(path)
             right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
             found[key] = right.numpy()
+            same = len(right) == len(next(iter(found.values())))
+            require(same, f"{path} is of another number of test images than the others")
     return found
 
 
@@ -201,9 +203,11 @@ def stored_answers(path: Path) -> Answers:
 
 
 def keep(answers: Answers, path: Path) -> None:
-    """Add answers to ``answers.npz``."""
+    """Add answers to ``answers.npz``; raises ``InputError`` for those of other test images."""
     every = (stored_answers(path) if path.exists() else {}) | answers
-    (images,) = {len(right) for right in every.values()}
+    sizes = {len(right) for right in every.values()}
+    require(len(sizes) == 1, f"{path} needs answers, all of one number of test images")
+    (images,) = sizes
     packed = {"/".join(map(str, key)): np.packbits(right) for key, right in sorted(every.items())}
     np.savez(path, images=images, **packed)  # type: ignore[arg-type]
 
@@ -334,6 +338,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="folder of runs to tabulate")
     parser.add_argument("--keep_answers", action="store_true", help="in results/study/answers.npz")
     args = parser.parse_args()
+    require(args.folder is not None or not args.keep_answers, "--keep_answers needs a folder")
     if args.folder is not None:
         runs, answers = read(args.folder), answers_in(args.folder)
         print(f"{main_table(runs)}\n\n{paired_table(runs)}")

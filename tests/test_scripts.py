@@ -595,6 +595,19 @@ def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
         study_table.answers_in(tmp_path)
 
 
+def test_answers_of_other_images_or_none_are_refused(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "answers.npz"
+    with pytest.raises(InputError, match="needs answers"):
+        study_table.keep({}, path)
+    study_table.keep({("dense", 1, "final"): np.ones(9, bool)}, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="one number of test images"):
+        study_table.keep({("fb", 1, "final"): np.ones(8, bool)}, path)
+    assert path.read_bytes() == before
+    outcome = toy.Command("study_table", monkeypatch, capsys)("--keep_answers")
+    assert (outcome.code, outcome.err) == (2, "error: --keep_answers needs a folder\n")
+
+
 def test_what_is_no_run_of_the_study_is_refused(tmp_path):
     with pytest.raises(InputError, match="no dense run"):
         study_table.read(tmp_path)

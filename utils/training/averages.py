@@ -152,6 +152,7 @@ class EpochAverage(Average):
     def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
         """Set the statistics of batch norms that ``train()`` puts into train mode from clean
         training images ``[N, C, H, W]``."""
+        # not by torch's update_bn, which resets frozen norms as well
         self.model.train()
         norms = [
             norm
