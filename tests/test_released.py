@@ -4,10 +4,12 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import study_table
 import torch
 
 import hubconf
@@ -82,6 +84,29 @@ def accuracy_text(accuracy, images):
     return f"{100 * accuracy:.1f} ({100 * (middle - half):.1f} to {100 * (middle + half):.1f})"
 
 
+def withstood(folder):
+    """By test image, 1.0 where all attacks failed, else 0.0; ``[N]``."""
+    answers = load_checkpoint(folder / "autoattack.pth.tar")
+    y, found = answers["labels"]["test"], answers["outcomes"]["predicted"].values()
+    right = torch.stack([(one == y) | (one == Outcomes.NOT_SHOWN) for one in found]).all(0)
+    return right.double().numpy()
+
+
+def test_answers_by_image_give_accuracies_and_differences():
+    kept = {
+        path.parent.name: withstood(path.parent) for path in MODELS.glob("*/autoattack.pth.tar")
+    }
+    for name, right in kept.items():
+        evaluation = json.loads((MODELS / name / "autoattack.json").read_text())
+        assert 100 * right.mean() == pytest.approx(evaluation["test_ra"])
+    page = (MODELS / "README.md").read_text()
+    pairs = re.findall(r"^\| ([a-z-]+) - ([a-z-]+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(pairs) == 7
+    for one, other, text in pairs:
+        mean, low, high = study_table.bootstrap((kept[one] - kept[other])[None])
+        assert text == f"{mean:+.2f} [{low:+.1f}, {high:+.1f}]"
+
+
 def test_the_record_of_a_speedrun_is_what_its_files_say():
     folder = ROOT / "results" / "speedrun" / "resnet18-quarter"
     summary, evaluation = (
@@ -96,10 +121,7 @@ def test_the_record_of_a_speedrun_is_what_its_files_say():
     assert cells[2:4] == [str(len(rows)), f"{minutes:.0f}"]
     assert cells[4] == accuracy_text(evaluation["test_ra"] / 100, 1000)
     assert cells[5:7] == [f"{best['test_ra']:.1f}", f"{best['test_sa']:.1f}"]
-    answers = load_checkpoint(folder / "autoattack.pth.tar")
-    y, found = answers["labels"]["test"], answers["outcomes"]["predicted"].values()
-    withstood = torch.stack([(one == y) | (one == Outcomes.NOT_SHOWN) for one in found]).all(0)
-    assert 100 * withstood.double().mean() == pytest.approx(evaluation["test_ra"])
+    assert 100 * withstood(folder).mean() == pytest.approx(evaluation["test_ra"])
     model = load_model(folder)
     assert sum(w.numel() for w in model.parameters()) == pytest.approx(700e3, rel=0.01)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
