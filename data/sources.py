@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -109,11 +110,14 @@ def _rest(total: int, taken: np.ndarray) -> np.ndarray:
 
 def digits(place: DataLocation) -> Source:
     """scikit-learn's handwritten digits, 8x8 and grey: 1,000 train, 300 val, 497 test."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int64)
+    # scikit-learn is found but not imported, which would take seconds
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",")  # 64 values from 0 to 16, and the digit
+    images = np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = rows[:, -1].astype(np.int64)
     test = stratified(labels, 497)
     remaining = _rest(len(labels), test)
     training = ImageSet(images[remaining], labels[remaining])
@@ -123,7 +127,7 @@ def digits(place: DataLocation) -> Source:
         test=ImageSet(images[test], labels[test]),
         train=_rest(len(training.labels), val),
         val=val,
-        classes=[str(c) for c in bunch.target_names],
+        classes=[str(digit) for digit in range(10)],
         augmentation=Augmentation(padding=1),
     )
 

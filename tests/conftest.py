@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from filelock import FileLock
 
 from tests import toy
 
+# Otherwise each process lists the machine's fonts again, as each test has a new home folder.
+os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/matplotlib-{os.getuid()}")
 # Two threads, for two cores. Set OMP_NUM_THREADS=1 on a busy machine, where threads that wait for
 # each other slow to a crawl.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

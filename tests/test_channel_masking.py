@@ -267,6 +267,34 @@ def test_counts_of_every_group_are_exact_and_fixed_channels_stay():
     assert torch.equal(fixed.masking.live, live)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.02, 0.05])
+def test_ratios_below_a_multiple_hold_on_average(ratio):
+    """A ratio of 0 changes nothing; a small one waits until it makes a whole multiple."""
+    config = {"start_epoch": 0, "epoch_range": 2, "prune_ratio": 0.0, "growth_ratio": ratio}
+    masking = Training(density=0.25, multiple=2, adaptive=True, **config).masking
+    masking.steps, live = 1, masking.live.double().mean().item() * masking.channels.total
+    verdict = Verdict(grow=True, prune=False)
+    scores = torch.rand(masking.channels.total, dtype=torch.float64)
+    added = 0
+    for _ in range(100):
+        changes = masking._changes(scores, 0.3, verdict)
+        added += sum(grown - dropped for dropped, grown in changes.values())
+    assert added == pytest.approx(100 * 0.3 * live * ratio, abs=2)
+
+
+def test_another_optimizer_than_sgd_is_refused():
+    training = Training()
+    live, config = training.masking.live, MaskingConfig(0.5, 1000, update_frequency=2)
+    for optimizer in (
+        torch.optim.Adam(training.model.parameters()),
+        torch.optim.SGD([{"params": [p]} for p in training.model.parameters()], lr=0.1),
+    ):
+        with pytest.raises(ValueError, match="SGD with one parameter group"):
+            ChannelMasking(
+                training.model, training.store, optimizer, training.channels, live, config
+            )
+
+
 @pytest.mark.parametrize(("prune", "grow"), [(True, False), (False, True), (True, True)])
 def test_flying_bird_plus_adds_and_removes_whole_multiples(prune, grow):
     training = Training(

@@ -13,6 +13,7 @@ from models.channels import (
     narrow,
     plan_channels,
     plan_largest,
+    put,
     silence,
 )
 from models.flops import layer_costs, real_inference
@@ -295,6 +296,64 @@ def test_groups_without_norms_stay_whole():
     assert {name: int(part.sum()) for name, part in parts.items()} == plan.counts
     assert plan.counts["last"] == plan.channels.sizes["last"] == 8
     assert plan.counts["left"] + plan.counts["right"] == 10
+    assert "without a batch norm to rank them and so left whole: last" in plan.notes()
+
+
+class Pooled(nn.Module):
+    """Attention with one query over all pixels, as in the ResNets of CLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.mixed = nn.Conv2d(16, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.mixed(self.norm(self.conv(x)).relu()).flatten(2).mT
+        return self.linear(self.attention(x.mean(1, keepdim=True), x, x)[0][:, 0])
+
+
+def test_planned_flops_count_attentions_keys_and_queries():
+    plan = plan_channels(Pooled(), (3, 8, 8), 0.5, multiple=8)
+    full = plan.channels.inference_flops(plan.costs, plan.channels.sizes)
+    assert full == real_inference(plan.costs)
+
+
+class OutOfDomain(nn.Module):
+    """An RMS norm couples its channels; a constant that the check of exactness changes hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.register_buffer("scale", torch.full((3,), 0.9))
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.second((x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()).relu()).relu()
+        return self.linear(x.mean((2, 3))) * self.scale.atanh()
+
+
+def test_a_check_that_ends_in_nan_proves_nothing():
+    try:
+        channels = find_channels(OutOfDomain(), (3, 8, 8))
+    except ValueError as error:
+        assert "cannot do without some of them" in str(error)  # noqa: PT017 (either way)
+    else:
+        assert "first" not in channels.sizes
+
+
+def test_a_depthwise_convolution_of_one_channel_grows_again():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Flatten())
+    narrow(model, {"0": [[1], None]})
+    assert model(torch.rand(2, 1, 3, 3)).shape == (2, 9)
+    put(model, {"0.weight": torch.rand(2, 1, 3, 3), "0.bias": torch.zeros(2)})
+    assert model(torch.rand(2, 2, 3, 3)).shape == (2, 18)
+    ordinary = nn.Sequential(nn.Conv2d(4, 4, 3))
+    narrow(ordinary, {"0": [[1], None]})
+    put(ordinary, {"0.weight": torch.rand(2, 4, 3, 3), "0.bias": torch.zeros(2)})
+    assert ordinary[0].groups == 1
 
 
 def test_densities_and_floors_that_cannot_be_are_refused():

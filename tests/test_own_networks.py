@@ -19,14 +19,15 @@ from tests import toy
 from tests.processes import in_processes
 from tests.test_resume import assert_equal, stop_at
 from tests.toy import only_run
-from utils.errors import RunError
+from utils.errors import InputError, RunError
 from utils.execution.distributed import ALONE
 from utils.execution.forward import PLAIN, Execution, Forward
+from utils.export import export
 from utils.seeding import cpu_generator_states
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
 from utils.storage.checkpoint import load_checkpoint
-from utils.training.averages import EpochAverage, ExponentialAverage
+from utils.training.averages import Average, EpochAverage, ExponentialAverage
 from utils.training.engine import train_epoch
 from utils.training.rehearsal import rehearse_step
 from utils.training.schedule import Plan
@@ -203,6 +204,24 @@ def test_trains_resumes_to_the_bit_and_evaluates(run, run_adv, tmp_path, monkeyp
     assert outcome.code == 0, outcome.err
 
 
+@pytest.mark.parametrize("average", ["--ema .99", "--swa 0"])
+@pytest.mark.parametrize("method", ["fb", "channels"])
+def test_masks_and_averages_go_together(run_adv, monkeypatch, tmp_path, method, average):
+    monkeypatch.setitem(models.CUSTOM_ARCHITECTURES, "own", dropout)
+    flags = [*RUN, "--arch", "own", *METHODS["fb"], *average.split(), "--save_dir", tmp_path]
+    flags += ["--structure", "channel", "--channel_multiple", "1"] * (method == "channels")
+    parts = []
+    begin = Average.begin
+    monkeypatch.setattr(Average, "begin", lambda *both: (begin(*both), parts.append(both)))
+    stop_at(monkeypatch, 1)
+    assert run_adv(*flags).code == 75
+    # the average began with the weights that training began with
+    assert len(parts) == 1
+    stop_at(monkeypatch, None)
+    outcome = run_adv(*flags, "--resume")
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", WEIGHT_NORMS)
 def test_a_weight_norm_trains_dense_and_is_refused_for_masks(run, tmp_path, monkeypatch, name):
@@ -218,6 +237,10 @@ def test_a_weight_norm_trains_dense_and_is_refused_for_masks(run, tmp_path, monk
     stop_at(monkeypatch, None)
     assert run(name, "dense", "--save_dir", tmp_path / "cut", "--resume").code == 0
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+    best = only_run(tmp_path / "whole").best_ra
+    export(best, "safetensors")
+    with pytest.raises(InputError, match="--format state_dict stores such a network"):
+        export(best, "packed")
 
 
 # ---------------------------------------------------------------- refused

@@ -470,11 +470,19 @@ def test_a_collapse_may_be_a_warning(run_adv, tmp_path, accuracies):
     assert read_epochs(only_run(tmp_path))[-1]["guard_ra"] == 10
 
 
+def test_a_warning_names_no_model_that_is_not_there(run_adv, tmp_path, accuracies):
+    accuracies(FINE, COLLAPSED)
+    outcome = run_adv(*ONE_STEP, "--on_collapse", "warn", "--save_dir", tmp_path)
+    assert outcome.code == 0
+    assert "warning: catastrophic overfitting in epoch 1" in outcome.out
+    assert "the last good model" not in outcome.out
+
+
 def test_a_collapse_may_be_rolled_back_with_a_smaller_step(run_adv, tmp_path, accuracies):
     sizes = accuracies(*[FINE] * 5, COLLAPSED)
     outcome = run_adv(*ONE_STEP, "--on_collapse", "rollback", "--save_dir", tmp_path)
     assert outcome.code == 0, outcome.err
-    assert "resuming after epoch 1 with a step of 7.5/255" in outcome.out
+    assert "repeating epoch 2 with a step of 7.5/255" in outcome.out
     assert sizes[1::2][:6] == [10.0] * 6
     assert sizes[1::2][6:] == [7.5] * 8
     rows = read_epochs(only_run(tmp_path))
@@ -483,45 +491,76 @@ def test_a_collapse_may_be_rolled_back_with_a_smaller_step(run_adv, tmp_path, ac
 
 def test_a_collapse_that_returns_after_every_rollback_ends_the_run(run_adv, tmp_path, accuracies):
     sizes = accuracies(*[FINE] * 5, *[COLLAPSED] * 20)
-    # eight steps an epoch, of which every second is measured
-    flags = ["--on_collapse", "rollback", "--save_every", "1", "--batch_size", "13"]
+    flags = ["--on_collapse", "rollback", "--save_every", "1"]  # after the collapse, too
     outcome = run_adv(*ONE_STEP, *flags, "--save_dir", tmp_path)
     assert outcome.code == 3
     assert "again after 8 rollbacks" in outcome.err
     assert len(set(sizes[1::2])) == 9
-    # step 3 was saved neither when that was due nor when the run ended
-    assert "resuming after epoch 1, and step 2 of 8 of the next" in outcome.out
-    assert load_checkpoint(only_run(tmp_path).checkpoint)["partial"]["weights"] == [13] * 2
+    assert outcome.out.count("repeating epoch 2") == 8
 
 
-def test_a_ticket_does_not_roll_back_into_its_first_stage(run_eb, tmp_path, accuracies):
+def test_a_ticket_rolls_back_to_the_start_of_its_training(run_eb, tmp_path, accuracies):
     accuracies(FINE, COLLAPSED)
     flags = [*toy.TOY_BIRD, *toy.EASY_TICKET, "--train_attack", "fgsm-rs"]
     outcome = run_eb(*flags, "--on_collapse", "rollback", "--save_dir", tmp_path)
-    assert outcome.code == 3
-    assert "before there was a checkpoint" in outcome.err
+    assert outcome.code == 0, outcome.err
+    assert "repeating epoch 1 with a step of" in outcome.out
+    assert [row["stage"] for row in read_epochs(only_run(tmp_path))] == [1, 1, 2, 2]
 
 
-def test_a_collapse_before_a_checkpoint_cannot_be_rolled_back(run_adv, tmp_path, accuracies):
-    accuracies(FINE, COLLAPSED)
-    outcome = run_adv(*ONE_STEP, "--on_collapse", "rollback", "--save_dir", tmp_path)
-    assert outcome.code == 3
-    assert "before there was a checkpoint" in outcome.err
+def test_a_run_that_stopped_at_a_collapse_rolls_back(run_adv, tmp_path, accuracies):
+    """In its first epoch, with a checkpoint saved after the collapse and before it was measured."""
+    flags = [*ONE_STEP, "--save_dir", tmp_path, "--batch_size", "13", "--save_every", "3"]
+    accuracies(FINE, COLLAPSED)  # after steps 2 and 4 of 8
+    stopped = run_adv(*flags)
+    assert stopped.code == 3
+    assert "step 3 of 8 of epoch 1" in stopped.err
+    accuracies(COLLAPSED)
+    resumed = run_adv(*flags, "--resume", "--on_collapse", "rollback")
+    assert resumed.code == 0, resumed.err
+    assert "repeating epoch 1 with a step of 7.5/255" in resumed.out
+    assert len(read_epochs(only_run(tmp_path))) == 3
+    assert not only_run(tmp_path).rollback.exists()
+
+
+def test_when_checkpoints_are_saved_does_not_change_what_is_repeated(run_adv, tmp_path, accuracies):
+    for every in ("1", "100"):
+        accuracies(*[FINE] * 5, COLLAPSED)
+        flags = ["--on_collapse", "rollback", "--save_every", every]
+        assert run_adv(*ONE_STEP, *flags, "--save_dir", tmp_path / every).code == 0
+    one, other = (
+        read_summary(only_run(tmp_path / every))["weights"]["checkpoint.pth.tar"]
+        for every in ("1", "100")
+    )
+    assert one == other
+
+
+def test_what_went_on_after_a_warning_cannot_be_rolled_back(run_adv, tmp_path, accuracies):
+    accuracies(FINE)
+    flags = [*ONE_STEP, "--save_dir", tmp_path, "--on_collapse"]
+    assert run_adv(*flags, "warn", "--time_limit", "0.001").code == 75
+    accuracies(COLLAPSED)
+    resumed = run_adv(*flags, "rollback", "--resume")
+    assert resumed.code == 3
+    assert "the state before it was not kept" in resumed.err
 
 
 @pytest.mark.parametrize(
-    ("looks", "collapses"),
+    ("chance", "looks", "collapses"),
     [
-        ([FINE, (21.0, 80.0)], False),  # no less than half of the best
-        ([FINE, (10.0, 12.0)], False),  # one-step accuracy fell too: another problem
-        ([(12.0, 12.0), (5.0, 12.0)], False),  # at chance level
-        ([FINE, (15.0, 46.0)], True),
+        (10.0, [FINE, (21.0, 80.0)], False),  # no less than half of the best
+        (10.0, [FINE, (10.0, 12.0)], False),  # one-step accuracy fell too: another problem
+        (10.0, [(12.0, 12.0), (5.0, 12.0)], False),  # at chance level
+        (1.0, [(2.4, 2.8), (0.8, 2.4)], False),  # a few of 256 images
+        (10.0, [FINE, (15.0, 46.0)], True),
+        (10.0, [(9.0, 10.0), (0.0, 24.2)], True),  # before it withstood anything
+        (1.0, [(1.2, 1.2), (0.0, 9.0)], True),
     ],
 )
-def test_what_a_collapse_is(accuracies, looks, collapses):
+def test_what_a_collapse_is(accuracies, chance, looks, collapses):
     accuracies(*looks)
     guard = CollapseGuard(PGD(8 / 255, 10 / 255, 1), toy.data(30), 1)
-    guard._chance = 10.0
+    guard._chance = chance
     forward = Forward(toy.network())
     guard.check(forward, "epoch 1")
     if collapses:

@@ -15,13 +15,14 @@ import torch
 from filelock import FileLock
 
 from main_adv import AdversarialRun
+from models.flops import real_training
 from tests import toy
 from tests.toy import only_run
 from utils.errors import InputError, Stopped
 from utils.execution.interruption import Interruption
 from utils.settings.adversarial import AdversarialSettings
 from utils.settings.command_line import parse_settings
-from utils.storage.checkpoint import load_checkpoint
+from utils.storage.checkpoint import load_checkpoint, save_checkpoint
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_epochs, read_summary
 
@@ -560,6 +561,62 @@ def test_a_finished_run_may_grow(run_adv, run_eb, tmp_path, by):
     assert (RunPaths(root).stamps(), RunPaths(root).config.read_bytes()) == before
 
 
+def test_what_begins_at_a_fraction_begins_later_in_a_longer_run(run_adv, tmp_path):
+    """Epochs averaged before the new start do not count; passes done before it do."""
+    flags = [*toy.TOY_RUN, "--save_dir", tmp_path, "--swa", "0.5", "--awp", "0.01"]
+    assert run_adv(*flags, "--awp_start", "0.5").code == 0  # from epoch 2 of 2
+    paths = only_run(tmp_path)
+    one = load_checkpoint(paths.checkpoint)
+    assert one["average"]["count"] == 1
+    outcome = run_adv("--resume_dir", paths.root, "--epochs", 5)  # from epoch 3 of 5
+    assert outcome.code == 0, outcome.err
+    grown, rows = load_checkpoint(paths.checkpoint), read_epochs(paths)
+    assert grown["average"]["count"] == 3
+    assert ["further_passes" in row for row in rows] == [False, True, True, True, True]
+    real = [row["inference_flops"] for row in rows]
+    further = [row.get("further_passes", 0) for row in rows]
+    flops = read_summary(paths)["flops"]["real"]["training"]
+    assert flops == real_training(real, 100, 1, further)
+
+
+def test_a_run_whose_best_network_is_lost_is_refused_at_once(run_adv, finished, tmp_path):
+    finished(*toy.TOY_RUN, "--epochs", "3", to=tmp_path)
+    paths = only_run(tmp_path)
+    rows = [{**row, "val_ra": 50.0 - row["epoch"]} for row in read_epochs(paths)]
+    content = load_checkpoint(paths.checkpoint)
+    save_checkpoint(paths.checkpoint, {**content, "history": rows})
+    paths.best_ra.unlink()
+    outcome = run_adv("--resume_dir", paths.root, "--epochs", 4)
+    assert outcome.code == 2
+    assert f"no such checkpoint: {paths.best_ra}" in outcome.err
+    assert paths.summary.exists()
+    assert len(read_epochs(paths)) == 3
+
+
+def test_a_folder_that_is_moved_while_it_trains_is_not_made_anew(run_adv, tmp_path, monkeypatch):
+    def move(run, *_):
+        run.paths.root.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(AdversarialRun, "refuse_broken_network", move)
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path / "runs")
+    assert outcome.code == 3
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_memory_that_a_cpu_lacks_is_one_line(run_adv, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("utils.training.stage.train_epoch", fail)
+    outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
+    assert outcome.code == 3
+    assert "out of memory on cpu, a smaller --batch_size needs less" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
 # ---------------------------------------------------------------- kill -9
 
 
@@ -608,9 +665,13 @@ def test_killed_at_random_moments(run_adv, tmp_path, kills):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
 def test_what_schedulers_send_asks_to_stop(number):
-    with Interruption() as interruption:
-        signal.raise_signal(number)
-        stopped = interruption.asked()
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, around the tests, ignores SIGHUP
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(number)
+            stopped = interruption.asked()
+    finally:
+        signal.signal(number, before)
     assert (str(stopped), stopped.code) == ("terminated", 128 + number)
 
 

@@ -8,6 +8,7 @@ dict, which is full-size. A file is kept only if it, read back, gives the networ
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -88,7 +89,9 @@ class Trained:
         settings = _settings_in(self.content)
         if settings is not None:
             known |= {"method": settings.method, "dataset": settings.dataset, "seed": settings.seed}
-        return {**known, "density": self.density}
+        with contextlib.suppress(ValueError):  # weights computed from others have no density
+            known["density"] = self.density
+        return known
 
     def images(self, n: int) -> Tensor:
         """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, always the same ones."""
@@ -263,7 +266,11 @@ def packed_bytes(trained: Trained) -> bytes:
     """A checkpoint that holds the network alone: live weights in float16, masks as bits."""
     kept = {name: trained.content[name] for name in _KEPT if name in trained.content}
     content = {**kept, "network": dict(trained.spec), "state_dict": trained.state}
-    return saved_bytes(compact_network(content, list(prunable(trained.model))))
+    try:
+        names = list(prunable(trained.model))
+    except ValueError as error:
+        raise InputError(f"{error}; --format state_dict stores such a network") from error
+    return saved_bytes(compact_network(content, names))
 
 
 FORMATS = {

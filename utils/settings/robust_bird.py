@@ -106,7 +106,9 @@ class TicketSettings(CommonSettings):
     )
     density: float = flag.sparsity(0.2, "fraction of weights or channels to keep")
     channel_floor: float | None = flag.sparsity(
-        None, "minimum fraction kept of each group's channels (default: .1, at most density / 2)"
+        None,
+        "minimum fraction kept of each group's channels, before rounding (default: .1, at most"
+        " density / 2)",
     )
     channel_multiple: int | None = flag.sparsity(
         None,

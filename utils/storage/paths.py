@@ -29,6 +29,8 @@ class RunPaths:
     lock = _File("run.lock")
     checkpoint = _File("checkpoint.pth.tar")
     previous = _File("checkpoint_previous.pth.tar")  # in case the newest is damaged
+    # one-step training: the state that the current epoch began with, until the run ends
+    rollback = _File("checkpoint_rollback.pth.tar")
     best_ra = _File("model_RA_best.pth.tar")
     best_sa = _File("model_SA_best.pth.tar")
     average = _File("model_average.pth.tar")  # at the end of a run with --ema or --swa

@@ -160,7 +160,8 @@ class RunFolder:
         content = snapshot(checkpoint)
 
         def write() -> None:
-            path.parent.mkdir(exist_ok=True)
+            if path.parent != self.paths.root:  # a root that was moved away is not made anew
+                path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, content, keep)
             on_disk()
 

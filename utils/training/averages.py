@@ -48,6 +48,15 @@ class Average:
         mine = _tensors(self.model)
         put(self.model, {n: move.carried(n, mine[n], value) for n, value in move.values.items()})
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is anything in it to test."""
+        return self.count > 0
+
+    def begin(self, model: nn.Module) -> None:
+        """Start from weights that were set after construction, as by masks."""
+        self.model.load_state_dict(model.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.model.state_dict(), "count": self.count}
 
@@ -89,18 +98,20 @@ class ExponentialAverage(Average):
 
 
 class EpochAverage(Average):
-    """The mean of the weights after each epoch.
+    """The mean of the weights after each epoch from ``start`` (from 0) on. It may be moved later,
+    in a longer run, and earlier epochs then do not count.
 
     Buffers are the last network's, apart from batch-norm statistics, which ``estimate_statistics``
     computes before a test.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, start: int = 0) -> None:
         super().__init__(model)
+        self._start = start
         self._masks: Mapping[str, Tensor] | None = None
         # Epochs averaged into each weight since it grew.
         self._ages: dict[str, Tensor] = {}
-        self._last = -1  # epoch averaged
+        self._last = -1  # epoch averaged, from 0
 
     @torch.no_grad()
     def follow(self, move: ChannelMove) -> None:
@@ -116,8 +127,11 @@ class EpochAverage(Average):
 
     @torch.no_grad()
     def after_epoch(self, model: nn.Module, masking: AnyMasking | None, epoch: int) -> None:
-        if epoch <= self._last:
+        if epoch < self._start or epoch <= self._last:
             return
+        if self._last < self._start:  # averaged before the run was extended
+            self.count = 0
+            self._ages.clear()
         self._last = epoch
         masks = {} if masking is None else masking.masks
         mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
@@ -135,6 +149,10 @@ class EpochAverage(Average):
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
         self.count += 1
+
+    @property
+    def is_ready(self) -> bool:
+        return self.count > 0 and self._last >= self._start
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, masking: AnyMasking | None) -> None:
@@ -175,7 +193,7 @@ class EpochAverage(Average):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._last = state.get("last", -1)  # older ones have none
+        self._last = int(state["last"])
         self._ages = {
             name: age.to(next(self.model.parameters()).device)
             for name, age in state["ages"].items()

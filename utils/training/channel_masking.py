@@ -80,6 +80,10 @@ class ChannelMasking(Course):
             the steps since the last update; ``scale`` those with the smallest |scale| now.
         multiple: channels of a group that Flying Bird+ adds or removes at once.
         world: the processes that train together.
+
+    Raises:
+        ValueError: the optimizer is not SGD with a single parameter group; the state of others
+            would be lost at the first update.
     """
 
     # no weight of the narrow network is masked
@@ -99,6 +103,8 @@ class ChannelMasking(Course):
         world: World = ALONE,
     ) -> None:
         super().__init__(config)
+        if not isinstance(optimizer, torch.optim.SGD) or len(optimizer.param_groups) > 1:
+            raise ValueError("the optimizer must be SGD with one parameter group")
         self.channels, self.live = channels, live.clone()
         self._model, self._store, self.optimizer = model, store, optimizer
         self._score, self._multiple, self._world = score, multiple, world
@@ -106,6 +112,7 @@ class ChannelMasking(Course):
         device = next(model.parameters()).device
         self._sums = torch.zeros(channels.total, dtype=torch.float64, device=device)
         self._summed = 0  # steps in _sums
+        self._unspent = {"prune": 0.0, "grow": 0.0}  # multiples of channels, by rounding
         self._shapes = {name: tuple(value.shape) for name, value in store.state_dict().items()}
         self._scale_to_fan_in()
         self._gather(self._positions())
@@ -209,14 +216,21 @@ class ChannelMasking(Course):
         by_mean = sorted(counts, key=lambda name: (means[name], name))
         total = fraction * sum(counts.values()) / self._multiple
         if verdict.prune:
-            most = max(1, round(total * self.config.prune_ratio))
+            most = self._budget("prune", total * self.config.prune_ratio)
             room = {n: live - max(self._multiple, swaps[n] + 1) for n, live in counts.items()}
             self._spread(pruned, most, by_mean, room)
         if verdict.grow:
-            most = max(1, round(total * self.config.growth_ratio))
+            most = self._budget("grow", total * self.config.growth_ratio)
             room = {n: sizes[n] - live - swaps[n] for n, live in counts.items()}
             self._spread(grown, most, by_mean[::-1], room)
         return {name: (swaps[name] + pruned[name], swaps[name] + grown[name]) for name in counts}
+
+    def _budget(self, kind: str, asked: float) -> int:
+        """The whole multiples to change now; what rounding adds or leaves counts next time."""
+        asked += self._unspent[kind]
+        whole = max(0, round(asked))
+        self._unspent[kind] = asked - whole
+        return whole
 
     def _spread(
         self, given: dict[str, int], multiples: int, order: list[str], room: Mapping[str, int]
@@ -387,6 +401,7 @@ class ChannelMasking(Course):
             "store": self._store.state_dict(),
             "sums": self._sums.clone(),
             "summed": self._summed,
+            "unspent": dict(self._unspent),
             **self._course(),
         }
 
@@ -399,6 +414,7 @@ class ChannelMasking(Course):
         self._store.load_state_dict(state["store"])
         self._sums.copy_(state["sums"])
         self._summed = int(state["summed"])
+        self._unspent |= state.get("unspent", {})
         self._load_course(state)
 
     def kept(self) -> Kept:

@@ -46,7 +46,11 @@ def saying_how_it_ends(
     except torch.OutOfMemoryError as error:
         out = f"{name}out of memory on {device}, a smaller --batch_size needs less"
         raise RunError(f"{out}; {last_good()}") from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        # a CPU's allocator raises a plain RuntimeError
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            out = f"{name}out of memory on {device}, a smaller --batch_size needs less"
+            raise RunError(f"{out}; {last_good()}") from error
         if world.size == 1 or not lost_another(error):
             raise
         lost = f"{name}another process of this run has ended"

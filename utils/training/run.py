@@ -23,6 +23,7 @@ from utils.execution.distributed import ALONE, World
 from utils.execution.interruption import TIME_LIMIT_CODE, Interruption
 from utils.settings.common import CommonSettings
 from utils.storage.checkpoint import checksum, load_checkpoint, snapshot
+from utils.storage.packing import compact
 from utils.storage.run_folder import RunFolder, SilentRunFolder, read_summary
 from utils.training import messages, resuming
 from utils.training.collapse import MOST_ROLLBACKS, CollapseError
@@ -52,13 +53,12 @@ class Run(RunState):
             settings.time_limit, os.getppid() if world.size > 1 else None
         )
         super().__init__(settings, device, world)
-        self.drawn_at = float("-inf")
+        self.drawn_at = time.monotonic()
         self.epoch = 0  # the current one, and what it has done so far
         self.tally: Tally | None = None
         self.forecast = Forecast()
         self.has_advanced = False  # since this process began
-        # within the epoch
-        self.save_is_due, self.may_save = False, True
+        self.save_is_due = False  # within the epoch
 
     # ---- defined by each script
 
@@ -91,6 +91,7 @@ class Run(RunState):
         self.folder = world.agree(
             self._own_folder if world.is_first else lambda: SilentRunFolder(self.paths)
         )
+        world.agree(self._require_best)
         self.tester = Tester(self.data, self.settings, world, self.folder, self.leave_if_asked)
         ends = saying_how_it_ends(self.folder, world, self.device, self.where, self.checkpoints)
         with ends, self.interruption, self.folder.settled():
@@ -102,6 +103,12 @@ class Run(RunState):
             self._announce()
             self.train_stages()
             self._finish()
+
+    def _require_best(self) -> None:
+        """``InputError`` if the best network so far is lost: the run could not end."""
+        epochs = [row for row in self.rows if "val_ra" in row]
+        if self.world.is_first and epochs and best_epoch(epochs, "val_ra")[0] is not self.rows[-1]:
+            load_checkpoint(self.paths.best_ra)
 
     def _own_folder(self) -> RunFolder:
         return RunFolder.create(self.paths, self.config(), self.settings.tensorboard, self.stamps)
@@ -152,25 +159,35 @@ class Run(RunState):
         ]
 
     def train_epoch(self, epoch: int, title: str) -> Progress:
-        """Train the remaining steps of an epoch, from the last checkpoint after each rollback."""
+        """Train the remaining steps of an epoch, all of them again after each rollback."""
+        self._save_rollback()
         while True:
             try:
                 return self._train_epoch(epoch, title)
             except CollapseError as error:
                 self._roll_back(error)
 
+    def _save_rollback(self) -> None:
+        """Keep the state at the start of an epoch. The end of the last one was measured, and when
+        checkpoints are saved within an epoch does not change what a rollback repeats."""
+        watched = self.stage.guard is not None and self.settings.on_collapse != "warn"
+        if watched and self.partial is None and self.folder.writes:
+            names = [name for name, _ in self.stage.model.named_parameters()]
+            self.folder.save(self.paths.rollback, compact(self.content(None), names))
+
     def _roll_back(self, error: CollapseError) -> None:
-        """Restore the last checkpoint and shorten the attack's step; raises ``RunError`` unless
-        ``--on_collapse rollback``."""
+        """Restore the state at the start of the epoch and shorten the attack's step; raises
+        ``RunError`` unless ``--on_collapse rollback``."""
         before = self.stage.guard.rollbacks if self.stage.guard else 0
         if self.settings.on_collapse != "rollback":
             again = "--on_collapse rollback repeats it with a smaller step, warn goes on"
             self.world.fail(RunError(f"{error} ({again})"))
         self.folder.settle()
-        path, stage = self.checkpoints.last_good, self.further_state()
+        path, stage = self.paths.rollback, self.further_state()
         content = self.world.from_first(lambda: load_checkpoint(path) if path.exists() else {})
-        if not content or {name: content[name] for name in stage} != stage:
-            self.world.fail(RunError(f"{error}, before there was a checkpoint to go back to"))
+        kept = {name: content.get(name) for name in ("history", *stage)}
+        if kept != {"history": self.history, **stage}:  # it went on after a warning
+            self.world.fail(RunError(f"{error}; the state before it was not kept"))
         if before >= MOST_ROLLBACKS:
             self.world.fail(RunError(f"{error}, again after {before} rollbacks"))
         self.restore(content)
@@ -178,8 +195,7 @@ class Run(RunState):
         self.stage.guard.rollbacks = before + 1
         size = 255 * self.stage.guard.attack.step_size
         self.folder.say(
-            f"warning: {error}; resuming after {self.checkpoints.progress} with a step of"
-            f" {size:.3g}/255"
+            f"warning: {error}; repeating epoch {self.epoch + 1} with a step of {size:.3g}/255"
         )
 
     def _train_epoch(self, epoch: int, title: str) -> Progress:
@@ -195,13 +211,10 @@ class Run(RunState):
 
         def after_step(tally: Tally) -> None:
             self.has_advanced = True
-            has_measured = stage.guard is None or stage.guard.after_step(
-                stage.forward, epoch, tally.step, stage.steps, warn
-            )
-            # A rollback needs a network that has not collapsed.
-            self.may_save = has_measured or self.settings.on_collapse != "rollback"
+            if stage.guard is not None:
+                stage.guard.after_step(stage.forward, epoch, tally.step, stage.steps, warn)
             self.save_is_due |= self.checkpoints.is_due(self.settings, tally.step)
-            if self.save_is_due and self.may_save:
+            if self.save_is_due:
                 self._save_partial(tally)
             self.leave_if_asked()
 
@@ -221,7 +234,9 @@ class Run(RunState):
         return result
 
     def _warn_of_collapse(self, error: CollapseError) -> None:
-        self.folder.say(f"warning: {error}; the last good model is {self.paths.best_ra}")
+        best = self.paths.best_ra
+        saved = f"; the last good model is {best}" if best.exists() else ""
+        self.folder.say(f"warning: {error}{saved}")
 
     def _forecast(self, tally: Tally) -> None:
         """Say once, after a few steps, how long the run is likely to take."""
@@ -247,7 +262,7 @@ class Run(RunState):
         if code == 1:
             self.folder.settle()  # raises what went wrong
             raise Stopped("", 3)
-        if self.tally is not None and self.may_save:
+        if self.tally is not None:
             self._save_partial(self.tally)
         why = str(stopped) if stopped else "another process was asked to stop"
         raise Stopped(why if self.world.is_first else "", code)
@@ -345,6 +360,7 @@ class Run(RunState):
         summary = self.summary()
         self.folder.write_json(self.paths.summary, summary)
         self.folder.say(summary_text(summary))
+        self.folder.drop(self.paths.rollback)
         self.folder.say(f"everything is in {self.paths.root}")
 
     def summary(self) -> Row:
@@ -384,7 +400,9 @@ class Run(RunState):
         """FLOPs of the last stage: real ones from its metrics, and as the paper counts them."""
         stage, images, rows = self.stage, len(self.data.train), self.rows
         plan, by_epoch = stage.plan, [row["inference_flops"] for row in rows]
-        steps, further = plan.attack_steps, [plan.further_passes(n) for n in range(len(rows))]
+        steps = plan.attack_steps
+        # as trained: in a longer run, fractions of its length name other epochs
+        further = [row.get("further_passes", plan.further_passes(n)) for n, row in enumerate(rows)]
         real = flops.real_training(by_epoch, images, steps, further)
         inference = flops.paper_inference(stage.costs, stage.live_counts())
         paper = flops.paper_training(inference, images, steps, plan.epochs, further)

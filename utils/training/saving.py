@@ -81,12 +81,14 @@ def best_epoch(rows: Sequence[Row], key: str) -> tuple[Row, str]:
 def epoch_row(stage: Stage, epoch: int, trained: Progress) -> Row:
     """What training an epoch (from 0) adds to ``metrics.jsonl``, where epochs count from 1;
     accuracies are in percent."""
+    further = stage.plan.further_passes(epoch)
     return {
         "epoch": epoch + 1,
         "lr": stage.plan.rate(epoch, 0, stage.steps),
         "train_loss": trained.loss,
         "train_sa" if stage.plan.attack is None else "train_ra": trained.accuracy,
         **stage.figures(),
+        **({"further_passes": further} if further else {}),
         "updates": (
             [{**e, "epoch": epoch + 1} for e in stage.masking.events if e["epoch"] == epoch]
             if stage.masking

@@ -66,7 +66,7 @@ class Stage:
         self.guard: CollapseGuard | None = None
         if plan.guarded and plan.attack is not None and plan.attack.is_one_step:
             self.guard = CollapseGuard(plan.attack, data, plan.seed)
-        self.masking: Masking | ChannelMasking | None = None
+        self._masking: Masking | ChannelMasking | None = None
         idle, draws = _rehearsed(model, data, settings.arch, execution)
         self.costs = flops.layer_costs(model, data.image_shape)
         if settings.arch in CUSTOM_ARCHITECTURES:
@@ -86,6 +86,17 @@ class Stage:
         self._most_tested = max(len(data.val), len(data.test))
         self._train, self._image_shape = data.train, data.image_shape
         self._dense = dense or {cost.name: cost.weights for cost in self.costs}
+
+    @property
+    def masking(self) -> Masking | ChannelMasking | None:
+        """The network's masks; setting them starts the average from the masked network."""
+        return self._masking
+
+    @masking.setter
+    def masking(self, masking: Masking | ChannelMasking) -> None:
+        self._masking = masking
+        if self.average is not None:
+            self.average.begin(self.model)
 
     @property
     def steps(self) -> int:
@@ -126,13 +137,12 @@ class Stage:
 
     def finish_epoch(self, epoch: int) -> None:
         """Add the weights after an epoch (from 0) to the average over epochs, if there is one."""
-        start = self.plan.swa_start
-        if self.average is not None and (start is None or epoch >= start):
+        if self.average is not None:
             self.average.after_epoch(self.model, self.masking, epoch)
 
     def averaged(self) -> nn.Module | None:
         """The averaged network, ready for a test; None before there is one."""
-        if self.average is None or not self.average.count:
+        if self.average is None or not self.average.is_ready:
             return None
         if isinstance(self.average, EpochAverage):
             # shuffled: each batch's own statistics count, and image folders are sorted by class
@@ -216,7 +226,7 @@ def _loader(data: Data, plan: Plan, settings: CommonSettings, world: World) -> T
 def _average(model: nn.Module, plan: Plan) -> Average | None:
     if plan.ema:
         return ExponentialAverage(model, plan.ema)
-    return None if plan.swa_start is None else EpochAverage(model)
+    return None if plan.swa_start is None else EpochAverage(model, plan.swa_start)
 
 
 def _warn_of_uncounted(
