@@ -21,6 +21,7 @@ from data import Augmentation, Batch, Split, TrainLoader
 from models import ARCHITECTURES, build_model
 from models.channels import ChannelPlan, narrow, plan_channels
 from utils.attacks import PGD
+from utils.errors import InputError
 from utils.execution.forward import Forward
 from utils.execution.hardware import use_fast_kernels
 from utils.training.engine import sgd, train_step
@@ -72,7 +73,10 @@ def narrowed(
 ) -> tuple[nn.Module, nn.Module, ChannelPlan, torch.Tensor]:
     """A narrowed network, the full one, the plan of its channels, and which of them are live."""
     full = network(options)
-    plan = plan_channels(full, (options.channels, options.side, options.side), density)
+    try:
+        plan = plan_channels(full, (options.channels, options.side, options.side), density)
+    except ValueError as error:
+        raise InputError(f"--width {options.width:g} is too narrow: {error}") from error
     live = plan.channels.first(plan.counts, 1)
     small = narrow(copy.deepcopy(full), plan.channels.kept(live))
     return placed(small, options), full, plan, live

@@ -30,9 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.guess import guess_data_set
 from utils.errors import InputError, require, run_command
 from utils.execution.interruption import SIGNALS, TIME_LIMIT_CODE
+from utils.settings.guess import guess_data_set
 
 ROOT = Path(__file__).resolve().parent.parent
 _MODES = ("--plan", "--task", "--report")  # for the processes that a call starts

@@ -109,7 +109,8 @@ NETWORKS = [
 
 
 def test_inference_is_timed_for_every_network_and_engine():
-    command = [sys.executable, "benchmarks/inference.py", "--quick", "--repeats", "2", "--json"]
+    flags = "--quick --repeats 1 --json".split()
+    command = [sys.executable, "benchmarks/inference.py", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
@@ -129,6 +130,14 @@ def test_inference_is_timed_for_every_network_and_engine():
         assert size[name]["checkpoint"] < (density + 0.15) * size["dense"]["checkpoint"]
     for name in NETWORKS[3:]:
         assert size[name]["float32"] < 0.4 * size["dense"]["float32"]
+
+
+def test_a_network_too_narrow_to_cut_is_one_line():
+    command = [sys.executable, "benchmarks/inference.py", "--quick", "--width", "0.125"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --width 0.125 is too narrow: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_inference_prints_markdown(monkeypatch):

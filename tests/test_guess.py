@@ -1,9 +1,9 @@
 import pytest
 
-from data.guess import guess_data_set
 from tests.test_data import write_tinyimagenet
 from tests.toy import write_image_tree
 from utils.settings.command_line import parse_settings
+from utils.settings.guess import guess_data_set
 from utils.settings.stored import SETTINGS_OF
 
 

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 
 from data import DECODED_HERE, SOURCES
-from data.guess import guess_data_set
 from models import CUSTOM_ARCHITECTURES, arch_names, canonical_arch
 from utils.attacks import NORMS, PGD, fgsm_rs, n_fgsm
 from utils.errors import InputError, require
 from utils.execution.hardware import GRAPHS, PRECISIONS, best_precision
 from utils.settings.flags import epoch_number, flag, refuse_odd_values
+from utils.settings.guess import guess_data_set
 from utils.settings.recipes import RECIPES
 from utils.settings.rules import Rule, refuse
 from utils.training.losses import LOSSES, Options, TrainLoss
