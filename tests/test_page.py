@@ -9,9 +9,9 @@ from tests.test_runs import write_run
 from tests.test_tables import write_evaluation
 from utils.errors import InputError
 from utils.report.figures import gap_bars
-from utils.report.page import command_of, svg_uri, write_report
+from utils.report.page import command_of, write_report
 from utils.report.runs import find_runs, grouped
-from utils.storage.files import writable_folder
+from utils.storage.files import drawn, writable_folder
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
 CHROMIUM = next(
@@ -108,7 +108,7 @@ def test_the_same_runs_give_the_same_page(page_path, tmp_path):
     groups, _ = grouped(find_runs([tmp_path / "runs"])[0])
     write_report(page_path.parent, groups, None)
     assert page_path.read_bytes() == before
-    assert svg_uri(gap_bars(groups)) == svg_uri(gap_bars(groups))
+    assert drawn(gap_bars(groups), "svg") == drawn(gap_bars(groups), "svg")
 
 
 def test_a_command_says_what_is_not_at_its_default(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from utils.report.tables import (
     stale_evaluations,
     strong_evaluations,
 )
-from utils.storage.files import FIGURE_KINDS, drawn, write_atomically, write_figure
+from utils.storage.files import FIGURE_KINDS, drawn, write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _BROAD = 8.5  # inches; wider figures scroll on a phone, so that their text stays readable
 
@@ -62,13 +62,17 @@ def write_report(folder: Path, groups: Sequence[Group], paper_dataset: str | Non
         }
         tables += stronger
     pictures = report_pictures(groups)
-    texts["index.html"] = page(_title(groups), tables, pictures, groups)
+    images = {
+        f"{picture.stem}{suffix}": drawn(picture.figure, suffix.removeprefix("."))
+        for picture in pictures
+        for suffix in FIGURE_KINDS
+    }
+    texts["index.html"] = page(_title(groups), tables, pictures, images, groups)
+    # the page last: when it exists, so does all the rest
+    files = images | {name: text.encode() for name, text in texts.items()}
     try:
-        for picture in pictures:
-            for suffix in FIGURE_KINDS:
-                write_figure(folder / f"{picture.stem}{suffix}", picture.figure)
-        for name, text in texts.items():  # the page last: when it exists, so does all the rest
-            write_atomically(folder / name, text.encode())
+        for name, content in files.items():
+            write_atomically(folder / name, content)
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error.strerror or error})") from error
     return folder / "index.html"
@@ -84,10 +88,14 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def page(
-    title: str, tables: Sequence[Table], pictures: Sequence[Picture], groups: Sequence[Group]
+    title: str,
+    tables: Sequence[Table],
+    pictures: Sequence[Picture],
+    images: Mapping[str, bytes],
+    groups: Sequence[Group],
 ) -> str:
-    """The HTML page, rendered from ``page.html``: tables, embedded figures and how each run was
-    made."""
+    """The HTML page, rendered from ``page.html``: tables, embedded figures (the SVG ``images`` by
+    file name) and how each run was made."""
     # imported here, so that --help does not wait for it
     from jinja2 import Environment, StrictUndefined
 
@@ -97,7 +105,7 @@ def page(
     template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     figures = [
         {
-            "uri": svg_uri(picture.figure),
+            "uri": _svg_uri(images[f"{picture.stem}.svg"]),
             "alternative": picture.alternative,
             "caption": picture.caption,
             "is_broad": picture.figure.get_figwidth() > _BROAD,
@@ -123,9 +131,8 @@ def _contents(groups: Sequence[Group]) -> str:
     )
 
 
-def svg_uri(figure: Figure) -> str:
-    """A figure as an SVG data URI, the same bytes each time."""
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
+def _svg_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _run(group: Group, run: FinishedRun) -> dict[str, Any]:

@@ -29,12 +29,14 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 
 def drawn(figure: Figure, kind: str) -> bytes:
-    """Render a figure as ``png``, ``pdf`` or ``svg``, with the same bytes each time."""
+    """Render a figure as ``png``, ``pdf`` or ``svg``, with the same bytes each time. It keeps the
+    layout of its first rendering."""
     import matplotlib
 
     buffer, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(buffer, format=kind, dpi=120, metadata=undated)
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
