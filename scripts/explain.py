@@ -41,6 +41,8 @@ def main() -> None:
         arguments.explain_images <= images,
         f"--explain_images {arguments.explain_images}: there are {images} test images",
     )
+    channels = data.image_shape[0]
+    require(channels in (1, 3), f"images of {channels} channels cannot be shown; 1 or 3 can")
     folder = writable_folder(
         Path(arguments.out) if arguments.out is not None else checkpoint.parent / "explain",
         "--out DIR",

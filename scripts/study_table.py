@@ -23,6 +23,7 @@ from sparse_core import prunable
 from utils.errors import require, run_command
 from utils.settings.command_line import OneLineParser
 from utils.storage.checkpoint import load_checkpoint
+from utils.storage.json_files import read_object
 from utils.storage.paths import RunPaths
 from utils.storage.run_folder import read_summary
 
@@ -174,15 +175,26 @@ def _paired(values: Sequence[float]) -> str:
 
 def answers_in(folder: Path) -> Answers:
     """Which test images each run's networks withstand under PGD-20, bool ``[N]`` by name, seed and
-    network (best, final), from the evaluations in the run folders."""
+    network (best, final), from the finished evaluations in the run folders; raises ``InputError``
+    unless all have the same images and ball."""
     found: Answers = {}
+    first: dict[str, object] = {}
     for network, stem in (("best", "model_RA_best"), ("final", "checkpoint")):
         for path in sorted(folder.glob(f"*/evaluations/{stem}_pgd-20_*.pth.tar")):
             summary = read_summary(RunPaths(path.parent.parent))
             older = "older-" if path.parent.parent.name.startswith("older-") else ""
             key = (older + name_of(summary), summary["settings"]["seed"], network)
+            evaluation = path.with_name(path.name.replace(".pth.tar", ".json"))
+            if not evaluation.exists():  # interrupted, or still running
+                continue
+            told = read_object(evaluation)
+            if told["network"]["weights"] != summary["weights"][told["checkpoint"]]:
+                continue  # the network was trained on
             require(key not in found, f"{path} is not the only PGD-20 evaluation of its network")
             content = load_checkpoint(path)
+            ball = {name: told[name] for name in ("norm", "eps", "step_size", "digests")}
+            first = first or ball
+            require(ball == first, f"{path} is of another ball or other data than the others")
             right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
             found[key] = right.numpy()
             same = len(right) == len(next(iter(found.values())))
@@ -221,11 +233,12 @@ def images_table(answers: Answers) -> str:
     for one, other in asked:
         label = NAMES[one] if other is None else f"{NAMES[one]} - {NAMES[other]}"
         compared = [_compared(answers, network, one, other) for network in ("best", "final")]
-        seeds = ", ".join(sorted({str(seed) for values in compared for seed in values}))
+        seeds = {", ".join(map(str, sorted(values))): None for values in compared if values}
         if not seeds:
             continue
+        named = " / ".join(seeds)  # of the best / final networks, if they differ
         lines.append(
-            [label, seeds, *(_interval(v, "" if other is None else "+") for v in compared)]
+            [label, named, *(_interval(v, "" if other is None else "+") for v in compared)]
         )
     return _markdown(lines)
 

@@ -77,8 +77,15 @@ FINE |= {f"PGD-20, steps of {part:g} eps": 50.0 for part in diagnosis.STEP_SIZES
 )
 def test_each_sign_fires(change, question):
     model, split = fitted(n=6)
-    assert suspicious(diagnosis.signs(model, split, ATTACK, 1, FINE)) == []
-    assert suspicious(diagnosis.signs(model, split, ATTACK, 1, {**FINE, **change})) == [question]
+    many = split.subset(torch.arange(6).repeat(20))
+    assert suspicious(diagnosis.signs(model, many, ATTACK, 1, FINE)) == []
+    assert suspicious(diagnosis.signs(model, many, ATTACK, 1, {**FINE, **change})) == [question]
+
+
+def test_two_of_a_few_images_are_no_sign():
+    model, split = fitted(n=6)
+    changed = FINE | {"PGD-100": 30.0, "PGD-20, steps of 0.5 eps": 25.0}
+    assert suspicious(diagnosis.signs(model, split, ATTACK, 1, changed)) == []
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

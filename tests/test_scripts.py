@@ -569,6 +569,15 @@ def test_answers_by_image_are_kept_bit_by_bit(tmp_path):
     assert pair[3].startswith(f"{difference:+.2f} [")
 
 
+def evaluated(answers, **changed):
+    """Writes the summary of an evaluation whose answers by image these are."""
+    name = answers.name.split("_pgd-20_")[0] + ".pth.tar"
+    weights = json.loads((answers.parent.parent / "summary.json").read_text())["weights"][name]
+    told = {"checkpoint": name, "network": {"weights": weights}, "digests": {}}
+    told |= {"norm": "linf", "eps": 8.0, "step_size": 2.0, **changed}
+    answers.with_name(answers.name.replace(".pth.tar", ".json")).write_text(json.dumps(told))
+
+
 def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
     for name in ("one", "older-two"):
         shutil.copytree(ROOT / "results" / "study" / "dense-s1", tmp_path / name)
@@ -580,6 +589,13 @@ def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
             path = tmp_path / name / "evaluations" / f"{stem}_pgd-20_ab.pth.tar"
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, content)
+            evaluated(path)
+        # another evaluation goes on, and one is of a network that was trained on
+        half = path.with_name("checkpoint_pgd-20_half.pth.tar")
+        save_checkpoint(half, {"outcomes": {"predicted": {}}, "labels": {"test": torch.arange(4)}})
+        older = path.with_name("model_RA_best_pgd-20_old.pth.tar")
+        shutil.copy(path, older)
+        evaluated(older, network={"weights": "another"})
     found = study_table.answers_in(tmp_path)
     assert {key: list(right).index(True) for key, right in found.items()} == {
         ("dense", 1, "best"): 0,
@@ -587,10 +603,13 @@ def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
         ("older-dense", 1, "best"): 0,
         ("older-dense", 1, "final"): 1,
     }
-    shutil.copy(
-        path.with_name("checkpoint_pgd-20_ab.pth.tar"),
-        path.with_name("checkpoint_pgd-20_c.pth.tar"),
-    )
+    final = path.with_name("checkpoint_pgd-20_ab.pth.tar")
+    evaluated(final, norm="l2")
+    with pytest.raises(InputError, match="of another ball or other data"):
+        study_table.answers_in(tmp_path)
+    evaluated(final)
+    shutil.copy(final, path.with_name("checkpoint_pgd-20_c.pth.tar"))
+    evaluated(path.with_name("checkpoint_pgd-20_c.pth.tar"))
     with pytest.raises(InputError, match="not the only PGD-20 evaluation"):
         study_table.answers_in(tmp_path)
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests import toy
 from tests.test_runs import write_run
 from utils.errors import InputError
-from utils.report.runs import find_runs, grouped
+from utils.report.runs import FinishedRun, Measured, find_runs, grouped
 from utils.report.tables import (
     NOTHING,
     Comparison,
@@ -275,12 +276,49 @@ def test_evaluations_that_differ_in_data_or_training_images_are_not_mixed(tmp_pa
     write_evaluation(run, "c", test_ra=30.0, images={"test": 1000, "train": 500})
     write_evaluation(run, "d", test_ra=40.0, images={"test": 1000, "train": 500}, when="2026")
     write_evaluation(run, "e", test_ra=50.0, images={"test": 1000, "train": 500}, when="2025")
+    write_evaluation(run, "f", digests={"test pixels": "third"}, test_ra=15.0)
     found = strong_evaluations(groups_in(tmp_path))
-    assert [(one.title, one.ra.mean) for one in found] == [
+    assert [(one.title, one.ra.mean) for one in found[:2]] == [
         ("AutoAttack", 20.0),
         ("AutoAttack", 40.0),
-        ("AutoAttack on other data", 10.0),
     ]
+    assert [one.title[:26] for one in found[2:]] == ["AutoAttack on other data ("] * 2
+    assert sorted(one.ra.mean for one in found[2:]) == [10.0, 15.0]
+    images = [row[5] for row in evaluation_table(found).rows]
+    assert images == ["1000 (training: none)", "1000 (training: 500)", "1000", "1000"]
+
+
+def test_evaluations_say_what_tells_them_apart_and_what_was_warned_of(tmp_path):
+    run = write_run(tmp_path, "fb", 1)
+    for name, size, ra in (("a", 1.0, 30.0), ("b", 2.0, 20.0)):
+        write_evaluation(run, name, title="PGD-20", step_size=size, test_ra=ra)
+    for name, weights in (("c", "abcdef01"), ("d", "12345678")):
+        title = "transfer from fb/model_RA_best"
+        write_evaluation(run, name, title=title, source_weights=weights, warnings=["it is weak"])
+    found = strong_evaluations(groups_in(tmp_path))
+    table = evaluation_table(found)
+    assert [row[2:4] for row in table.rows] == [
+        ["PGD-20", "linf 8/255, steps of 1/255"],
+        ["PGD-20", "linf 8/255, steps of 2/255"],
+        ["transfer from fb/model_RA_best (123456)", "linf 8/255"],
+        ["transfer from fb/model_RA_best (abcdef)", "linf 8/255"],
+    ]
+    assert sum(note.endswith("(abcdef): it is weak.") for note in table.notes) == 1
+    sizes = [line.split(",")[6] for line in evaluation_csv(found).splitlines()]
+    assert sizes == ["step_size", "1.0", "2.0", "", ""]
+
+
+def test_metrics_that_end_before_the_run_did_are_refused(tmp_path):
+    run = FinishedRun.read(write_run(tmp_path, "fb", 1))
+    assert run.epochs
+    lines = run.paths.metrics.read_text().splitlines(keepends=True)
+    run.paths.metrics.write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match=r"metrics\.jsonl ends with epoch \d+ of"):
+        _ = FinishedRun.read(run.paths.root).epochs
+
+
+def test_a_spread_of_what_is_not_finite_is_none():
+    assert math.isnan(Measured.of([1.0, math.nan]).spread)
 
 
 def test_a_file_that_is_no_evaluation_is_named(tmp_path):

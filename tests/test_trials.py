@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from utils.evaluation.scores import evaluate
 from utils.evaluation.trials import (
     Outcomes,
     Trial,
+    answers_of,
     autoattack_trials,
     clean_trial,
     pgd_trials,
@@ -107,6 +110,17 @@ def test_cut_and_continued_is_uncut_for_pgd(rounds):
     outcomes, cuts = cut_and_continued(model, split, trials, rounds)
     assert cuts >= 4
     assert answers(outcomes, trials) == answers(whole, trials)
+
+
+def test_an_answer_that_is_no_number_is_no_class():
+    logits = torch.tensor([[math.nan, 0.0], [0.0, 1.0], [1.0, math.nan]])
+    assert answers_of(logits).tolist() == [-2, 1, -2]
+    split = toy.split(8, classes=3)
+    broken = toy.network()
+    with torch.no_grad():
+        broken[-1].bias.fill_(math.nan)
+    outcomes = run_trials(broken, {"test": split}, [clean_trial()])
+    assert outcomes.accuracy(clean_trial()) == 0
 
 
 def test_cut_and_continued_is_uncut_for_autoattack():

@@ -375,6 +375,7 @@ class Evaluation:
             "steps": {"autoattack": None, "masking": 20}.get(kind, attack.steps),
             "restarts": None if kind == "autoattack" else settings.restarts,
             "source": settings.source,
+            "source_weights": self.source.weights if self.source else None,
             "seed": settings.seed,
             "digests": dict(self.data.digests),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -29,7 +29,7 @@ STEP_SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # in units of eps
 RADII = (0.5, 2.0, 4.0, 16.0)  # in units of eps
 _SURFACE_IMAGES = 64
 _SURFACE_POINTS = 9  # from the image to the surface of the ball
-_TOLERANCE = 2.0  # points of RA by which two attacks of one kind may differ
+_TOLERANCE = 2.0  # points of RA, or two images, by which two attacks of one kind may differ
 _LARGE_BALL_RA = 10.0  # percent of images that may withstand 16 eps; none should
 _LOW_RISE = 0.5  # rise of the loss, relative to its linearization, below which it is too curved
 
@@ -107,6 +107,7 @@ def signs(
     best_size = min(accuracies[f"PGD-20, steps of {part:g} eps"] for part in STEP_SIZES)
     widest = accuracies[f"PGD-20 in {RADII[-1]:g} eps"]
     surface, rise, rising = _surface(model, split, attack, seed)
+    tolerance = max(_TOLERANCE, 200 / len(split))
     lost_to_noise, lost_to_pgd = clean - noise, clean - pgd
     last, rise_text = f"PGD-{STEPS[-1]}", f"by {100 * rise:.0f} % of its linear prediction"
     one_step = accuracies["one step"]
@@ -114,17 +115,17 @@ def signs(
         Sign(
             "does one step find more than many?",
             f"one step {one_step:.2f}, {last} {most:.2f}",
-            one_step < most - 0.5 * _TOLERANCE,
+            one_step < most - 0.5 * tolerance,
         ),
         Sign(
             "do more steps keep finding more?",
             f"PGD-20 {pgd:.2f}, {last} {most:.2f}",
-            pgd - most > _TOLERANCE,
+            pgd - most > tolerance,
         ),
         Sign(
             "does another step size find more?",
             f"PGD-20 {pgd:.2f}, best step size {best_size:.2f}",
-            pgd - best_size > _TOLERANCE,
+            pgd - best_size > tolerance,
         ),
         Sign(
             "do many images survive a large ball?",

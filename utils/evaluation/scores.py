@@ -18,6 +18,7 @@ from utils.attacks import PGD, AutoAttack, attack_draws
 from utils.evaluation.sanity import CHECKED_IMAGES, MAX_ZERO_GRADIENT_SHARE, images_without_gradient
 from utils.evaluation.trials import (
     EVAL_BATCH,
+    answers_of,
     autoattack_trials,
     clean_trial,
     pgd_trials,
@@ -186,7 +187,7 @@ def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: in
         x = forward.attack(x, batch.y, attack, training=False, draws=draws)
     logits = forward(x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
-    return torch.stack([(logits.argmax(dim=1) == batch.y).sum().double(), loss.double()])
+    return torch.stack([(answers_of(logits) == batch.y).sum().double(), loss.double()])
 
 
 def epoch_scores(

@@ -165,12 +165,18 @@ def run_trials(
     return outcomes
 
 
+def answers_of(logits: Tensor) -> Tensor:
+    """The classes of logits ``[N, classes]``, int64 ``[N]``; -2, which is none, where any is NaN,
+    since ``argmax`` would answer with the first NaN's class."""
+    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -2)
+
+
 def _answers(model: nn.Module, split: Split, trial: Trial, rows: Tensor) -> Tensor:
     indices = split.indices[rows.to(split.device)]
     batch = Batch(to_float(split.rows(indices)), split.labels[indices], indices)
     shown = trial.craft(batch)
     with torch.no_grad():
-        return model(shown).argmax(dim=1).int()
+        return answers_of(model(shown)).int()
 
 
 # ---------------------------------------------------------------- trials

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from utils.early_bird import TOLERANCES
+from utils.errors import require
 from utils.report.runs import DENSE, FinishedRun, Group, Measured, density, lines_by_density
 from utils.training.curves import BAND, draw_curves, legend_handles, mask_distances
 
@@ -184,7 +185,7 @@ def layer_densities(rows: Sequence[Row], title: str) -> Figure:
         rows: of ``metrics.jsonl``, at least one of them with ``layer_densities``, in [0, 1].
         title: of the figure.
     """
-    rows = [row for row in rows if row["layer_densities"]]
+    rows = [row for row in rows if row.get("layer_densities")]
     names, epochs = list(rows[0]["layer_densities"]), [row["epoch"] for row in rows]
     figure = Figure(figsize=(8.0, 3.2 + 0.19 * len(names)), layout="constrained")
     above, below = figure.subplots(
@@ -208,7 +209,7 @@ def layer_densities(rows: Sequence[Row], title: str) -> Figure:
     above.set_yticks(
         range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8
     )
-    totals = [row["density"] for row in rows]
+    totals = [row.get("density", math.nan) for row in rows]
     below.plot(epochs, totals, color="tab:blue", marker="." if len(epochs) == 1 else None)
     below.set_ylim(0, 1.15 * max(totals))
     below.set_ylabel("density of\nthe network")
@@ -229,8 +230,11 @@ def ticket_distances(run: FinishedRun) -> Figure | None:
         identity = run.identity
         tolerance = identity["eb_tolerance"]
         tolerance = TOLERANCES[identity["pruning"]] if tolerance is None else tolerance
-        watched = (identity["eb_window"], tolerance, rows[-1]["ticket"])
-    return mask_distances([row["mask_distances"] for row in rows], rows[-1]["epoch"], watched)
+        watched = (identity["eb_window"], tolerance, rows[-1].get("ticket", False))
+    distances = [row.get("mask_distances", []) for row in rows]
+    whole = [len(one) == n for n, one in enumerate(distances)]
+    require(all(whole), f"{run.paths.metrics} lacks mask distances of stage 1")
+    return mask_distances(distances, rows[-1]["epoch"], watched)
 
 
 # ---------------------------------------------------------------- the figures of a report
@@ -262,7 +266,7 @@ def report_pictures(groups: Sequence[Group]) -> list[Picture]:
 def _masks_pictures(group: Group, whose: str, stem: str) -> list[Picture]:
     """Layer densities or mask distances of a group's first seed, if its method has them."""
     run = group.first
-    if group.method in ("fb", "fbp") and any(row["layer_densities"] for row in run.last_stage):
+    if group.method in ("fb", "fbp") and any(row.get("layer_densities") for row in run.last_stage):
         caption = f"{whose}: density of each layer after each epoch, and of the network."
         alternative = f"Heat map of the density by layer and epoch of {whose}."
         figure = layer_densities(run.last_stage, whose)

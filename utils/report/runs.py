@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
+from utils.errors import InputError, require
 from utils.settings.adversarial import DENSE, AdversarialSettings
 from utils.settings.common import CommonSettings, settings_from
 from utils.settings.robust_bird import EarlyBirdSettings, TicketSettings
@@ -108,11 +109,10 @@ class Measured:
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
         """From one value per seed, at least one."""
-        return cls(
-            statistics.fmean(values),
-            statistics.stdev(values) if len(values) > 1 else None,
-            len(values),
-        )
+        spread = None if len(values) == 1 else math.nan
+        if len(values) > 1 and all(map(math.isfinite, values)):
+            spread = statistics.stdev(values)
+        return cls(statistics.fmean(values), spread, len(values))
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,12 @@ class FinishedRun:
 
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``; raises ``InputError`` if they cannot be read."""
-        return read_epochs(self.paths)
+        """The rows of ``metrics.jsonl``; raises ``InputError`` if they cannot be read or end before
+        the run did, as in a copy made while it trained."""
+        rows, end = read_epochs(self.paths), self.summary["final"]["epoch"]
+        found = rows[-1]["epoch"] if rows else 0
+        require(found >= end, f"{self.paths.metrics} ends with epoch {found} of {end}")
+        return rows
 
     @property
     def last_stage(self) -> list[dict[str, Any]]:

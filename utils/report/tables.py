@@ -13,6 +13,7 @@ from models import canonical_arch
 from utils.errors import InputError
 from utils.report import paper
 from utils.report.runs import METHOD_NAMES, FinishedRun, Group, Measured, density
+from utils.storage.checkpoint import checksum
 from utils.storage.json_files import misfit
 from utils.training.summary import percent
 
@@ -311,7 +312,8 @@ def _comparison_record(c: Comparison) -> list[object]:
     settings = c.group.settings
     seeds = " ".join(map(str, c.group.seeds))
     record: list[object] = [c.label, c.group.method, settings.dataset, settings.arch]
-    record += [c.group.density, seeds, c.dataset if c.theirs else None]
+    by_flops = getattr(settings, "flops", None) is not None  # which gives the density
+    record += [None if by_flops else c.group.density, seeds, c.dataset if c.theirs else None]
     for name in (*_ACCURACIES, *_PAPER_FLOPS):
         record += [c.ours[name].mean, c.ours[name].spread, c.theirs.get(name), c.difference(name)]
     for measured in (c.density, *(c.real[name] for name in _REAL_FLOPS)):
@@ -350,14 +352,21 @@ class StrongEvaluation:
     title: str
     norm: str
     eps: float
+    step_size: float | None
     images: int
+    train_images: int
     sa: Measured
     ra: Measured
     gap: Measured | None
+    warnings: tuple[str, ...]
 
     @property
     def ball(self) -> str:
         return f"{self.norm} {self.eps:g}/255"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group.label}, {self.checkpoint}, {self.title}"
 
 
 def strong_evaluations(groups: Sequence[Group]) -> list[StrongEvaluation]:
@@ -419,20 +428,24 @@ def _kind(run: FinishedRun, evaluation: Row) -> _Kind:
     eps, step_size = float(evaluation["eps"]), float(evaluation.get("step_size") or 0.0)
     numbers = (eps, step_size, images["test"], images.get("train", 0))
     title = str(evaluation["title"])
+    if evaluation.get("source_weights"):  # folders of different runs may have the same name
+        title += f" ({str(evaluation['source_weights'])[:6]})"
     if not run.took_data_of(evaluation):
-        title += " on other data"
+        title += f" on other data ({checksum(evaluation['digests'])[:6]})"
     return evaluation["checkpoint"], title, evaluation["norm"], *numbers
 
 
 def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> StrongEvaluation:
-    checkpoint, title, norm, eps, _, images, _ = key
+    checkpoint, title, norm, eps, step_size, images, train_images = key
     sa, ra = (
         Measured.of([evaluation[name] for evaluation in found]) for name in ("test_sa", "test_ra")
     )
     gaps = [evaluation.get("robust_gap") for evaluation in found]
     gap = None if None in gaps else Measured.of([g for g in gaps if g is not None])
     name = _CHECKPOINTS.get(checkpoint, checkpoint.split(".")[0])
-    return StrongEvaluation(group, name, title, norm, eps, images, sa, ra, gap)
+    told = dict.fromkeys(str(w) for evaluation in found for w in evaluation.get("warnings", []))
+    size, counts = step_size or None, (images, train_images)
+    return StrongEvaluation(group, name, title, norm, eps, size, *counts, sa, ra, gap, tuple(told))
 
 
 def _checkpoint_order(checkpoint: str) -> int:
@@ -441,31 +454,38 @@ def _checkpoint_order(checkpoint: str) -> int:
 
 
 def evaluation_table(found: Sequence[StrongEvaluation], left_out: Sequence[str] = ()) -> Table:
-    """One line for each group, checkpoint and attack; ``left_out`` are notes below the table."""
+    """One line for each group, checkpoint and attack, which says what tells it from others alike;
+    ``left_out`` are notes below the table."""
     columns = "method|checkpoint|attack|ball|seeds|test images|SA|RA|robust gap".split("|")
-    rows = [
-        [s.group.label, s.checkpoint, s.title, s.ball, str(s.ra.n), str(s.images)]
-        + [_percents(measured) for measured in (s.sa, s.ra, s.gap)]
-        for s in found
-    ]
+    rows = []
+    for s in found:
+        alike = [o for o in found if (o.name, o.ball, o.images) == (s.name, s.ball, s.images)]
+        ball, images = s.ball, str(s.images)
+        if s.step_size and len({o.step_size for o in alike}) > 1:
+            ball += f", steps of {s.step_size:g}/255"
+        if len({o.train_images for o in alike}) > 1:
+            images += f" (training: {s.train_images or 'none'})"
+        row = [s.group.label, s.checkpoint, s.title, ball, str(s.ra.n), images]
+        rows.append(row + [_percents(measured) for measured in (s.sa, s.ra, s.gap)])
     notes = [
         "In percent, mean \u00b1 sample standard deviation over seeds; best = best validation RA,"
         " final = last epoch."
     ]
+    notes += [f"{s.name}: {warning}." for s in found for warning in s.warnings]
     return Table("Strong evaluations", columns, rows, [*notes, *left_out], words=4)
 
 
 def evaluation_csv(found: Sequence[StrongEvaluation]) -> str:
     """The evaluations as CSV with unrounded figures."""
     columns = (
-        "label method checkpoint attack norm eps seeds test_images sa sa_spread ra ra_spread"
-        " robust_gap robust_gap_spread".split()
+        "label method checkpoint attack norm eps step_size seeds test_images training_images"
+        " sa sa_spread ra ra_spread robust_gap robust_gap_spread".split()
     )
     records: list[list[object]] = []
     for s in found:
         gap = (None, None) if s.gap is None else (s.gap.mean, s.gap.spread)
         told = [s.group.label, s.group.method, s.checkpoint, s.title, s.norm, s.eps]
-        told += [s.ra.n, s.images]
+        told += [s.step_size, s.ra.n, s.images, s.train_images]
         records.append([*told, s.sa.mean, s.sa.spread, s.ra.mean, s.ra.spread, *gap])
     return csv_text(columns, records)
 

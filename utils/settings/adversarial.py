@@ -80,6 +80,16 @@ _EVALUATION_RULES = (
         lambda s: s.eval_attack == "masking",
         "--eval_attack masking, which tries several",
     ),
+    Rule(
+        "",
+        lambda s: s.eval_attack in ("autoattack", "masking") and s.test_eps == 0,
+        "--eval_attack {s.eval_attack} needs a ball to search: --test_eps is 0",
+    ),
+    Rule(
+        "",
+        lambda s: s.eval_attack == "masking" and s.test_gamma == 0,
+        "--eval_attack masking needs steps: --test_gamma is 0",
+    ),
 )
 _TRAINING_RULES = (
     Rule("pretrained eval_attack restarts source eval_dir", lambda s: True, "training; add --eval"),

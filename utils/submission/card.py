@@ -16,6 +16,8 @@ def card(entry: Entry, title: str, note: str = "") -> str:
     summary, settings = entry.run.summary, entry.run.settings
     best, what = summary["best"], "channels" if entry.narrow else "weights"
     attack = f"PGD-{settings.test_step}, {settings.test_ball}"
+    if settings.test_subset is not None:
+        attack += f", {entry.run.config['images']['test']} images"
     rows = [
         ("robust accuracy", attack, f"{best['test_ra']:.2f} %"),
         ("clean accuracy", "none", f"{best['test_sa']:.2f} %"),
@@ -26,9 +28,9 @@ def card(entry: Entry, title: str, note: str = "") -> str:
         is_ours = found.get("network", {}).get("weights") == weights
         if is_ours and not found.get("source") and entry.run.took_data_of(found):
             ball = f"{found['norm']} {found['eps']:g}/255, {found['images']['test']} images"
-            rows.append(
-                ("robust accuracy", f"{found['title']}, {ball}", f"{found['test_ra']:.2f} %")
-            )
+            size = f", steps of {found['step_size']:g}/255" if found.get("step_size") else ""
+            told = "; ".join([f"{found['title']}, {ball}{size}", *found.get("warnings", [])])
+            rows.append(("robust accuracy", told, f"{found['test_ra']:.2f} %"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     classes = ", ".join(entry.spec.get("classes") or [])
     size = entry.spec["image_size"]

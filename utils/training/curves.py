@@ -112,7 +112,7 @@ def draw_curves(axes: Axes, rows: Sequence[Row], *others: Sequence[Row]) -> None
                 lowest, highest = list(map(min, values)), list(map(max, values))
                 axes.fill_between(epochs, lowest, highest, color=colour, alpha=BAND, linewidth=0)
     for verdict, colour, offset in (("prune", "black", -0.12), ("grow", "red", 0.12)):
-        marked = [row["epoch"] for row in rows if any(update[verdict] for update in row["updates"])]
+        marked = [row["epoch"] for row in rows if any(u[verdict] for u in row.get("updates", []))]
         for number, epoch in enumerate(marked):
             # Side by side, so that an epoch with both verdicts shows both.
             axes.axvline(
