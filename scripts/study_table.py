@@ -1,7 +1,7 @@
 """Updates the tables and the figure of results/README.md from the summaries in results/study:
 ``python scripts/study_table.py``. Given a folder of runs, as scripts/study.sh leaves it, prints
-their tables instead; with ``--keep_answers``, also adds the answers by image of its PGD-20
-evaluations to results/study/answers.npz."""
+their tables instead; with ``--keep_answers``, also adds the answers by image of its PGD-20 and
+AutoAttack evaluations to results/study."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from sparse_core import prunable
 from utils.errors import require, run_command
+from utils.evaluation.trials import Outcomes
 from utils.settings.command_line import OneLineParser
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.json_files import read_object
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 Row = Mapping[str, Any]
 Answers = dict[tuple[str, int, str], np.ndarray]  # by name, seed and network (best, final)
+# by attack: its table in results/README.md, and the file of its answers in results/study
+ATTACKS = {"PGD-20": ("images", "answers.npz"), "AutoAttack": ("autoattack", "autoattack.npz")}
 Runs = Mapping[str, Mapping[int, Row]]  # summaries by name (of ``NAMES``) and seed
 NAMES = {
     "dense": "Dense",
@@ -173,14 +177,14 @@ def _paired(values: Sequence[float]) -> str:
     return f"{each} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
-def answers_in(folder: Path) -> Answers:
-    """Which test images each run's networks withstand under PGD-20, bool ``[N]`` by name, seed and
-    network (best, final), from the finished evaluations in the run folders; raises ``InputError``
-    unless all have the same images and ball."""
+def answers_in(folder: Path, attack: str = "PGD-20") -> Answers:
+    """Which test images each run's networks withstand under one of ``ATTACKS``, bool ``[N]`` by
+    name, seed and network (best, final), from the finished evaluations in the run folders; raises
+    ``InputError`` unless all have the same images and ball."""
     found: Answers = {}
     first: dict[str, object] = {}
     for network, stem in (("best", "model_RA_best"), ("final", "checkpoint")):
-        for path in sorted(folder.glob(f"*/evaluations/{stem}_pgd-20_*.pth.tar")):
+        for path in sorted(folder.glob(f"*/evaluations/{stem}_{attack.lower()}_*.pth.tar")):
             summary = read_summary(RunPaths(path.parent.parent))
             older = "older-" if path.parent.parent.name.startswith("older-") else ""
             key = (older + name_of(summary), summary["settings"]["seed"], network)
@@ -190,20 +194,28 @@ def answers_in(folder: Path) -> Answers:
             told = read_object(evaluation)
             if told["network"]["weights"] != summary["weights"][told["checkpoint"]]:
                 continue  # the network was trained on
-            require(key not in found, f"{path} is not the only PGD-20 evaluation of its network")
+            require(key not in found, f"{path} is not the only {attack} evaluation of its network")
             content = load_checkpoint(path)
-            ball = {name: told[name] for name in ("norm", "eps", "step_size", "digests")}
+            ball = {name: told.get(name) for name in ("norm", "eps", "step_size", "digests")}
             first = first or ball
             require(ball == first, f"{path} is of another ball or other data than the others")
-            right = content["outcomes"]["predicted"]["PGD-20"] == content["labels"]["test"]
-            found[key] = right.numpy()
-            same = len(right) == len(next(iter(found.values())))
+            predicted = content["outcomes"]["predicted"]
+            tried = predicted if attack == "AutoAttack" else [attack]
+            found[key] = np.logical_and.reduce(
+                [withstood(predicted[name], content["labels"]["test"]) for name in tried]
+            )
+            same = len(found[key]) == len(next(iter(found.values())))
             require(same, f"{path} is of another number of test images than the others")
     return found
 
 
+def withstood(predicted: Tensor, y: Tensor) -> np.ndarray:
+    """Bool ``[N]``: images classified correctly, or spared as an earlier attack had succeeded."""
+    return ((predicted == y) | (predicted == Outcomes.NOT_SHOWN)).numpy()
+
+
 def stored_answers(path: Path) -> Answers:
-    """The same from ``answers.npz``, where each network has one bit an image."""
+    """The same from a file of ``ATTACKS``, where each network has one bit an image."""
     found: Answers = {}
     with np.load(path) as stored:
         for key in stored.files:
@@ -215,7 +227,7 @@ def stored_answers(path: Path) -> Answers:
 
 
 def keep(answers: Answers, path: Path) -> None:
-    """Add answers to ``answers.npz``; raises ``InputError`` for those of other test images."""
+    """Add answers to a file of ``ATTACKS``; ``InputError`` for those of other test images."""
     every = (stored_answers(path) if path.exists() else {}) | answers
     sizes = {len(right) for right in every.values()}
     require(len(sizes) == 1, f"{path} needs answers, all of one number of test images")
@@ -224,12 +236,12 @@ def keep(answers: Answers, path: Path) -> None:
     np.savez(path, images=images, **packed)  # type: ignore[arg-type]
 
 
-def images_table(answers: Answers) -> str:
-    """RA under PGD-20 of methods and pairs, with 95 % intervals over images and seeds."""
+def images_table(answers: Answers, attack: str = "PGD-20") -> str:
+    """RA under an attack of methods and pairs, with 95 % intervals over images and seeds."""
     names = [name for name in NAMES if any(key[0] == name for key in answers)]
     asked: list[tuple[str, str | None]] = [(name, None) for name in names]
     asked += [(one, other) for one, other in PAIRS if one in names and other in names]
-    lines = [["method", "seeds", "RA best, PGD-20", "RA final, PGD-20"]]
+    lines = [["method", "seeds", f"RA best, {attack}", f"RA final, {attack}"]]
     for one, other in asked:
         label = NAMES[one] if other is None else f"{NAMES[one]} - {NAMES[other]}"
         compared = [_compared(answers, network, one, other) for network in ("best", "final")]
@@ -338,8 +350,9 @@ def page(results: Path) -> str:
     """The text of results/README.md with its tables rebuilt from the summaries."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
     tables = {"study": main_table(runs), "pairs": paired_table(runs)}
-    if (answers := results / "study" / "answers.npz").exists():
-        tables["images"] = images_table(stored_answers(answers))
+    for attack, (name, file) in ATTACKS.items():
+        if (answers := results / "study" / file).exists():
+            tables[name] = images_table(stored_answers(answers), attack)
     for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n")
         text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
@@ -349,16 +362,19 @@ def page(results: Path) -> str:
 def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="folder of runs to tabulate")
-    parser.add_argument("--keep_answers", action="store_true", help="in results/study/answers.npz")
+    parser.add_argument("--keep_answers", action="store_true", help="in results/study")
     args = parser.parse_args()
     require(args.folder is not None or not args.keep_answers, "--keep_answers needs a folder")
     if args.folder is not None:
-        runs, answers = read(args.folder), answers_in(args.folder)
+        runs = read(args.folder)
         print(f"{main_table(runs)}\n\n{paired_table(runs)}")
-        if answers:
-            print(f"\n{images_table(answers)}")
-        if args.keep_answers:
-            keep(answers, RESULTS / "study" / "answers.npz")
+        found = {attack: answers_in(args.folder, attack) for attack in ATTACKS}
+        found = {attack: answers for attack, answers in found.items() if answers}
+        for attack, answers in found.items():
+            print(f"\n{images_table(answers, attack)}")
+            if args.keep_answers:
+                keep(answers, RESULTS / "study" / ATTACKS[attack][1])
+        require(bool(found) or not args.keep_answers, f"{args.folder} has no answers to keep")
         return
     (RESULTS / "README.md").write_text(page(RESULTS))
     figure(read(RESULTS / "study")).savefig(RESULTS / "study" / "capacity.png", dpi=110)

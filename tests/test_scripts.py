@@ -571,7 +571,7 @@ def test_answers_by_image_are_kept_bit_by_bit(tmp_path):
 
 def evaluated(answers, **changed):
     """Writes the summary of an evaluation whose answers by image these are."""
-    name = answers.name.split("_pgd-20_")[0] + ".pth.tar"
+    name = re.split("_(pgd-20|autoattack)_", answers.name)[0] + ".pth.tar"
     weights = json.loads((answers.parent.parent / "summary.json").read_text())["weights"][name]
     told = {"checkpoint": name, "network": {"weights": weights}, "digests": {}}
     told |= {"norm": "linf", "eps": 8.0, "step_size": 2.0, **changed}
@@ -612,6 +612,22 @@ def test_answers_are_those_of_the_best_and_the_final_network(tmp_path):
     evaluated(path.with_name("checkpoint_pgd-20_c.pth.tar"))
     with pytest.raises(InputError, match="not the only PGD-20 evaluation"):
         study_table.answers_in(tmp_path)
+
+
+def test_answers_to_autoattack_are_those_that_all_attacks_left(tmp_path):
+    shutil.copytree(ROOT / "results" / "study" / "dense-s1", tmp_path / "one")
+    path = tmp_path / "one" / "evaluations" / "checkpoint_autoattack_ab.pth.tar"
+    path.parent.mkdir()
+    predicted = {"clean": [0, 1, 2, 0], "apgd-ce": [0, 0, 2, -1], "square": [0, -1, 1, -1]}
+    tensors = {name: torch.tensor(row) for name, row in predicted.items()}
+    content = {"outcomes": {"predicted": tensors}, "labels": {"test": torch.arange(4)}}
+    save_checkpoint(path, content)
+    evaluated(path, step_size=None)
+    found = study_table.answers_in(tmp_path, "AutoAttack")
+    assert {key: right.tolist() for key, right in found.items()} == {
+        ("dense", 1, "final"): [True, False, False, False]
+    }
+    assert study_table.answers_in(tmp_path) == {}
 
 
 def test_answers_of_other_images_or_none_are_refused(tmp_path, monkeypatch, capsys):
