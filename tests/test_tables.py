@@ -308,6 +308,20 @@ def test_evaluations_say_what_tells_them_apart_and_what_was_warned_of(tmp_path):
     assert sizes == ["step_size", "1.0", "2.0", "", ""]
 
 
+def test_runs_that_were_rolled_back_are_named(tmp_path):
+    flags = {"train_attack": "n-fgsm", "on_collapse": "rollback"}
+    for seed in (1, 2):
+        run = write_run(tmp_path, "dense", seed, **flags)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["step_size"] = 6.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = comparison_table(Comparison.all_of(groups_in(tmp_path), None)).notes
+    assert (
+        sum(note.endswith("rolled back to smaller steps: seed 2 with 6/255.") for note in notes)
+        == 1
+    )
+
+
 def test_metrics_that_end_before_the_run_did_are_refused(tmp_path):
     run = FinishedRun.read(write_run(tmp_path, "fb", 1))
     assert run.epochs

@@ -274,7 +274,19 @@ def comparison_notes(found: Sequence[Comparison]) -> list[str]:
     without = [c.label for c in found if not c.theirs]
     if without:
         notes.append(f"The paper's table has no row for: {'; '.join(without)}.")
+    notes += [note for c in found for note in _rollback_notes(c.group)]
     return notes + _setup_notes([(c.group, c.dataset) for c in found])
+
+
+def _rollback_notes(group: Group) -> list[str]:
+    """Which seeds ended with a smaller step, as they had collapsed."""
+    steps = {
+        run.settings.seed: run.last_stage[-1].get("step_size")
+        for run in group.runs
+        if run.settings.on_collapse == "rollback"
+    }
+    told = [f"seed {seed} with {size:.3g}/255" for seed, size in steps.items() if size]
+    return [f"{group.label}, rolled back to smaller steps: {', '.join(told)}."] if told else []
 
 
 def _setup_notes(groups: Sequence[tuple[Group, str | None]]) -> list[str]:
@@ -566,7 +578,7 @@ def _our_line(s: StrongEvaluation, structure: str) -> list[str]:
     # for weights the final density, since Flying Bird+ ends below the requested one
     kept = _density(s.group.measured(density))
     if structure == "channels":
-        kept = f"{s.group.density:g}"
+        kept = f"{s.group.density:g} asked"  # rounding and groups left whole may change it
     figures = [_percents(s.sa), _percents(s.ra)]
     name, eps = f"{s.group.label}, {s.checkpoint}", f"{s.eps / 255:.3g}"
     return [name, "ours", str(s.ra.n), kept, str(s.images), eps, *figures]
