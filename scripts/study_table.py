@@ -59,6 +59,7 @@ for _density in ("0.5", "0.1", "0.05"):
     NAMES[f"fb-{_density}"] = f"Flying Bird, density {_density}"
     NAMES[f"small-{_density}"] = f"Small dense, {_density} of the weights"
 # the runs compared, seed by seed
+REMEDIED = ("dense", "fb", "fbp")
 PAIRS = (
     *((name, "dense") for name in ("fb", "fbp", "rb", "static", "random")),
     *((name, "dense") for name in ("fb-channel", "rb-channel")),
@@ -158,6 +159,22 @@ def paired_table(runs: Runs) -> str:
             figure = FIGURES[name]
             cells.append(_paired([figure(runs[one][s]) - figure(runs[other][s]) for s in common]))
         lines.append([f"{NAMES[one]} - {NAMES[other]}", ", ".join(map(str, common)), *cells])
+    return _markdown(lines)
+
+
+def remedies_table(runs: Runs) -> str:
+    """Final figures with and without weight perturbation, of the network and of its average."""
+    lines = [["method", "remedy", "seeds", "RA final", "robust gap", "SA final"]]
+    for name in REMEDIED:
+        for kind, remedies in (("", ("none", "EMA")), ("-awp", ("AWP", "AWP and EMA"))):
+            found = list(runs.get(name + kind, {}).values())
+            for remedy, network in zip(remedies, ("final", "average"), strict=True):
+                last = [run[network] for run in found if run.get(network)]
+                gaps = [run["train_ra"] - run["test_ra"] for run in last]
+                columns = [run["test_ra"] for run in last], gaps, [run["test_sa"] for run in last]
+                if last:
+                    cells = [NAMES[name], remedy, str(len(last)), *map(_spread, columns)]
+                    lines.append(cells)
     return _markdown(lines)
 
 
@@ -350,6 +367,7 @@ def page(results: Path) -> str:
     """The text of results/README.md with its tables rebuilt from the summaries."""
     runs, text = read(results / "study"), (results / "README.md").read_text()
     tables = {"study": main_table(runs), "pairs": paired_table(runs)}
+    tables["remedies"] = remedies_table(runs)
     for attack, (name, file) in ATTACKS.items():
         if (answers := results / "study" / file).exists():
             tables[name] = images_table(stored_answers(answers), attack)
