@@ -281,8 +281,7 @@ def plan_largest(
         image_shape: ``[C, H, W]``.
         density: kept fraction of all channels, in (0, 1].
         floor: minimum kept fraction of each group, in [0, density].
-        multiple: each group's count is then rounded to a multiple of it, as in ``plan_channels``,
-            the floor's too.
+        multiple: counts and floors are then rounded to it, as in ``plan_channels``.
 
     Returns:
         The plan; the kept channels as bool over all; and for each group raised to its floor, how

@@ -23,6 +23,8 @@ from models import build_model
 from sparse_core import prunable
 from utils.errors import require, run_command
 from utils.evaluation.trials import Outcomes
+from utils.report.runs import FinishedRun
+from utils.report.tables import is_stale
 from utils.settings.command_line import OneLineParser
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.json_files import read_object
@@ -209,8 +211,8 @@ def answers_in(folder: Path, attack: str = "PGD-20") -> Answers:
             if not evaluation.exists():  # interrupted, or still running
                 continue
             told = read_object(evaluation)
-            if told["network"]["weights"] != summary["weights"][told["checkpoint"]]:
-                continue  # the network was trained on
+            if is_stale(FinishedRun(RunPaths(path.parent.parent), summary), told):
+                continue
             require(key not in found, f"{path} is not the only {attack} evaluation of its network")
             content = load_checkpoint(path)
             ball = {name: told.get(name) for name in ("norm", "eps", "step_size", "digests")}

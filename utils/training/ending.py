@@ -43,12 +43,10 @@ def saying_how_it_ends(
     except (RunError, InputError) as error:
         # Once training has begun, a failing input is a failed run.
         raise RunError(f"{name}{where()}{error}; {last_good()}") from error
-    except torch.OutOfMemoryError as error:
-        out = f"{name}out of memory on {device}, a smaller --batch_size needs less"
-        raise RunError(f"{out}; {last_good()}") from error
     except (MemoryError, RuntimeError) as error:
         # a CPU's allocator raises a plain RuntimeError
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if isinstance(error, kinds) or "can't allocate memory" in str(error):
             out = f"{name}out of memory on {device}, a smaller --batch_size needs less"
             raise RunError(f"{out}; {last_good()}") from error
         if world.size == 1 or not lost_another(error):

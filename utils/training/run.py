@@ -88,10 +88,10 @@ class Run(RunState):
             return
         if world.size > 1:
             self._take_over()
+        world.agree(self._require_best)
         self.folder = world.agree(
             self._own_folder if world.is_first else lambda: SilentRunFolder(self.paths)
         )
-        world.agree(self._require_best)
         self.tester = Tester(self.data, self.settings, world, self.folder, self.leave_if_asked)
         ends = saying_how_it_ends(self.folder, world, self.device, self.where, self.checkpoints)
         with ends, self.interruption, self.folder.settled():
@@ -107,7 +107,10 @@ class Run(RunState):
     def _require_best(self) -> None:
         """``InputError`` if the best network so far is lost: the run could not end."""
         epochs = [row for row in self.rows if "val_ra" in row]
-        if self.world.is_first and epochs and best_epoch(epochs, "val_ra")[0] is not self.rows[-1]:
+        if not self.world.is_first or not epochs:
+            return
+        is_saved_again = self.partial is None and best_epoch(epochs, "val_ra")[0] is self.rows[-1]
+        if not is_saved_again:
             load_checkpoint(self.paths.best_ra)
 
     def _own_folder(self) -> RunFolder:
