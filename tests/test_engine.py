@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,3 +182,15 @@ def test_slow_steps_show_once_a_second(monkeypatch):
     seen = []
     epoch(model, optimizer, toy.split(15), print_freq=50, on_progress=seen.append)
     assert [p.step for p in seen] == [1, 2, 3]
+
+
+def test_the_optimizer_spares_each_process_the_import_of_dynamo():
+    script = (
+        "import sys, torch; from utils.training.engine import sgd;"
+        " model = torch.nn.Linear(2, 1);"
+        " optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=0.0);"
+        " model(torch.ones(1, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad();"
+        " optimizer.load_state_dict(optimizer.state_dict()); assert len(optimizer.state) == 2;"
+        " sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
