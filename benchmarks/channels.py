@@ -21,7 +21,6 @@ from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
 from utils.storage.files import saved_bytes
 from utils.training.channel_masking import ChannelMasking
-from utils.training.engine import sgd
 
 DENSITIES = (0.5, 0.25)
 
@@ -50,7 +49,7 @@ def main() -> None:
     add("dense", timing.network(options))
     for density in DENSITIES:
         model, store, plan, live = timing.narrowed(options, density)
-        optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = timing.optimizer_of(model)
         config = MaskingConfig(density, 1000, growth="gradient", drop_fraction=0.2)
         add(
             f"{density:g} of the channels",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparse_core import Masking, MaskingConfig
 from utils.errors import run_command
 from utils.export import onnx_bytes, onnx_session
+from utils.report.tables import unpadded
 from utils.storage.files import saved_bytes
 from utils.storage.packing import compact
 
@@ -184,8 +185,8 @@ def speed_table(rows: Mapping[str, Row], batch: int) -> str:
     kinds = {"latency": "1 image", "throughput": f"batch {batch}"}
     columns = [f"{engine} {kind}" for kind in kinds for engine in ENGINES]
     titles = [f"{engine}, {kind}" for kind in kinds.values() for engine in ENGINES]
-    cells = {name: [_speed(rows, name, column) for column in columns] for name in rows}
-    return table(["network", *titles], cells)
+    cells = [[name, *(_speed(rows, name, column) for column in columns)] for name in rows]
+    return unpadded([["network", *titles], *cells], words=1)
 
 
 def _speed(rows: Mapping[str, Row], name: str, column: str) -> str:
@@ -197,21 +198,12 @@ def _speed(rows: Mapping[str, Row], name: str, column: str) -> str:
 
 def size_table(rows: Mapping[str, Row]) -> str:
     titles = ["checkpoint to resume from", "float32 weights", "the same, gzip", "the same, xz"]
-    cells = {
-        n: [f"{row[f] / 1e6:.2f} MB ({rows['dense'][f] / row[f]:.2f}x smaller)" for f in FILES]
+    dense = rows["dense"]
+    cells = [
+        [n, *(f"{row[f] / 1e6:.2f} MB ({dense[f] / row[f]:.2f}x smaller)" for f in FILES)]
         for n, row in rows.items()
-    }
-    return table(["network", *titles], cells)
-
-
-def table(columns: list[str], rows: Mapping[str, list[str]]) -> str:
-    """A Markdown table."""
-    lines = [
-        columns,
-        ["---"] + ["---:"] * (len(columns) - 1),
-        *([name, *cells] for name, cells in rows.items()),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return unpadded([["network", *titles], *cells], words=1)
 
 
 if __name__ == "__main__":

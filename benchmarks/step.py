@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from utils.errors import run_command
 from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
 from utils.training.averages import ExponentialAverage
-from utils.training.engine import sgd, train_step
+from utils.training.engine import train_step
 from utils.training.losses import LOSSES, Options
 
 PAPER = "the paper's loop"
@@ -125,8 +126,9 @@ def papers_loop(options: argparse.Namespace, split: Split) -> Callable[[], objec
     transform = transforms.Compose([*crop, transforms.ToTensor()])
     images, labels = split.images.cpu().numpy(), split.labels.tolist()
     loader = torch.utils.data.DataLoader(
-        _Dataset(images, labels, transform),
+        list(zip(images, labels, strict=True)),
         options.batch_size,
+        collate_fn=partial(_transformed, transform),
         shuffle=True,
         num_workers=2,
         drop_last=True,
@@ -158,17 +160,8 @@ def papers_loop(options: argparse.Namespace, split: Split) -> Callable[[], objec
     return step
 
 
-class _Dataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    def __init__(
-        self, images: np.ndarray, labels: list[int], transform: Callable[[np.ndarray], Tensor]
-    ) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.labels[index]
+def _transformed(transform: Callable[[np.ndarray], Tensor], rows: list[Any]) -> list[Tensor]:
+    return torch.utils.data.default_collate([(transform(image), y) for image, y in rows])
 
 
 # ---------------------------------------------------------------- (b) ours
@@ -212,7 +205,7 @@ def _step(
     remedy: Mapping[str, Any] | None = None,
 ) -> Callable[[], object]:
     model = timing.network(options)
-    optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = timing.optimizer_of(model)
     batches = timing.batches(options, split)
     attack = attack or PGD(8 / 255, 2 / 255, options.train_step)
     forward = Forward(model, execution, [options.batch_size])

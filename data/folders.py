@@ -133,9 +133,7 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
     """All images in one file, decoded now unless the cache is intact and matches the files.
 
     Args:
-        files: what to decode.
         image_size: side in pixels to resize to, by area; None requires images of one size.
-        cache_dir: folder of all caches.
         name: shown in the progress bar and part of the cache's name.
 
     Raises:
@@ -447,12 +445,8 @@ def _on_black(image: Image.Image) -> tuple[Image.Image, bool]:
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         if np.asarray(with_alpha.getchannel("A")).min() < 255:
-            return (
-                Image.alpha_composite(Image.new("RGBA", image.size, "black"), with_alpha).convert(
-                    "RGB"
-                ),
-                True,
-            )
+            black = Image.new("RGBA", image.size, "black")
+            return Image.alpha_composite(black, with_alpha).convert("RGB"), True
     return image.convert("RGB"), False
 
 

@@ -100,7 +100,7 @@ def load_data(
     place = DataLocation(Path(root), Path(cache_dir or default_cache()), image_size)
     source, changes = _read(name, place)
     budget = memory_budget if memory_budget is not None else _free_memory(device) // 2
-    fits = _nbytes(source.training) + _nbytes(source.test) <= budget
+    fits = sum(part.opened().nbytes for part in (source.training, source.test)) <= budget
     training = _stored(source.training, device, fits)
     held_out = _stored(source.test, device, fits)
     train = training.subset(torch.from_numpy(source.train))
@@ -194,12 +194,6 @@ def _thinned(split: Split, n: int | None, flag: str) -> Split:
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
     return split.subset(split.indices[torch.from_numpy(rows).to(split.device)])
-
-
-def _nbytes(image_set: ImageSet) -> int:
-    if isinstance(image_set.images, Path):
-        return image_set.images.stat().st_size
-    return image_set.images.nbytes
 
 
 def _stored(image_set: ImageSet, device: torch.device, fits: bool) -> Split:

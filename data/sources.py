@@ -299,10 +299,8 @@ def imagefolder(place: DataLocation) -> Source:
     if test_root is None:
         raise InputError(f"{place.root} has neither a folder test nor val beside train")
     test = scan_classes(test_root, classes)
-    decoded, decoded_test = (
-        _decoded(training, place, "imagefolder-train"),
-        _decoded(test, place, "imagefolder-test"),
-    )
+    decoded = _decoded(training, place, "imagefolder-train")
+    decoded_test = _decoded(test, place, "imagefolder-test")
     if test_root.name == "test" and (place.root / "val").is_dir():
         unused = (
             f"{place.root / 'val'} is left out: validation is on a tenth of the training images"

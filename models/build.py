@@ -25,9 +25,6 @@ ARCHITECTURES = (*RESNETS, *STAGES, "wideresnet")
 # Networks that users add: functions of the number of classes and the normalization module, which
 # comes first.
 CUSTOM_ARCHITECTURES: dict[str, Callable[[int, Normalize], nn.Module]] = {}
-# Every stride and pool needs at least one pixel: five pools in a VGG, three strides in a ResNet
-# (rounding up), two in a WRN.
-_SMALLEST_IMAGE = {"resnet": 8, "vgg": 32, "wideresnet": 8}
 
 
 def build_model(
@@ -130,8 +127,9 @@ def check_image_size(arch: str, image_size: int | None) -> None:
     are not checked."""
     if arch in CUSTOM_ARCHITECTURES:
         return
-    family = "wideresnet" if arch == "wideresnet" else arch[: 3 if arch.startswith("vgg") else 6]
-    smallest = _SMALLEST_IMAGE[family]
+    # Every stride and pool needs at least one pixel: five pools in a VGG, three strides in a ResNet
+    # (rounding up), two in a WRN.
+    smallest = 32 if arch.startswith("vgg") else 8
     if image_size is not None and image_size < smallest:
         raise ValueError(
             f"{arch} cannot take {image_size}x{image_size} images: it needs at least"

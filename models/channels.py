@@ -277,11 +277,9 @@ def plan_largest(
     ``floor``, at the expense of the others.
 
     Args:
-        model: the full-size network.
-        image_shape: ``[C, H, W]``.
         density: kept fraction of all channels, in (0, 1].
         floor: minimum kept fraction of each group, in [0, density].
-        multiple: counts and floors are then rounded to it, as in ``plan_channels``.
+        model, image_shape, multiple: as in ``plan_channels``; floors are rounded, too.
 
     Returns:
         The plan; the kept channels as bool over all; and for each group raised to its floor, how
@@ -350,11 +348,9 @@ def _mean_scales(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
 def narrow(model: nn.Module, kept: Kept) -> nn.Module:
     """Remove channels from a network in place and return it; ``ValueError`` for layers or channels
     that it does not have. Names in its state dict are unchanged."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, sides in kept.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            module = nn.Identity()
+        module = modules.get(name, nn.Identity())
         dims = _dimensions(module)
         if dims is None:
             raise ValueError(f"the network has no layer {name!r} whose channels can be removed")

@@ -49,11 +49,6 @@ def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
     spec = content.get("network")
     if spec is None:
         return None
-    if isinstance(spec, Mapping) and "kept" in spec:
-        raise InputError(
-            f"{path} was written by an older version, in which each batch norm picked its own"
-            " channels"
-        )
     wrong = misfit(spec, {**_SHAPE, **_OPTIONAL})
     wrong = wrong or next((n for n in spec.keys() - _SHAPE.keys() - _NOT_BUILT), None)
     if wrong:
@@ -178,11 +173,9 @@ def _refuse_larger_than_its_file(
         return
     try:
         with torch.device("meta"):
-            model = build_model(
-                **{name: value for name, value in spec.items() if name not in _NOT_BUILT}
-            )
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{path}: this network cannot be built ({one_line(error)})") from error
+            model = build_network(full_size(spec), torch.device("meta"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     asked = sum(value.numel() for value in model.state_dict().values())
     held = sum(value.numel() for value in network_weights(content, str(path)).values())
     if asked * (_LEAST_KEPT if "channels" in spec else 1) > held:

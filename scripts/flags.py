@@ -35,22 +35,16 @@ def main() -> None:
 
 def table(kind: type[CommonSettings]) -> str:
     """A Markdown table of the flags that only these settings have, in the order of ``--help``."""
-    common = (
-        set() if kind is CommonSettings else {f.name for f in dataclasses.fields(CommonSettings)}
-    )
-    own = [f for f in dataclasses.fields(kind) if f.name not in common]
+    common = {f.name for f in dataclasses.fields(CommonSettings)}
+    own = [f for f in dataclasses.fields(kind) if kind is CommonSettings or f.name not in common]
     lines = [_line(f) for group in GROUPS for f in own if f.metadata["group"] == group]
     return "\n".join(["| flag | default | what | |", "|---|---|---|---|", *lines])
 
 
 def _line(f: dataclasses.Field[Any]) -> str:
-    default = (
-        ("on" if f.default else "off")
-        if isinstance(f.default, bool)
-        else ""
-        if f.default is None
-        else f"`{f.default}`"
-    )
+    default = "" if f.default is None else f"`{f.default}`"
+    if isinstance(f.default, bool):
+        default = "on" if f.default else "off"
     choices = f" ({', '.join(allowed(f))})" if allowed(f) else ""
     return (
         f"| `--{f.name}` | {default} | {f.metadata['help'].replace('|', '&#124;')}{choices} |"

@@ -24,7 +24,7 @@ from sparse_core import prunable
 from utils.errors import require, run_command
 from utils.evaluation.trials import Outcomes
 from utils.report.runs import FinishedRun
-from utils.report.tables import is_stale
+from utils.report.tables import is_stale, unpadded
 from utils.settings.command_line import OneLineParser
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.json_files import read_object
@@ -101,9 +101,7 @@ def read(folder: Path) -> Runs:
     found: dict[str, dict[int, Row]] = {}
     for path in sorted(folder.glob("*/summary.json")):
         summary = read_summary(RunPaths(path.parent))
-        name = name_of(summary)
-        if path.parent.name.startswith("older-"):
-            name = f"older-{name}"
+        name = name_of(summary, path.parent)
         seeds = found.setdefault(name, {})
         seed = summary["settings"]["seed"]
         require(name in NAMES and seed not in seeds, f"{path} is not of the study, or there twice")
@@ -112,8 +110,8 @@ def read(folder: Path) -> Runs:
     return {name: found[name] for name in NAMES if name in found}
 
 
-def name_of(summary: Row) -> str:
-    """The key of a run in ``NAMES``."""
+def name_of(summary: Row, folder: Path) -> str:
+    """The key of a run in ``NAMES``; folders of runs of old code begin with "older-"."""
     settings, method = {"awp": 0, **summary["settings"]}, str(summary["method"])
     if method == "dense" and settings["width"] != _WIDTH:
         method = f"small-{_SMALL.get(settings['width'])}"
@@ -121,7 +119,8 @@ def name_of(summary: Row) -> str:
         method = "random"
     elif method == "fb" and settings["density"] != 0.2:
         method = f"fb-{settings['density']:g}"
-    return method + ("-awp" if settings["awp"] else "")
+    older = "older-" if folder.name.startswith("older-") else ""
+    return older + method + ("-awp" if settings["awp"] else "")
 
 
 def weights(run: Row) -> float:
@@ -144,7 +143,7 @@ def main_table(runs: Runs) -> str:
         flops = statistics.fmean(run["flops"]["real"]["inference"] / dense for run in summaries)
         cells = [_spread([figure(run) for run in summaries]) for figure in FIGURES.values()]
         lines.append([NAMES[name], str(len(seeds)), f"{size:.0f}k", f"{flops:.2f}", *cells])
-    return _markdown(lines)
+    return unpadded(lines, words=2)
 
 
 def paired_table(runs: Runs) -> str:
@@ -161,7 +160,7 @@ def paired_table(runs: Runs) -> str:
             figure = FIGURES[name]
             cells.append(_paired([figure(runs[one][s]) - figure(runs[other][s]) for s in common]))
         lines.append([f"{NAMES[one]} - {NAMES[other]}", ", ".join(map(str, common)), *cells])
-    return _markdown(lines)
+    return unpadded(lines, words=2)
 
 
 def remedies_table(runs: Runs) -> str:
@@ -177,7 +176,7 @@ def remedies_table(runs: Runs) -> str:
                 if last:
                     cells = [NAMES[name], remedy, str(len(last)), *map(_spread, columns)]
                     lines.append(cells)
-    return _markdown(lines)
+    return unpadded(lines, words=2)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -205,8 +204,7 @@ def answers_in(folder: Path, attack: str = "PGD-20") -> Answers:
     for network, stem in (("best", "model_RA_best"), ("final", "checkpoint")):
         for path in sorted(folder.glob(f"*/evaluations/{stem}_{attack.lower()}_*.pth.tar")):
             summary = read_summary(RunPaths(path.parent.parent))
-            older = "older-" if path.parent.parent.name.startswith("older-") else ""
-            key = (older + name_of(summary), summary["settings"]["seed"], network)
+            key = (name_of(summary, path.parent.parent), summary["settings"]["seed"], network)
             evaluation = path.with_name(path.name.replace(".pth.tar", ".json"))
             if not evaluation.exists():  # interrupted, or still running
                 continue
@@ -271,7 +269,7 @@ def images_table(answers: Answers, attack: str = "PGD-20") -> str:
         lines.append(
             [label, named, *(_interval(v, "" if other is None else "+") for v in compared)]
         )
-    return _markdown(lines)
+    return unpadded(lines, words=2)
 
 
 def _compared(answers: Answers, network: str, one: str, other: str | None) -> dict[int, np.ndarray]:
@@ -303,12 +301,6 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float, floa
     ]
     low, high = np.percentile(drawn, [2.5, 97.5]) / values.size
     return 100 * values.mean(), 100 * low, 100 * high
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = lines
-    rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rest))
 
 
 def figure(runs: Runs) -> Figure:

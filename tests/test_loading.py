@@ -226,7 +226,7 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
             r"describes a network of \d+ numbers and holds",
         ),
         ({"mean": ["a", 0.5, 0.5]}, "which network it holds .mean"),
-        ({"kept": {"bn1": [0]}}, "an older version"),
+        ({"kept": {"bn1": [0]}}, "which network it holds .kept"),
         ({"channels": {"conv1": [[0]]}}, "which channels its network kept"),
         ({"channels": {"conv1": [[0.5], None]}}, "which network it holds .channels"),
         (

@@ -136,7 +136,6 @@ def pgd_attack(
             restored. In train mode batch-norm statistics change, as in any forward pass.
         x: images ``[N, C, H, W]``, or inputs of any other shape ``[N, ...]``; floating, in [0, 1].
         y: labels ``[N]``, int64.
-        attack: the settings.
         training: craft in train mode (as the paper's training does) instead of eval mode.
         draws: from ``attack_draws``; required if and only if ``attack.random_start``.
         forward: computes the model's logits (``utils.execution.forward.Forward``); by default the

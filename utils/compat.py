@@ -31,7 +31,11 @@ def import_torchvision(submodule: str = "") -> ModuleType:
             raise
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        _declare_missing_operators()
+        for name, schema in _TORCHVISION_OPERATORS.items():
+            if not hasattr(torch.ops.torchvision, name):
+                library = torch.library.Library("torchvision", "FRAGMENT" if _libraries else "DEF")
+                library.define(schema)
+                _libraries.append(library)
     return importlib.import_module(f"torchvision.{submodule}" if submodule else "torchvision")
 
 
@@ -44,14 +48,6 @@ def import_advertorch(submodule: str = "attacks") -> ModuleType:
     if not hasattr(module, "zero_gradients"):
         module.zero_gradients = _zero_gradients  # type: ignore[attr-defined]
     return importlib.import_module(f"advertorch.{submodule}")
-
-
-def _declare_missing_operators() -> None:
-    for name, schema in _TORCHVISION_OPERATORS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT" if _libraries else "DEF")
-            library.define(schema)
-            _libraries.append(library)
 
 
 def _zero_gradients(x: torch.Tensor) -> None:

@@ -31,12 +31,7 @@ class RunError(Exception):
 
 class Stopped(Exception):
     """A run that was asked to stop and has saved its state, or that ends because another of its
-    processes does.
-
-    Args:
-        why: message for stderr; empty if another process prints it.
-        code: exit code, which tells the reason.
-    """
+    processes does, and its exit code; ``why`` is empty if another process prints it."""
 
     def __init__(self, why: str, code: int) -> None:
         super().__init__(why)

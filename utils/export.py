@@ -48,13 +48,8 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network read from a file.
-
-    Attributes:
-        model: in eval mode, on the CPU.
-        spec: what ``models.loading.build_network`` needs.
-        content: everything in the file.
-    """
+    """A trained network in eval mode on the CPU, its description for ``build_network``, and
+    everything in the file that it was read from."""
 
     model: nn.Module
     spec: Mapping[str, Any]
@@ -178,10 +173,9 @@ def _refuse_path(path: Path, checkpoint: Path, kind: str) -> None:
         raise InputError(f"no such folder: {path.parent}")
     own = FORMATS[kind].suffix
     # Files that torch.load reads (checkpoints, state dicts) have one of several suffixes.
-    loaded = (".tar", ".pth", ".pt")
-    others = [(form.suffix,) for form in FORMATS.values() if form.suffix not in loaded]
-    formats = [loaded, *others]
-    if any(path.suffix in suffixes and own not in suffixes for suffixes in formats):
+    loaded = {".tar", ".pth", ".pt"}
+    known = loaded | {form.suffix for form in FORMATS.values()}
+    if path.suffix in known - (loaded if own in loaded else {own}):
         raise InputError(
             f"{path}: {path.suffix} is the suffix of another format; that of --format {kind} is"
             f" {own}"
@@ -206,12 +200,8 @@ def largest_difference(network: Network, trained: Trained) -> float:
 
 
 def onnx_bytes(model: nn.Module, images: Tensor) -> bytes:
-    """An ONNX model with input ``images``, output ``logits`` and a dynamic batch size.
-
-    Args:
-        model: in eval mode.
-        images: an example batch ``[N, C, H, W]``, N at least 2.
-    """
+    """An ONNX model with input ``images``, output ``logits`` and a dynamic batch size, of a network
+    in eval mode and an example batch ``[N, C, H, W]``, N at least 2."""
     options: dict[str, Any] = {"opset_version": _OPSET, "dynamo": True, "verbose": False}
     options |= {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():  # which libraries give about each other

@@ -45,7 +45,6 @@ def minimum_norm(model: nn.Module, x: Tensor, y: Tensor, attack: FMN) -> tuple[T
         model: maps images to logits; attacked in eval mode, left as it was found.
         x: images ``[N, C, H, W]``, floating, in [0, 1].
         y: labels ``[N]``, int64.
-        attack: the settings.
 
     Returns:
         The misclassified images closest to ``x`` that were found (``x`` where none was), and their
@@ -57,26 +56,22 @@ def minimum_norm(model: nn.Module, x: Tensor, y: Tensor, attack: FMN) -> tuple[T
     offset, velocity = torch.zeros_like(x), torch.zeros_like(x)
     radius = torch.full_like(distance, math.inf)
     with in_mode(model, False), without_parameter_gradients(model), torch.enable_grad():
-        for step in range(attack.steps):
+        for step in range(attack.steps + 1):
             lead, gradient = _lead(model, x + offset, y)
-            size, fooled = _linf(offset), lead <= 0
-            better = fooled & (size < distance)
+            size = _linf(offset)
+            better = (lead <= 0) & (size < distance)
             closest = torch.where(_wide(better), x + offset, closest)
             distance = torch.where(better, size, distance)
-            radius = _next_radius(
-                lead, gradient, size, radius, distance, _cosine(*_GAMMAS, step, attack)
-            )
+            if step == attack.steps:
+                break
+            gamma = _cosine(*_GAMMAS, step, attack)
+            radius = _next_radius(lead, gradient, size, radius, distance, gamma)
             velocity = attack.momentum * velocity + gradient / _wide(_norm(gradient, 2))
             alpha = attack.step_size * _cosine(1.0, _LAST_STEP, step, attack)
             limit = _wide(radius)
             offset = (offset - alpha * velocity).clamp(-limit, limit)
             offset = (x + offset).clamp(0.0, 1.0) - x
-        lead, _ = _lead(model, x + offset, y)
-    better = (lead <= 0) & (_linf(offset) < distance)
-    return (
-        torch.where(_wide(better), x + offset, closest).detach(),
-        torch.where(better, _linf(offset), distance),
-    )
+    return closest.detach(), distance
 
 
 def _next_radius(

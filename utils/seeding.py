@@ -50,7 +50,11 @@ def preserved_generators(device: torch.device) -> Iterator[Callable[[int], None]
     on exit their states are restored.
     """
     # Not torch.manual_seed, which would also reseed the generators of all other GPUs.
-    generators = [torch.default_generator, *_of_gpu(device)]
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()  # creates the generators
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     others = np.random.get_state(), random.getstate()
 
@@ -77,11 +81,3 @@ def cpu_generator_states() -> tuple[bytes, str, tuple[Any, ...]]:
         repr(np.random.get_state()),
         random.getstate(),
     )
-
-
-def _of_gpu(device: torch.device) -> list[torch.Generator]:
-    if device.type != "cuda":
-        return []
-    torch.cuda.init()  # creates the generators
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return [torch.cuda.default_generators[index]]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import Data, Split
+from data import Data
 from data.augment import to_float
 from models import CUSTOM_ARCHITECTURES
 from models.loading import network_of, refuse_other_classes, spec_in
@@ -253,7 +253,9 @@ class Evaluation:
         source = None if self.source is None else self.source.weights
         parts: list[Any] = [self.evaluated.weights, source, dataclasses.asdict(self.attack)]
         parts += [settings.eval_attack, settings.restarts, settings.seed]
-        parts += [*map(_digest_of_rows, self.splits.values()), self.data.digest]
+        rows = [(split.indices, split.labels[split.indices]) for split in self.splits.values()]
+        parts += [checksum({"indices": indices, "labels": y}) for indices, y in rows]
+        parts.append(self.data.digest)
         parts += [(trial.name, trial.batch) for trial in self.plan.trials]
         # Equal weights do not make equal networks.
         archs = [network.arch for network in self.networks]
@@ -442,8 +444,3 @@ def _short(path: str) -> str:
     """A checkpoint's folder and name, for a title."""
     folder, name = Path(path).resolve().parts[-2:]
     return f"{folder}/{name.split('.')[0]}"
-
-
-def _digest_of_rows(split: Split) -> str:
-    """Digest of a split's image indices and labels."""
-    return checksum({"indices": split.indices, "labels": split.labels[split.indices]})

@@ -51,10 +51,7 @@ class Explanation:
 
     def figures(self, classes: Sequence[str]) -> dict[str, Any]:
         """The results as JSON values; ``classes`` are the class names."""
-        clean, attacked = (
-            self.clean.answers(self.y, classes),
-            self.attacked.answers(self.y, classes),
-        )
+        clean, attacked = (v.answers(self.y, classes) for v in (self.clean, self.attacked))
         rows = zip(self.indices.tolist(), self.y.tolist(), clean, attacked, strict=True)
         losses = dict(zip(("clean", "robust"), self.losses.tolist(), strict=True))
         return {
@@ -90,18 +87,13 @@ def explain(
         seed: of all random draws.
         on_point: called after each of the ``grid ** 2`` points.
     """
-    shown, averaged = (
-        spread_images(split, images, seed),
-        spread_images(split, min(LANDSCAPE_IMAGES, len(split)), seed),
-    )
+    shown = spread_images(split, images, seed)
+    averaged = spread_images(split, min(LANDSCAPE_IMAGES, len(split)), seed)
     clean = view(model, shown.x, shown.y)
     attacked = view(model, _attacked(model, shown, attack, seed), shown.y)
-    directions = (
-        filter_normalized_direction(model, seed, 1),
-        filter_normalized_direction(model, seed, 2),
-    )
+    one, two = (filter_normalized_direction(model, seed, number) for number in (1, 2))
     sets = [averaged.x, _attacked(model, averaged, attack, seed)]
-    losses = loss_surface(model, sets, averaged.y, directions, grid, on_point)
+    losses = loss_surface(model, sets, averaged.y, (one, two), grid, on_point)
     return Explanation(
         shown.indices.cpu(),
         shown.y.cpu(),
@@ -310,7 +302,6 @@ def filter_normalized_direction(model: nn.Module, seed: int, number: int) -> dic
     cancels their scale.
 
     Args:
-        model: not changed.
         seed, number: the Gaussian draws are a pure function of both and of the parameter's name.
 
     Returns:
@@ -357,7 +348,6 @@ def loss_surface(
     """Mean cross-entropy on a plane through a network's weights, in eval mode.
 
     Args:
-        model: not changed.
         image_sets: each ``[N, C, H, W]`` in [0, 1], of the same classes.
         y: the classes, int64 ``[N]``.
         directions: two results of ``filter_normalized_direction``.

@@ -23,14 +23,7 @@ _COORDINATE_TICKS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 def saliency_figure(found: Explanation, classes: Sequence[str], attack: str, title: str) -> Figure:
     """One row per image: clean and attacked, each with Grad-CAM, saliency and prediction, and the
-    perturbation.
-
-    Args:
-        found: the explanations; the two saliency maps of an image share one scale.
-        classes: the class names.
-        attack: short name of the attack.
-        title: first line of the figure's title.
-    """
+    perturbation; the two saliency maps of an image share one scale."""
     clean, attacked, y = found.clean, found.attacked, found.y
     n = len(y)
     figure = Figure(figsize=(11.5, 1.5 + 1.75 * n), layout="constrained")
@@ -96,13 +89,7 @@ def _pixels(image: Tensor) -> np.ndarray:
 
 def landscape_figure(found: Explanation, attack: str, title: str) -> Figure:
     """Contours of the clean and the robust loss around a network on one scale, and cuts through the
-    network along both directions.
-
-    Args:
-        found: the explanations.
-        attack: short name of the attack.
-        title: of the figure.
-    """
+    network along both directions."""
     names = ("clean loss", f"robust loss ({attack})")
     shown = found.losses.clamp_min(_SMALLEST_LOSS)
     low = shown.min().item()

@@ -56,25 +56,20 @@ def trials(model: nn.Module, attack: PGD, seed: int) -> list[Trial]:
     """Trials with noise, one step, and PGD with other steps, step sizes and radii than ``attack``;
     each runs on every image."""
     eps, size = attack.eps, attack.step_size
-    one_step = dataclasses.replace(attack, steps=1, step_size=eps, random_start=False)
-    attacks = {"one step": one_step}
-    attacks |= {
-        f"PGD-{steps}": dataclasses.replace(attack, steps=steps, step_size=size) for steps in STEPS
-    }
-    attacks |= {
-        f"PGD-20, steps of {part:g} eps": dataclasses.replace(
-            attack, steps=20, step_size=part * eps
-        )
+    one_step = {"steps": 1, "step_size": eps, "random_start": False}
+    changes: dict[str, dict[str, Any]] = {"one step": one_step}
+    changes |= {f"PGD-{steps}": {"steps": steps} for steps in STEPS}
+    changes |= {
+        f"PGD-20, steps of {part:g} eps": {"steps": 20, "step_size": part * eps}
         for part in STEP_SIZES
     }
-    attacks |= {
-        f"PGD-20 in {r:g} eps": dataclasses.replace(
-            attack, steps=20, eps=r * eps, step_size=r * size
-        )
-        for r in RADII
+    changes |= {
+        f"PGD-20 in {r:g} eps": {"steps": 20, "eps": r * eps, "step_size": r * size} for r in RADII
     }
     found = [
-        trial for name, one in attacks.items() for trial in pgd_trials(model, one, seed, name=name)
+        trial
+        for name, change in changes.items()
+        for trial in pgd_trials(model, dataclasses.replace(attack, **change), seed, name=name)
     ]
     return [Trial("noise", lambda batch: _noise(batch, attack, seed)), *found]
 
@@ -158,27 +153,20 @@ def _surface(model: nn.Module, split: Split, attack: PGD, seed: int) -> tuple[Te
                 F.cross_entropy(model(x_free), y, reduction="sum"), x_free
             )
         whole = dataclasses.replace(attack, step_size=attack.eps)  # to the surface of the ball
-        along, across = step(gradient, whole), step(_random_signs(x, indices, seed), whole)
+        keys = random_bits(stream(0, seed, "surface"), indices)[:, None]
+        signed = uniform(keys, torch.arange(x[0].numel(), device=x.device)) - 0.5
+        along, across = step(gradient, whole), step(signed.view_as(x), whole)
         parts = torch.linspace(0, 1, _SURFACE_POINTS).tolist()
         with torch.no_grad():
             # Images are not clipped to [0, 1], which would bend the surface.
-            logits = [[model(x + i * along + j * across) for j in parts] for i in parts]
-            losses = torch.stack(
-                [
-                    torch.stack([F.cross_entropy(found, y, reduction="none") for found in row])
-                    for row in logits
-                ]
-            )
+            logits = [model(x + i * along + j * across) for i in parts for j in parts]
+            losses = torch.stack([F.cross_entropy(found, y, reduction="none") for found in logits])
+            losses = losses.unflatten(0, (_SURFACE_POINTS, _SURFACE_POINTS))
     way = losses[:, 0]  # [points, images]
     promised = (gradient * along).flatten(1).sum(dim=1)
     rise = ((way[-1] - way[0]) / promised.clamp_min(1e-12)).median().item()
     rising = (way.diff(dim=0) >= -1e-6).all(dim=0).double().mean().item()
     return losses.mean(dim=2).double().cpu(), rise, rising
-
-
-def _random_signs(x: Tensor, indices: Tensor, seed: int) -> Tensor:
-    keys = random_bits(stream(0, seed, "surface"), indices)[:, None]
-    return (uniform(keys, torch.arange(x[0].numel(), device=x.device)) - 0.5).view_as(x)
 
 
 def text(signs: Signs) -> list[str]:
@@ -188,18 +176,15 @@ def text(signs: Signs) -> list[str]:
         for sign in signs.found
     ]
     count = sum(sign.suspicious for sign in signs.found)
+    verdict = (
+        "no sign of gradient masking; AutoAttack (--eval_attack autoattack) is the stronger test"
+    )
     if count:
-        return [
-            *lines,
-            (
-                f"{count} of {len(lines)} signs point to gradient masking or to an attack that is"
-                " too weak: do not trust its RA"
-            ),
-        ]
-    return [
-        *lines,
-        "no sign of gradient masking; AutoAttack (--eval_attack autoattack) is the stronger test",
-    ]
+        verdict = (
+            f"{count} of {len(lines)} signs point to gradient masking or to an attack that is"
+            " too weak: do not trust its RA"
+        )
+    return [*lines, verdict]
 
 
 def figure(attack: PGD, accuracies: Mapping[str, float], signs: Signs) -> Figure:

@@ -151,32 +151,20 @@ def _worst_case(
     restarts: int,
     on_batch: OnBatch,
 ) -> Score:
+    model, world = forward.model, forward.world
     if attack is None:
         raise ValueError("restarts need an attack")
     if isinstance(attack, AutoAttack):
         if restarts > 1:
             raise ValueError("restarts have no effect on AutoAttack, which has its own")
-        trials = [
-            clean_trial(),
-            *autoattack_trials(
-                forward.model, attack, _classes(forward.model, split), split.device, seed
-            ),
-        ]
+        with in_mode(model, False), torch.no_grad():
+            classes = model(next(plain_batches(split, 2)).x).shape[1]
+        trials = [clean_trial(), *autoattack_trials(model, attack, classes, split.device, seed)]
     else:
-        trials = pgd_trials(forward.model, attack, seed, restarts=restarts)
-    outcomes = run_trials(
-        forward.model,
-        {"test": split},
-        trials,
-        world=forward.world,
-        on_round=lambda trial, images: on_batch(images),
-    )
+        trials = pgd_trials(model, attack, seed, restarts=restarts)
+    given = (model, {"test": split}, trials)
+    outcomes = run_trials(*given, world=world, on_round=lambda trial, images: on_batch(images))
     return Score(outcomes.accuracy(trials[-1]), math.nan, len(split))
-
-
-def _classes(model: nn.Module, split: Split) -> int:
-    with in_mode(model, False), torch.no_grad():
-        return model(next(plain_batches(split, 2)).x).shape[1]
 
 
 def _right_and_loss(forward: Forward, batch: Batch, attack: PGD | None, seed: int) -> Tensor:

@@ -53,10 +53,7 @@ class Trial:
 
 class Outcomes:
     """The predicted class of every image in every trial; an interrupted evaluation resumes from it.
-
-    Args:
-        labels: the true classes by split, int64 ``[N]`` on the CPU.
-    """
+    ``labels`` are the true classes by split, int64 ``[N]`` on the CPU."""
 
     NOT_SHOWN = -1
 

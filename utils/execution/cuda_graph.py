@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.modes import preserved_buffers
 from utils.errors import RunError, one_line
 from utils.seeding import cpu_generator_states
 
@@ -100,15 +101,9 @@ class GraphedAttack:
     ) -> None:
         self._inputs = _own(inputs)
         work = functools.partial(attack_once, *self._inputs)
-        before = [buffer.clone() for buffer in model.buffers()]
-        try:
-            with memory.beside():
-                _warm_up(work)
-                self._captured = _capture(work, memory)
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(model.buffers(), before, strict=True):
-                    buffer.copy_(value)
+        with preserved_buffers(model), memory.beside():
+            _warm_up(work)
+            self._captured = _capture(work, memory)
 
     def __call__(self, *inputs: *Inputs) -> Tensor:
         """Adversarial images, in memory that the next call overwrites."""

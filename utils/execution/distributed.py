@@ -156,8 +156,6 @@ class World:
     def share_buffers(self, model: nn.Module) -> None:
         """Broadcast the first process's batch-norm statistics, so that all hold the same network
         after each step."""
-        if self.size == 1:
-            return
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if buffers:
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -180,7 +178,9 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    _import_before_the_group()
+    # DDP imports this module, whose default arguments keep the group of that moment alive. Now
+    # there is none yet.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         # Decisions made on the host always use gloo, so that they never wait for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
@@ -202,12 +202,6 @@ def joined() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _import_before_the_group() -> None:
-    # DDP imports this module, whose default arguments keep the group of that moment alive. Now
-    # there is none yet.
-    importlib.import_module("torch.distributed.nn.functional")
-
-
 def _release_group_at_exit() -> None:
     """Make the group's threads end before Python does: one that still needs the GIL then aborts
     the process.
@@ -217,12 +211,8 @@ def _release_group_at_exit() -> None:
     DDP, and any cycle that holds it, is collected.
     """
     held = [dist.group.WORLD]
-
-    def let_go() -> None:
-        gc.collect()
-        held.clear()
-
-    atexit.register(let_go)
+    atexit.register(held.clear)
+    atexit.register(gc.collect)  # runs first: atexit calls in reverse
 
 
 def _leave(world: World, together: bool) -> None:

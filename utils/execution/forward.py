@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.modes import in_mode, without_parameter_gradients
+from models.modes import in_mode, preserved_buffers, without_parameter_gradients
 from utils.attacks import PGD, pgd_attack
 from utils.errors import RunError, one_line
 from utils.execution import cuda_graph
@@ -219,18 +219,15 @@ class Forward:
             tested: batch size of tests; 0 if no test fills a batch.
         """
         start, failure = time.perf_counter(), None
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
         # compiled code of an earlier stage's network counts towards the same limit
         torch.compiler.reset()
         try:
-            with preserved_generators(x.device):
+            with preserved_generators(x.device), preserved_buffers(self.model):
                 self._warm_up(x, attacked, training, tested)
         except Exception as error:
             # a missing compiler or an unsupported network: any layer below may raise its own error
             failure = one_line(error).split(". ")[0][:200]
         self.model.zero_grad()
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
         if self.world.highest(failure is not None):
             self._sizes = frozenset()
             return (

@@ -179,12 +179,8 @@ def gap_bars(groups: Sequence[Group]) -> Figure:
 
 
 def layer_densities(rows: Sequence[Row], title: str) -> Figure:
-    """Each layer's density by epoch, first layer on top, and below it the density of the network.
-
-    Args:
-        rows: of ``metrics.jsonl``, at least one of them with ``layer_densities``, in [0, 1].
-        title: of the figure.
-    """
+    """Each layer's density by epoch, first layer on top, and below it the density of the network;
+    ``rows`` are of ``metrics.jsonl``, at least one of them with ``layer_densities``."""
     rows = [row for row in rows if row.get("layer_densities")]
     names, epochs = list(rows[0]["layer_densities"]), [row["epoch"] for row in rows]
     figure = Figure(figsize=(8.0, 3.2 + 0.19 * len(names)), layout="constrained")

@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.errors import InputError
 from utils.report.figures import Picture, report_pictures
@@ -25,9 +25,6 @@ from utils.report.tables import (
     strong_evaluations,
 )
 from utils.storage.files import FIGURE_KINDS, drawn, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 _BROAD = 8.5  # inches; wider figures scroll on a phone, so that their text stays readable
 
@@ -47,11 +44,8 @@ def write_report(folder: Path, groups: Sequence[Group], paper_dataset: str | Non
     Raises:
         InputError: files of a run are missing or damaged, or the folder cannot be written.
     """
-    compared, strong, stale = (
-        Comparison.all_of(groups, paper_dataset),
-        strong_evaluations(groups),
-        stale_evaluations(groups),
-    )
+    compared = Comparison.all_of(groups, paper_dataset)
+    strong, stale = strong_evaluations(groups), stale_evaluations(groups)
     tables, texts = [comparison_table(compared)], {"table.csv": comparison_csv(compared)}
     texts["table.md"] = markdown(tables[0])
     if strong or stale:
@@ -105,7 +99,8 @@ def page(
     template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     figures = [
         {
-            "uri": _svg_uri(images[f"{picture.stem}.svg"]),
+            "uri": "data:image/svg+xml;base64,"
+            + base64.b64encode(images[f"{picture.stem}.svg"]).decode(),
             "alternative": picture.alternative,
             "caption": picture.caption,
             "is_broad": picture.figure.get_figwidth() > _BROAD,
@@ -129,10 +124,6 @@ def _contents(groups: Sequence[Group]) -> str:
         f" {', '.join(map(str, group.seeds))}"
         for group in groups
     )
-
-
-def _svg_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _run(group: Group, run: FinishedRun) -> dict[str, Any]:

@@ -97,20 +97,16 @@ def benchmark_sparsity(group: Group) -> tuple[str, int] | None:
 def differences(group: Group, dataset: str | None) -> list[str]:
     """How a group's runs differ from those of the paper on ``dataset``, in words; density is left
     out."""
-    found = [] if dataset == group.settings.dataset else [_other_data(group)]
+    settings, found = group.settings, list[str]()
+    if dataset != settings.dataset:
+        folder = f" {Path(settings.data).name}" if settings.dataset == "imagefolder" else ""
+        found.append(f"data set {settings.dataset}{folder}")
     if dataset is not None:
         found += _other_images(group.first.config, _IMAGES[dataset])
     precision = group.first.precision
     if precision != "float32":
         found.append(f"trained in {precision} (paper: float32)")
     return found + _other_settings(group)
-
-
-def _other_data(group: Group) -> str:
-    settings = group.settings
-    return f"data set {settings.dataset}" + (
-        f" {Path(settings.data).name}" if settings.dataset == "imagefolder" else ""
-    )
 
 
 def _other_images(config: Mapping[str, Mapping[str, int]], theirs: Sequence[int]) -> list[str]:

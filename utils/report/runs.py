@@ -335,23 +335,20 @@ def grouped(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
         seeds.setdefault(run.settings.seed, run)
     by_seed = [[seeds[seed] for seed in sorted(seeds)] for seeds in members.values()]
     labels = _labels([group[0] for group in by_seed])
-    notes += [
-        note
-        for label, group in zip(labels, by_seed, strict=True)
-        if (note := _other_versions(label, group))
-    ]
-    return [Group(label, group) for label, group in zip(labels, by_seed, strict=True)], notes
+    groups = [Group(label, group) for label, group in zip(labels, by_seed, strict=True)]
+    return groups, [*notes, *filter(None, map(_other_versions, groups))]
 
 
-def _other_versions(label: str, runs: Sequence[FinishedRun]) -> str:
+def _other_versions(group: Group) -> str:
     """A note on seeds that were trained with different versions of torch, or an empty string."""
     found = {
         str(version)
-        for run in runs
+        for run in group.runs
         for entry in run.made_by
         if (version := entry.get("versions", {}).get("torch"))
     }
-    return f"{label}: trained by torch {' and '.join(sorted(found))}" if len(found) > 1 else ""
+    versions = " and ".join(sorted(found))
+    return f"{group.label}: trained by torch {versions}" if len(found) > 1 else ""
 
 
 def lines_by_density(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:

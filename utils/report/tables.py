@@ -36,10 +36,6 @@ def summary_table(summaries: Sequence[Row]) -> str:
     return "\n".join(text + [_line(line, widths) for line in lines])
 
 
-def _of_average(figure: Callable[[Row], float]) -> Callable[[Row], float]:
-    return lambda summary: figure(averaged(summary))
-
-
 def averaged(summary: Row) -> Row:
     """The summary with the averaged network in place of the final one."""
     average = summary["average"]
@@ -104,6 +100,13 @@ def markdown(table: Table) -> str:
         *lines,
     ]
     return "\n".join([*text, "", *(f"- {note}" for note in table.notes)]).rstrip() + "\n"
+
+
+def unpadded(lines: Sequence[Sequence[str]], words: int) -> str:
+    """A Markdown table of a heading and rows; the first ``words`` columns are text."""
+    head, *rest = lines
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rest))
 
 
 def _escaped(cell: str, is_marked: bool) -> str:
@@ -196,7 +199,7 @@ class Comparison:
             found.append(cls.of(group, paper_dataset, groups))
             if all("average" in run.summary for run in group.runs):
                 ours = {
-                    name: group.measured(_of_average(figure))
+                    name: Measured.of([figure(averaged(run.summary)) for run in group.runs])
                     for name, (_, figure) in {**_ACCURACIES, **_PAPER_FLOPS}.items()
                 }
                 label = f"{group.label}, averaged"
@@ -388,13 +391,14 @@ def strong_evaluations(groups: Sequence[Group]) -> list[StrongEvaluation]:
     Raises:
         InputError: a file is not an evaluation.
     """
+    order = {name: number for number, name in enumerate(_CHECKPOINTS)}
     found = []
     for group in groups:
         by_kind: dict[_Kind, dict[int, Row]] = {}
         for run in group.runs:
             for evaluation in valid_evaluations(run):
                 by_kind.setdefault(_kind(run, evaluation), {})[run.settings.seed] = evaluation
-        kinds = sorted(by_kind, key=lambda key: (_checkpoint_order(key[0]), key))
+        kinds = sorted(by_kind, key=lambda key: (order.get(key[0], len(order)), key))
         found += [_strong(group, key, list(by_kind[key].values())) for key in kinds]
     return found
 
@@ -458,11 +462,6 @@ def _strong(group: Group, key: _Kind, found: Sequence[Row]) -> StrongEvaluation:
     told = dict.fromkeys(str(w) for evaluation in found for w in evaluation.get("warnings", []))
     size, counts = step_size or None, (images, train_images)
     return StrongEvaluation(group, name, title, norm, eps, size, *counts, sa, ra, gap, tuple(told))
-
-
-def _checkpoint_order(checkpoint: str) -> int:
-    known = list(_CHECKPOINTS)
-    return known.index(checkpoint) if checkpoint in known else len(known)
 
 
 def evaluation_table(found: Sequence[StrongEvaluation], left_out: Sequence[str] = ()) -> Table:
@@ -560,18 +559,9 @@ def _benchmark_table(cell: _Cell, ours: Sequence[StrongEvaluation]) -> Table:
 
 def _benchmark_line(entry: paper.Published, sparsity: int) -> list[str]:
     clean = NOTHING if entry.clean is None else percent(entry.clean)
-    kept = f"{1 - sparsity / 100:g}"
-    eps = f"{paper.BENCHMARK_EPS:g}"
-    return [
-        entry.method,
-        "benchmark",
-        NOTHING,
-        kept,
-        NOTHING,
-        eps,
-        clean,
-        percent(entry.autoattack),
-    ]
+    kept, eps = f"{1 - sparsity / 100:g}", f"{paper.BENCHMARK_EPS:g}"
+    told = [entry.method, "benchmark", NOTHING, kept, NOTHING, eps, clean]
+    return [*told, percent(entry.autoattack)]
 
 
 def _our_line(s: StrongEvaluation, structure: str) -> list[str]:

@@ -120,9 +120,7 @@ def parse_settings(
     """Parse a command line into settings.
 
     Args:
-        kind: the script's settings class.
         arguments: the command line without the program.
-        description: for ``--help``.
         stored_settings: called with the given flags, by field; returns the settings of the
             checkpoint that they name (``--pretrained``, ``--resume_dir``), or none. They are the
             values of flags that were not given.
@@ -184,20 +182,14 @@ class _Parser(OneLineParser):
                     kept = f" {1 - float(value):g}" if 0 <= float(value) < 1 else ""
                 except ValueError:
                     kept = ""
-                return (
-                    f"unknown argument {name}: the kept fraction is given instead, --density{kept}"
-                )
+                why = f"the kept fraction is given instead, --density{kept}"
             case "__workers" | "__num_workers":
-                return (
-                    f"unknown argument {name}: there are no workers, images are decoded once and"
-                    " batched on the device"
-                )
+                why = "there are no workers, images are decoded once and batched on the device"
             case "__epochs":
-                return (
-                    f"unknown argument {name}: --epochs1 are those of stage 1, --epochs2 those of"
-                    " stage 2"
-                )
-        return None
+                why = "--epochs1 are those of stage 1, --epochs2 those of stage 2"
+            case _:
+                return None
+        return f"unknown argument {name}: {why}"
 
 
 _RESUME = (

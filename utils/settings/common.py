@@ -33,7 +33,7 @@ ONE_STEP = ("n-fgsm", "fgsm-rs")
 _MEANINGS = {"density": ": it is the fraction kept"}
 _FAST_PEAK = 0.2  # peak learning rate of ``fast``
 
-_REMEDIES_RULES = (
+COMMON_RULES = (
     Rule(
         "beta", lambda s: s.loss.beta is None, "--train_loss {s.train_loss}, whose loss is one term"
     ),
@@ -83,9 +83,6 @@ _REMEDIES_RULES = (
         "{s.attack_text}, which is not one step to the edge of the ball",
     ),
     Rule("", lambda s: s.nesterov and not s.momentum, "--nesterov has no effect with --momentum 0"),
-)
-COMMON_RULES = (
-    *_REMEDIES_RULES,
     Rule("data", lambda s: s.dataset == "digits", "--dataset digits, which needs no folder", True),
     Rule(
         "image_size",

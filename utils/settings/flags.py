@@ -32,9 +32,7 @@ def _flag(
     """A dataclass field that is also a flag.
 
     Args:
-        default: value if the flag is not given.
         text: help line, with the unit.
-        group: one of ``GROUPS``.
         metavar: placeholder for the value in ``--help``; by default, one for its type.
         choices: allowed values, or a function that returns them when a command line is parsed: a
             registry may have new entries by then.

@@ -26,13 +26,8 @@ _REPLACED_BY = {"swa": "ema", "decreasing_lr": "lr_schedule"}
 
 
 def recipe_values(recipe: str, given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The flags that a recipe sets, with their values.
-
-    Args:
-        recipe: one of ``RECIPES``.
-        given: the flags that the user set.
-        names: flags of the script; if it has two stages, the recipe applies to the last.
-    """
+    """The flags that a recipe sets beside those ``given``, with their values; ``names`` are the
+    script's flags, and of two stages the recipe applies to the last."""
     # Flags of both stages: the first, too, has a rate and its milestones.
     shared = {"lr", "decreasing_lr"} if "epochs2" in names else set()
     replaced = {_REPLACED_BY[name] for name in given.keys() - shared if name in _REPLACED_BY}

@@ -137,17 +137,11 @@ class TicketSettings(CommonSettings):
 
     def stage_text(self, kind: str) -> str:
         """A kind of stage with its attack in words, for the headline."""
-        names = {
+        return {
             "sgd": "sgd",
             "pgd": f"PGD-{self.train_step} training at {self.train_ball}",
             "fast": f"fast at {self.train_ball}",
-        }
-        return names[kind]
-
-    @property
-    def stage2_text(self) -> str:
-        """Stage 2 with its attack in words, for the headline."""
-        return self.attack_text if self.stage2 == "pgd" else self.stage_text(self.stage2)
+        }[kind]
 
     @property
     def plan1(self) -> Plan:
@@ -212,12 +206,8 @@ class TicketSettings(CommonSettings):
         return found
 
     def name_parts(self) -> list[str]:
-        epochs = (
-            f"e{self.epochs2}"
-            if self.stage1_pretrained is not None
-            else f"e{self.epochs1}-{self.epochs2}"
-        )
-        return [f"d{self.density:g}", epochs]
+        first = "" if self.stage1_pretrained is not None else f"{self.epochs1}-"
+        return [f"d{self.density:g}", f"e{first}{self.epochs2}"]
 
     # ---- checks and cautions
 

@@ -36,6 +36,4 @@ def settings_in(content: Mapping[str, Any], path: object) -> Mapping[str, Any]:
     settings = content.get("settings", {})
     if not isinstance(settings, Mapping):
         raise InputError(f"{path}: its settings are not names and values")
-    if settings.get("precision") == "auto":  # as older runs stored it
-        settings = {**settings, "precision": content.get("precision", "float32")}
     return settings

@@ -38,16 +38,8 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
-    """Write a checkpoint with a checksum of its content.
-
-    Args:
-        path: file to write.
-        content: tensors and plain values by name.
-        keep: file that receives the previous checkpoint of ``path``, if given.
-
-    Raises:
-        OSError: the write failed; ``path`` still holds the previous checkpoint.
-    """
+    """Write a checkpoint, tensors and plain values by name, with a checksum; the previous one moves
+    to ``keep``, if given. After an ``OSError``, ``path`` still holds the previous one."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content, "checksum": checksum(content)}, buffer)
 

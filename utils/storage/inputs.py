@@ -51,11 +51,7 @@ def require_run_folder(resume_dir: str | Path) -> None:
             f"--resume_dir {path} is a file; give the folder of its run: {path.parent}"
         )
     if path.is_dir() and not RunPaths(path).holds_a_run():
-        runs = sorted(
-            folder
-            for folder in path.iterdir()
-            if folder.is_dir() and RunPaths(folder).holds_a_run()
-        )
+        runs = sorted(inner for inner in path.iterdir() if RunPaths(inner).holds_a_run())
         if runs:
             raise InputError(
                 f"--resume_dir {path} is a folder of {len(runs)} run(s); give one of them,"

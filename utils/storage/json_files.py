@@ -60,7 +60,6 @@ def misfit(value: Any, shape: Any, name: str = "") -> str | None:
     """Describe how a JSON value violates a shape; None if it fits.
 
     Args:
-        value: the parsed value.
         shape: a type (``float`` accepts any number, None only null), a tuple of alternatives,
             ``[shape]`` for a list of it, or a dict of shapes by name, in which a trailing ``?``
             marks an optional name and ``*`` stands for every name.

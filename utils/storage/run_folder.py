@@ -84,8 +84,6 @@ class RunFolder:
         """Create and lock the folder and write ``config.json``; ``InputError`` if that fails.
 
         Args:
-            paths: files of the run folder.
-            config: content of ``config.json``.
             tensorboard: also write events of epochs and plots, from ``rewrite_epochs`` on.
             stamps: ``RunPaths.stamps`` when the folder was read, if it was, to detect another
                 process that has trained since.
@@ -193,17 +191,12 @@ class RunFolder:
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
         """On any exit, finish all writes (or raise their error), close the events and unlock."""
-        try:
+        with contextlib.ExitStack() as last:  # called in reverse, each even if another fails
+            if self._lock is not None:
+                last.callback(self._lock.release)
+            last.callback(self._close_events)
+            last.callback(self.settle)
             yield
-        finally:
-            try:
-                self.settle()
-            finally:
-                try:
-                    self._close_events()
-                finally:
-                    if self._lock is not None:
-                        self._lock.release()
 
     def _close_events(self) -> None:
         if self._events is not None:

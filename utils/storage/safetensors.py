@@ -22,19 +22,14 @@ SUFFIX = ".safetensors"
 # Metadata that describe the network; the rest says where it comes from.
 _NETWORK = frozenset(
     "arch num_classes mean std width depth_factor width_factor image_size channels classes".split()
-) | {"kept"}  # of an older version, refused by ``spec_in``
+)
 
 
 def safetensors_bytes(
     state: Mapping[str, Tensor], spec: Mapping[str, Any], about: Mapping[str, Any]
 ) -> bytes:
-    """Serialize a network to the content of a safetensors file.
-
-    Args:
-        state: the network's state dict.
-        spec: description of the network for ``models.loading.build_network``.
-        about: further plain values about the network, under names that ``spec`` does not use.
-    """
+    """The content of a safetensors file: a state dict, its network's description for
+    ``build_network``, and further plain values under names that ``spec`` does not use."""
     # the usual mark of PyTorch files
     metadata = {
         "format": "pt",

@@ -33,11 +33,12 @@ def card(entry: Entry, title: str, note: str = "") -> str:
             rows.append(("robust accuracy", told, f"{found['test_ra']:.2f} %"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     classes = ", ".join(entry.spec.get("classes") or [])
-    size = entry.spec["image_size"]
+    size, width = entry.spec["image_size"], entry.spec["width"]
+    wide = "" if width == 1 else f" of {width:g} of the width"
     attacked = settings.trainings()[-1][0].attack is not None
     trained = f"Trained {'to resist adversarial' if attacked else 'on clean'} images"
     return f"""# {title}
-{METHOD_NAMES[entry.run.method]}, {settings.arch}{_width(entry)}: {entry.removed:.1f} % of the
+{METHOD_NAMES[entry.run.method]}, {settings.arch}{wide}: {entry.removed:.1f} % of the
 {what} are pruned. {trained}; chosen by the robust accuracy on
 validation images.
 
@@ -70,8 +71,3 @@ def _source(entry: Entry) -> str:
         return f"The method is that {paper}. "
     by_channels = method.removesuffix("-channel") in _BIRDS
     return f"The method is that {paper}, applied to channels. " if by_channels else ""
-
-
-def _width(entry: Entry) -> str:
-    width = entry.spec["width"]
-    return "" if width == 1 else f" of {width:g} of the width"

@@ -96,10 +96,7 @@ def _info(entry: Entry, radius: str, figures: dict[str, str]) -> dict[str, Any]:
         "eps": radius,
         "clean_acc": figures["clean_acc"],
         "reported": figures["autoattack_acc"],
-        "corruptions_acc": None,
-        "corruptions_acc_3d": None,
-        "corruptions_mce": None,
-        "corruptions_mce_3d": None,
+        **dict.fromkeys(f"corruptions_{kind}" for kind in ("acc", "acc_3d", "mce", "mce_3d")),
         "autoattack_acc": figures["autoattack_acc"],
         "footnote": f"{entry.removed:.1f} % of the {what} are pruned. Trained by:"
         f" {command_of(entry.run)}",

@@ -191,7 +191,9 @@ class ChannelMasking(Course):
         ranks, statistics = self._probe(loss_of, kept)
         self.live = self._grown(ranks, kept, changes)
         self._explored = self._explored | self.live
-        self._initialize_grown(self.live & ~was_live, statistics)
+        grown = self.live & ~was_live
+        silence(self._store, self.channels, grown)
+        self._reset_norms(self._store.state_dict(keep_vars=True), grown, statistics)
         move = self._move(before)
         self._sums.zero_()
         self._summed = 0
@@ -297,11 +299,6 @@ class ChannelMasking(Course):
             owner = self.channels.owners[name][dim]
             squares.index_add_(0, owner[owner >= 0], sums[owner >= 0])
         return squares.sqrt(), statistics
-
-    def _initialize_grown(self, grown: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        """Zero the stored weights that read grown channels, and reset their batch norms."""
-        silence(self._store, self.channels, grown)
-        self._reset_norms(self._store.state_dict(keep_vars=True), grown, statistics)
 
     def _reset_norms(
         self, state: Mapping[str, Tensor], chosen: Tensor, statistics: Mapping[str, Tensor]

@@ -158,14 +158,9 @@ def train_step(
     if world.size == 1:
         return Step(value, right, loss_of)
     world.share_buffers(model)
-    return Step(*_of_all(world, batch, value, right), loss_of)
-
-
-def _of_all(world: World, batch: Batch, value: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's loss and number of correct images over all processes."""
     counts = right.double() * (batch.weight > 0)
     sums = world.total(torch.stack([value.double() / world.size, counts]))
-    return sums[0].to(value.dtype), sums[1].long()
+    return Step(sums[0].to(value.dtype), sums[1].long(), loss_of)
 
 
 def train_epoch(
@@ -190,7 +185,6 @@ def train_epoch(
     Args:
         batches: the epoch's batches after those in ``tally``.
         steps: batches in the whole epoch.
-        plan: the attack and the learning rate.
         epoch: from 0. It keys the attack's random starts and, with the step and the process, what
             the network itself draws from the global generators, which are left as found.
         masking, average: updated after each step.

@@ -35,7 +35,7 @@ def image_passes(
         images: of its data, by split (``Data.images``).
         done: epochs finished in each stage; may be fractional.
     """
-    test = _passes_per_test_image(settings.test_attack)
+    test = 2 + _ATTACK_STEP * settings.test_attack.steps  # of an image, clean and attacked
     total = 0.0
     for (plan, attacked), behind in zip(settings.trainings(), done, strict=True):
         epochs = plan.epochs - behind
@@ -43,10 +43,8 @@ def image_passes(
         further: float = sum(plan.further_passes(epoch) for epoch in range(first, plan.epochs))
         further -= (behind - first) * plan.further_passes(first)
         looks = 2 if plan.ema or plan.swa_start is not None else 1
-        validated, tested = (
-            epochs / settings.eval_every * images["val"],
-            epochs / settings.test_every * images["test"],
-        )
+        validated = epochs / settings.eval_every * images["val"]
+        tested = epochs / settings.test_every * images["test"]
         total += epochs * images["train"] * (_UPDATE + _ATTACK_STEP * plan.attack_steps)
         total += further * images["train"]
         total += looks * (validated + tested) * test if attacked else epochs * images["val"]
@@ -69,13 +67,8 @@ class Forecast:
         self._has_reported = False
 
     def update(self, images: int, seconds: float, is_over: bool) -> float | None:
-        """Seconds per image, the first time they are known; None otherwise.
-
-        Args:
-            images: trained on so far in this epoch.
-            seconds: time that they took.
-            is_over: whether the epoch ends here.
-        """
+        """Seconds per image, the first time they are known; None otherwise. ``images`` took
+        ``seconds`` so far in this epoch; ``is_over`` says whether it ends here."""
         if self._has_reported:
             return None
         start, before = self._first = self._first or (
@@ -100,8 +93,7 @@ def seconds_left(
     """Estimated seconds left of a run in the middle of an epoch, tests included.
 
     Args:
-        settings: of the run.
-        images: of its data, by split (``Data.images``).
+        settings, images: as in ``image_passes``.
         history: rows of its metrics.
         share: fraction of the epoch's training that is done.
         pace: seconds per image in this stage's training.
@@ -113,11 +105,6 @@ def seconds_left(
     passes = _UPDATE + _ATTACK_STEP * plan.attack_steps + plan.further_passes(int(done[stage]))
     done[stage] += share
     return pace / passes * image_passes(settings, images, done)
-
-
-def _passes_per_test_image(attack: PGD) -> int:
-    """Passes to evaluate an image clean and attacked."""
-    return 2 + _ATTACK_STEP * attack.steps
 
 
 def seconds_per_pass(settings: CommonSettings, data: Data, device: torch.device) -> float:

@@ -36,7 +36,6 @@ class TrainLoss:
     """A training loss; ``LOSSES`` lists them by name, and a custom one is added there.
 
     Attributes:
-        compute: the loss.
         reference: its source.
         beta: default weight of its robust term; None if it has none.
         further_passes: per image, beyond those of the adversarial image to the weights and back.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data import Data, plain_batches
 from models import CUSTOM_ARCHITECTURES
 from models.loading import build_network
-from models.modes import in_mode
+from models.modes import in_mode, preserved_buffers
 from sparse_core import depends_on
 from utils.errors import InputError, RunError, one_line
 from utils.evaluation.sanity import check_answers, close
@@ -82,11 +82,10 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
     forward = Forward(
         model, dataclasses.replace(execution, compile=False, graphs="off", world=ALONE)
     )
-    buffers = [buffer.clone() for buffer in model.buffers()]
     with preserved_generators(batch.x.device):
         before = cpu_generator_states()
         x = batch.x.detach().clone().requires_grad_()
-        with in_mode(model, True):
+        with preserved_buffers(model), in_mode(model, True):
             F.cross_entropy(_logits(forward, x, len(data.classes)), batch.y).backward()
         draws = cpu_generator_states() != before
         trained = {
@@ -96,9 +95,6 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
         }
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
         model.zero_grad()
-        with torch.no_grad():
-            for buffer, value in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(value)
         with in_mode(model, False), torch.no_grad(), full_precision():
             _logits(forward, batch.x[:1], len(data.classes))
             check_answers(model, batch.x)
@@ -111,13 +107,9 @@ def rehearse_step(model: nn.Module, data: Data, execution: Execution) -> tuple[l
 
 def refuse_bound_copy(model: nn.Module, copied: nn.Module, data: Data) -> None:
     """Raise ``InputError`` if ``copied`` computes with weights of ``model``."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
     x = next(plain_batches(data.train, 2)).x
-    with preserved_generators(x.device), in_mode(copied, False):
+    with preserved_buffers(model), preserved_generators(x.device), in_mode(copied, False):
         bound = depends_on(copied(x), model)
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
     if bound:
         raise InputError(
             "a copy of the network computes with the original's weights, as its functions hold on"
@@ -168,7 +160,6 @@ def rehearse_checkpoint(
 
     Args:
         states: of the optimizer and the masks, as in a checkpoint.
-        spec: the network's description for ``build_network``.
         seed: of the run; the rebuilt network is initialized with another one, so that weights
             missing from the checkpoint show.
 

@@ -32,13 +32,9 @@ def refuse_used_folder(paths: RunPaths, *, resuming: bool, has_checkpoint: bool)
 def refuse_changed_images(settings: CommonSettings, paths: RunPaths, data: Data) -> None:
     """Raise ``InputError`` if a run beside this one has the same settings and data path but was
     trained on other images: it was probably meant."""
+    mine = (settings.method, settings.data)
     for root, config, differs in _beside(settings, paths):
-        if differs:
-            continue
-        if (config.get("method"), config["settings"].get("data")) == (
-            settings.method,
-            settings.data,
-        ):
+        if not differs and (config.get("method"), config["settings"].get("data")) == mine:
             refuse_other_images(config, root, data, settings.data)
 
 

@@ -178,7 +178,8 @@ class RobustBirdRun(Run):
         if s.stage1_pretrained is not None:
             now = f"pruning {s.stage1_pretrained}"
         what = f"{s.method} at density {s.density:g} of the {kept}: {setting_text(s, self.data)}"
-        then = f"then {s.stage2_text} for {s.epochs2}"
+        last = s.attack_text if s.stage2 == "pgd" else s.stage_text(s.stage2)
+        then = f"then {last} for {s.epochs2}"
         return f"{what}, {now}, {then}, {execution_text(self.execution, self.device)}"
 
     def cautions(self) -> Sequence[str]:

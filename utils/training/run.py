@@ -47,8 +47,6 @@ class Run(RunState):
     def __init__(
         self, settings: CommonSettings, device: torch.device, world: World = ALONE
     ) -> None:
-        """Build everything and check it against the data. Nothing is written and no other process
-        is waited for before ``train``."""
         self.interruption = Interruption(  # first, as loading counts
             settings.time_limit, os.getppid() if world.size > 1 else None
         )
@@ -139,7 +137,8 @@ class Run(RunState):
         """Train, test and record one epoch (from 0) of the last stage."""
         trained, start = self.train_epoch(epoch, title), time.perf_counter()
         stage = self.stage  # not earlier: a rollback replaces it
-        stage.finish_epoch(epoch)
+        if stage.average is not None:
+            stage.average.after_epoch(stage.model, stage.masking, epoch)
         scores = self.tester.after_epoch(stage, title, self._measured_after(epoch))
         self.refuse_broken_network(epoch, stage.steps, scores.get("val_loss", 0.0))
         if stage.masking is not None:

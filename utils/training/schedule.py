@@ -21,7 +21,6 @@ class Plan:
     """The settings of one stage of training: attack, loss, learning rate and averages.
 
     Attributes:
-        epochs: number of epochs.
         attack: the attack in training; None trains on clean images.
         attack_training: whether to attack in train mode (as in the paper) or in eval mode.
         seed: of the order of the images, their augmentation and the random starts.

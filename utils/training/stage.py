@@ -135,11 +135,6 @@ class Stage:
             self.forward.reset()
             self.costs = flops.layer_costs(self.model, self._image_shape)
 
-    def finish_epoch(self, epoch: int) -> None:
-        """Add the weights after an epoch (from 0) to the average over epochs, if there is one."""
-        if self.average is not None:
-            self.average.after_epoch(self.model, self.masking, epoch)
-
     def averaged(self) -> nn.Module | None:
         """The averaged network, ready for a test; None before there is one."""
         if self.average is None or not self.average.is_ready:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from models.modes import preserved_buffers
+
 _TINY = 1e-20  # from the authors' code: a layer whose gradient is zero is not moved
 
 
@@ -32,9 +34,9 @@ def perturbed_weights(
     if gamma == 0:
         yield
         return
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
-    loss().backward()
+    with preserved_buffers(model):
+        loss().backward()
     moved = [
         (name, weight)
         for name, weight in model.named_parameters()
@@ -44,8 +46,6 @@ def perturbed_weights(
     directions = [weight.grad for _, weight in moved if weight.grad is not None]
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
         for (name, _), direction in zip(moved, directions, strict=True):
             if masks and name in masks:
                 direction.mul_(masks[name])
