@@ -1304,7 +1304,7 @@ class Masking(Course):
             nonzero = weight.detach() != 0
             kept = int((nonzero & self.masks[name]).sum())
             if 2 * kept < min(counts[name], int(nonzero.sum())):
-                what = f"{name} is sparse already, and these masks keep {kept} weights of it"
+                what = f"{name} is sparse already, and these masks keep {kept} of its weights"
                 advice = "load a checkpoint after making the Masking, or give its masks="
                 warnings.warn(f"{what}: {advice}", stacklevel=3)
                 return
@@ -1329,7 +1329,7 @@ class Masking(Course):
         ]
         if free:
             self._chooses = False
-            what = f"{', '.join(free)} came or thawed after the Masking was made and stay dense"
+            what = f"{', '.join(free)} appeared or thawed after the Masking was made and stay dense"
             warnings.warn(f"{what}: make a new one to mask them", stacklevel=4)
 
     def _refuse_other_processes(self) -> None:

@@ -189,7 +189,7 @@ def _flat(found: Any, what: str) -> np.ndarray:
         labels = labels[:, 0]
     require(
         labels.ndim == 1 and len(labels) > 0,
-        f"{what} have the shape {list(labels.shape)}; give one number an image",
+        f"{what} have the shape {list(labels.shape)}; give one label per image",
     )
     require(
         labels.dtype.kind in "biufU",

@@ -135,7 +135,7 @@ def _read(name: str, place: DataLocation) -> tuple[Source, list[str]]:
     if min(len(source.train), len(source.val), len(source.test.labels)) < 2:
         raise InputError(f"{place.root}: too few images to train, validate and test on")
     if len(source.classes) < 2:
-        raise InputError(f"{place.root} has the class {source.classes[0]} only: nothing to learn")
+        raise InputError(f"{place.root} has only the class {source.classes[0]}: nothing to learn")
     return source, changes
 
 

@@ -162,7 +162,7 @@ def density_for_flops(
     if low == 0.0 and taken(0.0) > fraction:
         raise ValueError(
             f"no density takes {fraction:g} of the FLOPs: with one multiple of {multiple} channels"
-            f" a group the network takes {taken(0.0):.3f}"
+            f" per group the network takes {taken(0.0):.3f}"
         )
     return min((low, high), key=lambda density: abs(taken(density) - fraction))
 

@@ -179,7 +179,7 @@ def _refuse_larger_than_its_file(
     asked = sum(value.numel() for value in model.state_dict().values())
     held = sum(value.numel() for value in network_weights(content, str(path)).values())
     if asked * (_LEAST_KEPT if "channels" in spec else 1) > held:
-        raise InputError(f"{path} describes a network of {asked} numbers and holds {held}")
+        raise InputError(f"{path} describes a network of {asked} values but holds {held}")
 
 
 def stored_network(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:

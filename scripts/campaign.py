@@ -66,7 +66,7 @@ def train(plan: list[tuple[str, str, float]], commands: list[list[str]], end: fl
             say(f"{name} ended with exit code {codes[-1]} after {duration(took)}")
         else:
             pace = took / forecast if forecast else pace
-            say(f"{name} took {duration(took)}, {pace:.2f} of what was forecast")
+            say(f"{name} took {duration(took)}, {pace:.2f} times the forecast")
     return max(codes)
 
 

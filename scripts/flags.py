@@ -29,8 +29,9 @@ def main() -> None:
     print(f"## All training scripts\n{table(CommonSettings)}\n")
     print(f"## main_adv.py\n{table(AdversarialSettings)}\n")
     print(f"## Robust-Bird/train_eb.py and train_base.py\n{table(EarlyBirdSettings)}\n")
-    print("`train_base.py` has no `--eb_window` and no `--eb_tolerance`.")
-    print("In both the default of `--print_freq` is 100, that of `--decreasing_lr` 50,150.")
+    print("`train_base.py` trains stage 1 for all of `--epochs1`; it has no `--eb_window` and no")
+    print("`--eb_tolerance`.")
+    print("In both, `--print_freq` defaults to 100 and `--decreasing_lr` to 50,150.")
 
 
 def table(kind: type[CommonSettings]) -> str:

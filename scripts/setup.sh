@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 requirements=${1:-requirements.txt}
 python=${PYTHON:-python3}
 
-[ -f "$requirements" ] || { echo "error: there is no file '$requirements' with requirements to install" >&2; exit 2; }
+[ -f "$requirements" ] || { echo "error: no such requirements file: '$requirements'" >&2; exit 2; }
 if ! .venv/bin/python -c '' 2>/dev/null; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 chooses one" >&2

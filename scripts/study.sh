@@ -2,7 +2,7 @@
 # The study of results/study, at the paper's ratio of weights to images: Flying Bird and Flying
 # Bird+ against small dense networks with as many weights or FLOPs, channels, Robust Bird, static
 # masks, other densities, and weight perturbation; each also with averaged weights. 700 CIFAR-10
-# images at 16x16, 150 epochs, three seeds: about 6 hours on 2 cores.
+# images at 16x16, 150 epochs, three seeds: about 10 hours on 2 cores.
 #   bash scripts/study.sh FOLDER [flags]       images as train/<class>/* and test/<class>/*
 # PARTS="main small channels others awp densities" selects what to run. Run again, it skips finished
 # runs and resumes interrupted ones. The tables of results/README.md: .venv/bin/python

@@ -379,7 +379,7 @@ def main() -> None:
     require(args.folder is not None or not args.keep_answers, "--keep_answers needs a folder")
     if args.folder is not None:
         runs = read(args.folder)
-        print(f"{main_table(runs)}\n\n{paired_table(runs)}")
+        print(f"{main_table(runs)}\n\n{paired_table(runs)}\n\n{remedies_table(runs)}")
         found = {attack: answers_in(args.folder, attack) for attack in ATTACKS}
         found = {attack: answers for attack, answers in found.items() if answers}
         for attack, answers in found.items():

@@ -424,7 +424,7 @@ def main() -> None:
     folders = [folder for _, folder, _ in states]
     left = [number for number, (state, *_) in enumerate(states) if state != "finished"]
     if call.table == "benchmark":
-        print("plus a strong evaluation of each, not in this time", file=sys.stderr, flush=True)
+        print("plus a strong evaluation of each, not counted above", file=sys.stderr, flush=True)
     if switch("PLAN"):
         return
     Path(call.out).mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def test_the_campaign_trains_in_order_and_packs(tmp_path):
     assert result.returncode == 0, result.stderr
     first = result.stderr.index("fbp_resnet18_digits")
     assert first < result.stderr.index("dense_resnet18_digits")
-    assert "of what was forecast" in result.stderr
+    assert "times the forecast" in result.stderr
     (archive, *_) = sorted((out / "packed").glob("fbp*.tar.xz"))
     with tarfile.open(archive) as file:
         file.extractall(tmp_path / "there", filter="data")

@@ -132,7 +132,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, fault):
         match=(
             r"c\.pth\.tar$"
             if fault in ("missing", "folder")
-            else r"not a checkpoint, or a broken one$"
+            else r"not a checkpoint, or is damaged$"
         ),
     ):
         load_checkpoint(path)
@@ -167,7 +167,7 @@ def test_a_bit_flipped_in_the_pickle_falls_back_to_the_checkpoint_before(tmp_pat
     for epoch in (1, 2):
         save_checkpoint(newest, {"state_dict": content, "epoch": epoch}, previous)
     with_a_flipped_bit(newest, text)
-    with pytest.raises(BrokenCheckpointError, match=r"a broken one$"):
+    with pytest.raises(BrokenCheckpointError, match=r"is damaged$"):
         load_checkpoint(newest)
     loaded, path, warning = load_newest(newest, previous)
     assert (loaded["epoch"], path) == (1, previous)

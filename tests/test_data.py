@@ -355,7 +355,7 @@ def test_one_class_is_nothing_to_learn(image_tree, tmp_path):
     for part in ("train", "test"):
         for folder in sorted((image_tree / part).iterdir())[1:]:
             shutil.rmtree(folder)
-    with pytest.raises(InputError, match="has the class ant only: nothing to learn"):
+    with pytest.raises(InputError, match="has only the class ant: nothing to learn"):
         load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache")
 
 

@@ -532,7 +532,7 @@ def test_cut_and_resumed_by_two_processes_and_by_one(run_adv, tmp_path):
         path.write_bytes(kept)
     alone = run_adv("--resume_dir", paths.root)
     assert alone.code == 0, alone.err
-    assert "note: the checkpoint was written by 2 process(es), 1 resume(s)" in alone.out
+    assert "note: the checkpoint was written by 2 process(es) and resumed by 1" in alone.out
     assert len(read_epochs(paths)) == 5
 
 

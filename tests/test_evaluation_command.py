@@ -104,7 +104,7 @@ def test_another_attack_seed_subset_or_network_is_another_evaluation(run_adv, tr
 
 
 def test_a_radius_of_another_norm_is_said_and_one_of_another_unit_refused(run_adv, trained):
-    assert "note: --norm l2 with --test_eps 8 attacks next to nothing" in evaluation(
+    assert "note: --norm l2 with --test_eps 8 has next to no effect" in evaluation(
         run_adv, trained, "--norm", "l2"
     )
     before = results(trained)

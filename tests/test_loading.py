@@ -218,12 +218,12 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
     [
         ({"image_size": 20000}, "describes an impossible network: image_size 20000"),
         ({"num_classes": 10**12}, "impossible network: num_classes"),
-        ({"num_classes": 10**7}, r"describes a network of \d+ numbers and holds"),
-        ({"width": 64.0}, r"describes a network of \d+ numbers and holds"),
+        ({"num_classes": 10**7}, r"describes a network of \d+ values but holds"),
+        ({"width": 64.0}, r"describes a network of \d+ values but holds"),
         ({"width": float("inf")}, "impossible network: width inf"),
         (
             {"arch": "wideresnet", "width": 1.0, "depth_factor": 1000, "width_factor": 100},
-            r"describes a network of \d+ numbers and holds",
+            r"describes a network of \d+ values but holds",
         ),
         ({"mean": ["a", 0.5, 0.5]}, "which network it holds .mean"),
         ({"kept": {"bn1": [0]}}, "which network it holds .kept"),
@@ -231,7 +231,7 @@ def test_a_network_of_ones_own_is_loaded_where_it_is_registered(run_adv, tmp_pat
         ({"channels": {"conv1": [[0.5], None]}}, "which network it holds .channels"),
         (
             {"num_classes": 10**7, "channels": {"conv1": [[0], None]}},
-            r"describes a network of \d+ numbers and holds",
+            r"describes a network of \d+ values but holds",
         ),
     ],
 )

@@ -345,19 +345,19 @@ REFUSED = {
     "fails": (wrapped(before=lambda x: x[:, :, 1:]), "cannot be trained: RuntimeError in"),
     "other classes": (
         wrapped(after=lambda logits: logits[:, 1:]),
-        "with [2, 9] instead of logits [2, 10]",
+        "returns [2, 9] for 2 images instead of logits [2, 10]",
     ),
     "squeezes one image": (
         wrapped(after=lambda logits: logits.squeeze(0)),
-        "with [10] instead of logits [1, 10]",
+        "returns [10] for 1 images instead of logits [1, 10]",
     ),
     "gives two": (
         wrapped(after=lambda logits: (logits, logits)),
-        "with a tuple instead of logits [2, 10]",
+        "returns a tuple for 2 images instead of logits [2, 10]",
     ),
     "softmax": (wrapped(after=lambda logits: logits.softmax(1)), "probabilities instead of logits"),
     "always drops": (wrapped(after=lambda logits: F.dropout(logits, 0.5)), "is not deterministic"),
-    "batch statistics": (batch_statistics, "depends on the images beside it"),
+    "batch statistics": (batch_statistics, "depends on the rest of its batch"),
     "changes its images": (wrapped(before=lambda x: x.mul_(2)), "in-place operation"),
     "detached": (wrapped(before=lambda x: x.detach()), "passes no gradient to its images"),
     "still": (still, "none of the network's parameters can be trained"),

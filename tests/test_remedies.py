@@ -457,7 +457,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_model(run_adv, tmp_pat
     outcome = run_adv(*ONE_STEP, "--save_dir", tmp_path)
     assert outcome.code == 3
     assert "catastrophic overfitting in epoch 2, step 2 of 4" in outcome.err
-    assert "fell from 40.0 to 10.0 % of 256 validation images" in outcome.err
+    assert "fell from 40.0 to 10.0 % on 256 validation images" in outcome.err
     assert outcome.err.count("\n") == 1
     assert load_checkpoint(only_run(tmp_path).best_ra)["epoch"] == 1
 

@@ -463,7 +463,7 @@ def test_with_both_damaged_nothing_starts_anew(run, run_adv, tmp_path, monkeypat
     paths.checkpoint.unlink()
     paths.previous.unlink()
     outcome = run("dense", "--save_dir", tmp_path, "--resume")
-    assert (outcome.code, "has epochs and no checkpoint" in outcome.err) == (2, True)
+    assert (outcome.code, "has epochs but no checkpoint" in outcome.err) == (2, True)
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(run, tmp_path, monkeypatch):
@@ -517,7 +517,7 @@ def test_a_second_process_is_told_of_the_first_before_that_has_a_checkpoint(
                 f"error: another process is training in {paths.root}\n",
             )
     assert (
-        "has epochs and no checkpoint"
+        "has epochs but no checkpoint"
         in run_adv(*toy.TOY_RUN, "--save_dir", tmp_path, "--resume").err
     )
 
@@ -613,7 +613,7 @@ def test_memory_that_a_cpu_lacks_is_one_line(run_adv, tmp_path, monkeypatch, err
     monkeypatch.setattr("utils.training.stage.train_epoch", fail)
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     assert outcome.code == 3
-    assert "out of memory on cpu, a smaller --batch_size needs less" in outcome.err
+    assert "out of memory on cpu, lower --batch_size" in outcome.err
     assert outcome.err.count("\n") == 1
 
 

@@ -665,7 +665,7 @@ def test_a_run_is_resumed_by_the_script_that_made_it(run_eb, run_base, run_adv, 
     for other in (run_base, run_adv):
         outcome = other("--resume_dir", only_run(tmp_path).root)
         assert outcome.code == 2
-        assert "is of a run of train_eb.py" in outcome.err
+        assert "is from a run of train_eb.py" in outcome.err
     before = files(tmp_path)
     assert run_eb(*BIRD, "--save_dir", tmp_path).code == 2
     assert files(tmp_path) == before

@@ -233,7 +233,7 @@ def test_display_is_a_bar_on_a_terminal(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("3", "does not hold names and values"),
+        ("3", "does not hold a JSON object"),
         ("[" * 100_000, "cannot be read (nested too deeply)"),
         ("\udcff", "cannot be read"),
         ("{}", "it has no epoch"),

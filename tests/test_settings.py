@@ -162,7 +162,7 @@ def test_fractions_of_the_run():
         ("--decreasing_lr 150,100", "must not fall"),
         ("--decreasing_lr ten", "neither an epoch nor a fraction"),
         ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),
-        ("--data somewhere", "is no folder, and names no data set; --dataset says which it is"),
+        ("--data somewhere", "is no folder, and names no data set; name it with --dataset"),
         ("--image_size 16", "not decoded from a folder"),
         ("--arch wideresnet --width 0.5", "--width_factor"),
         ("--device cpu --gpu 0", "no effect with --device cpu"),
@@ -249,7 +249,7 @@ def test_a_ball_that_nobody_meant_is_said():
     (stored,) = parse("--eval --pretrained x", {"test_eps": 0.031}).attack_cautions("test")
     assert (
         stored
-        == "--norm linf with --test_eps 0.031 attacks next to nothing; --test_eps 8 --test_gamma 2"
+        == "--norm linf with --test_eps 0.031 has next to no effect; --test_eps 8 --test_gamma 2"
         " is usual"
     )
     strong = parse("--eval --pretrained x --norm l2 --test_eps 128 --eval_attack autoattack")
@@ -355,9 +355,7 @@ def test_flags_of_other_programs_are_answered(line, answer):
 
 @pytest.mark.parametrize("kind", [EarlyBirdSettings, TicketSettings])
 def test_epochs_of_two_stages(kind):
-    with pytest.raises(
-        InputError, match="--epochs1 are those of stage 1, --epochs2 those of stage 2"
-    ):
+    with pytest.raises(InputError, match="use --epochs1 for stage 1 and --epochs2 for stage 2"):
         parse_settings(kind, ["--epochs", "5"], "", lambda given: {})
 
 

@@ -758,7 +758,7 @@ def test_weights_added_or_replaced_after_the_masking_are_noticed():
     train(model, optimizer, masking, 2)
     model.append(nn.Linear(10, 10))
     optimizer.add_param_group({"params": list(model[-1].parameters())})
-    with pytest.warns(UserWarning, match=r"\.weight came or thawed .* stay dense"):
+    with pytest.warns(UserWarning, match=r"\.weight appeared or thawed .* stay dense"):
         state = masking.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

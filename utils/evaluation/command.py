@@ -266,8 +266,8 @@ class Evaluation:
         content = load_checkpoint(self.answers)
         if content.get("key") != self.key:
             raise InputError(
-                f"{self.answers} belongs to another evaluation; move it away, or --eval_dir"
-                " elsewhere"
+                f"{self.answers} belongs to another evaluation; move it away, or use"
+                " another --eval_dir"
             )
         self.outcomes.load_state_dict(content["outcomes"])
         done = sum(self.outcomes.batches_done(trial) > 0 for trial in self.plan.trials)

@@ -48,12 +48,12 @@ def check_answers(model: nn.Module, x: Tensor) -> None:
     _refuse_probabilities(logits)
     if not close(again, logits):
         raise InputError(
-            "the network is not deterministic: it answers differently the second time, and an"
-            " attack needs one answer"
+            "the network is not deterministic: a second pass gives other logits, and an attack"
+            " needs one answer"
         )
     if not close(alone, logits[:1]):
         raise InputError(
-            "the network's answer for an image depends on the images beside it, as with batch"
+            "the network's output for an image depends on the rest of its batch, as with batch"
             " statistics"
         )
 

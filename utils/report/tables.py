@@ -260,8 +260,8 @@ def comparison_notes(found: Sequence[Comparison]) -> list[str]:
             " test RA of the final model. Ours: mean \u00b1 sample standard deviation over seeds."
         ),
         (
-            "FLOPs by the paper's count (which takes output channels twice) are the only ones to"
-            " lay beside the paper's; those by the real count are ours alone."
+            "Compare only FLOPs by the paper's count (which counts output channels twice) with the"
+            " paper's; the real count is ours alone."
         ),
     ]
     for dataset in dict.fromkeys(
@@ -418,7 +418,7 @@ def stale_evaluations(groups: Sequence[Group]) -> list[str]:
     found = []
     for run in (run for group in groups for run in group.runs):
         if count := sum(is_stale(run, evaluation) for evaluation in run.evaluations):
-            why = "they are of networks that have been trained since"
+            why = "their networks have been trained further since"
             found.append(f"{run.name}: {count} evaluation(s) left out: {why}.")
     return found
 

@@ -181,7 +181,7 @@ class AdversarialSettings(CommonSettings):
     fb: bool = flag.sparsity(False, "Flying Bird: prune and regrow at a fixed density")
     fbp: bool = flag.sparsity(False, "Flying Bird+: also adapt the density")
     fix: bool = flag.sparsity(False, "static masks: never update the initial ones")
-    density: float = flag.sparsity(0.2, "fraction of weights to keep (of channels: default .5)")
+    density: float = flag.sparsity(0.2, "fraction of weights to keep (channels: default .5)")
     structure: str = flag.sparsity(
         "weight", "what is pruned and regrown", choices=("weight", "channel")
     )
@@ -206,7 +206,7 @@ class AdversarialSettings(CommonSettings):
     )
     reset: bool = flag.sparsity(False, "refused: it has no meaning in the paper's method")
     death_rate: float = flag.sparsity(
-        0.5, "fraction of live weights (of channels: .2) dropped at the first update"
+        0.5, "live fraction dropped at the first update (channels: default .2)"
     )
     decay_schedule: str = flag.sparsity(
         "cosine", "schedule of the dropped fraction", choices=SCHEDULES

@@ -182,11 +182,11 @@ class _Parser(OneLineParser):
                     kept = f" {1 - float(value):g}" if 0 <= float(value) < 1 else ""
                 except ValueError:
                     kept = ""
-                why = f"the kept fraction is given instead, --density{kept}"
+                why = f"give the kept fraction instead: --density{kept}"
             case "__workers" | "__num_workers":
-                why = "there are no workers, images are decoded once and batched on the device"
+                why = "there are no workers: images are decoded once and batched on the device"
             case "__epochs":
-                why = "--epochs1 are those of stage 1, --epochs2 those of stage 2"
+                why = "use --epochs1 for stage 1 and --epochs2 for stage 2"
             case _:
                 return None
         return f"unknown argument {name}: {why}"

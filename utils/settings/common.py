@@ -207,7 +207,7 @@ class CommonSettings:
     )
     # training
     batch_size: int = flag.training(128, "images per step", metavar="IMAGES")
-    lr: float = flag.training(0.1, "initial learning rate; with onecycle the highest")
+    lr: float = flag.training(0.1, "initial learning rate; with onecycle, the peak")
     decreasing_lr: str = flag.training(
         "100,150",
         "epochs, or fractions of the run, at which --lr is divided by 10",
@@ -218,7 +218,7 @@ class CommonSettings:
     nesterov: bool = flag.training(False, "use Nesterov momentum")
     lr_schedule: str = flag.training(
         "step",
-        "step decay (--decreasing_lr), half cosine to 0, or up to --lr and down to 0",
+        "step decay (--decreasing_lr), half cosine to 0, or one cycle peaking at --lr",
         choices=LR_SCHEDULES,
     )
     sync_bn: bool = flag.training(False, "synchronize batch norm across processes (GPUs only)")
@@ -487,8 +487,7 @@ class CommonSettings:
             else "is no folder, and"
         )
         require(
-            dataset is not None,
-            f"--data {folder} {why} names no data set; --dataset says which it is",
+            dataset is not None, f"--data {folder} {why} names no data set; name it with --dataset"
         )
         return {"dataset": dataset}
 
@@ -560,7 +559,7 @@ class CommonSettings:
         milestones = self.milestones_in(epochs)
         require(
             milestones == tuple(sorted(milestones)),
-            f"--decreasing_lr {self.decreasing_lr}: epochs must not fall (of {epochs})",
+            f"--decreasing_lr {self.decreasing_lr}: epochs must not decrease (of {epochs})",
         )
 
     def refuse_late_milestones(self, epochs: int) -> None:
@@ -606,7 +605,7 @@ class CommonSettings:
             return [f"--norm linf with --{part}_eps {eps:g} lets every image become gray"]
         if 0 < eps < _WEAK[self.norm]:
             return [
-                f"--norm {self.norm} with --{part}_eps {eps:g} attacks next to nothing; {usual} is"
+                f"--norm {self.norm} with --{part}_eps {eps:g} has next to no effect; {usual} is"
                 " usual"
             ]
         if self.norm == "l2" and 0 < steps * gamma < eps / 2 and not own_steps:

@@ -27,7 +27,7 @@ def resumed_settings(script: str, given: Mapping[str, Any]) -> Mapping[str, Any]
     content, path, _ = load_newest(paths.checkpoint, paths.previous)
     made_by = content.get("script", script)
     if made_by != script:
-        raise InputError(f"{path} is of a run of {made_by}, which resumes it")
+        raise InputError(f"{path} is from a run of {made_by}; resume with it")
     return settings_in(content, path)
 
 

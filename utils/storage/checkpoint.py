@@ -131,10 +131,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"{path} holds more than tensors and plain values and is not loaded, since that"
                 " could run code"
             ) from error
-        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
+        raise BrokenCheckpointError(f"{path} is not a checkpoint or is damaged") from error
     except Exception as error:
         # a damaged archive can raise any error of zip, pickle or the tensor storage
-        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one") from error
+        raise BrokenCheckpointError(f"{path} is not a checkpoint or is damaged") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no dict with state_dict")
     if odd := _oddity(content, path.stat().st_size):
@@ -143,7 +143,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if type(version) is not int or version != FORMAT:
         raise InputError(f"{path} has format {repr(version)[:40]} and this version reads {FORMAT}")
     if "checksum" in content and content.pop("checksum") != checksum(content):
-        raise BrokenCheckpointError(f"{path} is broken: it does not hold what was written into it")
+        raise BrokenCheckpointError(f"{path} is damaged: its checksum does not match its content")
     try:
         return expand(content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -192,7 +192,7 @@ def _refuse_odd_records(path: Path) -> None:
         why = (
             "it holds compressed records" if compressed else "its records are larger than the file"
         )
-        raise BrokenCheckpointError(f"{path} is not a checkpoint, or a broken one: {why}")
+        raise BrokenCheckpointError(f"{path} is not a checkpoint or is damaged: {why}")
 
 
 def _is_damaged(path: Path) -> bool:
@@ -275,9 +275,7 @@ def unwrapped(state: Any) -> tuple[Any, list[str]]:
             continue
         opened = [name for name in _CONTAINERS if isinstance(state.get(name), Mapping)]
         if len(opened) > 1:
-            raise ValueError(
-                f"holds networks under {' and '.join(opened)}: keep the one that is meant"
-            )
+            raise ValueError(f"holds networks under {' and '.join(opened)}: keep the one you mean")
         prefix = next(
             (p for p in _PREFIXES if state and all(str(name).startswith(p) for name in state)), None
         )

@@ -27,7 +27,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({one_line(error)})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold names and values")
+        raise InputError(f"{path} does not hold a JSON object")
     return content
 
 

@@ -34,7 +34,7 @@ def card(entry: Entry, title: str, note: str = "") -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     classes = ", ".join(entry.spec.get("classes") or [])
     size, width = entry.spec["image_size"], entry.spec["width"]
-    wide = "" if width == 1 else f" of {width:g} of the width"
+    wide = "" if width == 1 else f" at {width:g} of the width"
     attacked = settings.trainings()[-1][0].attack is not None
     trained = f"Trained {'to resist adversarial' if attacked else 'on clean'} images"
     return f"""# {title}
@@ -57,7 +57,7 @@ validation images.
 ```python
 from models import load_model
 
-model = load_model("FOLDER")  # where this card lies; or models.hub.HubNetwork.from_pretrained
+model = load_model("FOLDER")  # the folder of this card; or models.hub.HubNetwork.from_pretrained
 ```
 
 {_source(entry)}Robust accuracy is an upper bound: a stronger attack may lower it.

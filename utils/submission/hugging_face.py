@@ -36,7 +36,7 @@ def write(entry: Entry, out: Path, name: str | None) -> str:
         again = HubNetwork.from_pretrained(str(out))(images)
         if not torch.equal(again, entry.trained.model(images)):
             raise RunError(f"{out} does not give the logits of {entry.path}")
-    return f"upload it by: hf upload {shlex.quote(f'USER/{title}')} {shlex.quote(str(out))}"
+    return f"upload it with: hf upload {shlex.quote(f'USER/{title}')} {shlex.quote(str(out))}"
 
 
 def _metadata(entry: Entry, title: str) -> str:

@@ -17,4 +17,4 @@ def write(entry: Entry, out: Path, name: str | None) -> str:
         f" most {difference:.0e} of the largest logit"
     )
     (out / "README.md").write_text(card(entry, name or entry.run.name, note))
-    return f"models.load_model reads the folder; it has {path.stat().st_size / 1e6:.2f} MB"
+    return f"models.load_model reads the folder; it takes {path.stat().st_size / 1e6:.2f} MB"

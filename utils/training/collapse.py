@@ -93,7 +93,7 @@ class CollapseGuard:
         if stays and pgd < (best.pgd if fell else self._chance) / 2:
             change = f"fell from {best.pgd:.1f} to {pgd:.1f} %" if fell else f"is {pgd:.1f} %"
             raise CollapseError(
-                f"catastrophic overfitting in {where}: accuracy under PGD-10 {change} of"
+                f"catastrophic overfitting in {where}: accuracy under PGD-10 {change} on"
                 f" {len(self._images)} validation images, and is {one_step:.1f} % under the"
                 " one-step attack in training"
             )

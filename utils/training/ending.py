@@ -47,7 +47,7 @@ def saying_how_it_ends(
         # a CPU's allocator raises a plain RuntimeError
         kinds = (MemoryError, torch.OutOfMemoryError)
         if isinstance(error, kinds) or "can't allocate memory" in str(error):
-            out = f"{name}out of memory on {device}, a smaller --batch_size needs less"
+            out = f"{name}out of memory on {device}; lower --batch_size"
             raise RunError(f"{out}; {last_good()}") from error
         if world.size == 1 or not lost_another(error):
             raise

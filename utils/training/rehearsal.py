@@ -140,7 +140,7 @@ def _logits(forward: Forward, x: Tensor, classes: int) -> Tensor:
         shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         if shape != [len(x), classes]:
             raise InputError(
-                f"the network answers {len(x)} images with {shape} instead of logits [{len(x)},"
+                f"the network returns {shape} for {len(x)} images instead of logits [{len(x)},"
                 f" {classes}]"
             )
 
@@ -196,6 +196,6 @@ def rehearse_checkpoint(
     ):
         if not close(other(x), model(x)):
             raise InputError(
-                "the network answers differently once it is loaded from its checkpoint: it keeps"
+                "the network gives other logits once reloaded from its checkpoint: it keeps"
                 " state outside its state_dict; register_buffer adds it"
             )

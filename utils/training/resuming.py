@@ -24,7 +24,7 @@ def refuse_used_folder(paths: RunPaths, *, resuming: bool, has_checkpoint: bool)
         )
     if not has_checkpoint and paths.metrics.exists() and paths.metrics.read_text().strip():
         raise InputError(
-            f"{paths.root} has epochs and no checkpoint, so it cannot be resumed; another"
+            f"{paths.root} has epochs but no checkpoint, so it cannot be resumed; another"
             " --save_dir starts a new run"
         )
 

@@ -182,7 +182,7 @@ class Run(RunState):
         ``RunError`` unless ``--on_collapse rollback``."""
         before = self.stage.guard.rollbacks if self.stage.guard else 0
         if self.settings.on_collapse != "rollback":
-            again = "--on_collapse rollback repeats it with a smaller step, warn goes on"
+            again = "--on_collapse rollback repeats it with a smaller step, warn continues"
             self.world.fail(RunError(f"{error} ({again})"))
         self.folder.settle()
         path, stage = self.paths.rollback, self.further_state()
@@ -347,7 +347,7 @@ class Run(RunState):
             closest = resuming.closest_existing_run(self.settings, self.paths)
             say(f"note: nothing to resume there, starting from scratch{closest}")
         if self.processes != self.world.size and not self.settings.sync_bn:
-            who = f"{self.processes} process(es), {self.world.size} resume(s)"
+            who = f"{self.processes} process(es) and resumed by {self.world.size}"
             then = "from here on batch norm sees batches split differently"
             say(f"note: the checkpoint was written by {who}: {then}")
         for caution in (*self.data.notes, *self.cautions()):
