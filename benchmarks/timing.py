@@ -18,10 +18,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Augmentation, Batch, Split, TrainLoader
-from models import ARCHITECTURES, build_model
+from models import ARCHITECTURES, build_model, check_image_size
 from models.channels import ChannelPlan, narrow, plan_channels
 from utils.attacks import PGD
-from utils.errors import InputError
+from utils.errors import InputError, require
 from utils.execution.forward import Forward
 from utils.execution.hardware import use_fast_kernels
 from utils.training.engine import sgd, train_step
@@ -57,6 +57,15 @@ def parse(
     if flags.parse_known_args()[0].quick:
         flags.set_defaults(**(QUICK if quick is None else quick))
     options = flags.parse_args()
+    require(options.repeats > 0, "--repeats must be at least 1")
+    if options.arch == "wideresnet":
+        options.width = 1.0  # it has a width_factor instead
+    device = str(getattr(options, "device", "cpu"))
+    require(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU")
+    try:
+        check_image_size(options.arch, options.side)
+    except ValueError as error:
+        raise InputError(f"--side {options.side}: {error}") from error
     use_fast_kernels(torch.device(options.device))
     return options
 
@@ -64,8 +73,7 @@ def parse(
 def network(options: argparse.Namespace) -> nn.Module:
     """A fresh network, in train mode, channels-last."""
     mean, std = [0.5] * options.channels, [0.25] * options.channels
-    width = {} if options.arch == "wideresnet" else {"width": options.width}
-    return placed(build_model(options.arch, 10, mean=mean, std=std, **width), options)
+    return placed(build_model(options.arch, 10, mean=mean, std=std, width=options.width), options)
 
 
 def narrowed(

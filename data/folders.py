@@ -137,10 +137,14 @@ def cached_images(files: Files, image_size: int | None, cache_dir: Path, name: s
         name: shown in the progress bar and part of the cache's name.
 
     Raises:
-        InputError: a missing, corrupt or differently sized image (named), or a cache that cannot
-            be written.
+        InputError: a missing, corrupt or differently sized image (named), a cache that cannot be
+            written, or too large a size.
     """
-    place = hashlib.sha256(str(files.paths[0].parent.parent.resolve()).encode()).hexdigest()[:12]
+    if image_size is not None and image_size**2 > _MOST_PIXELS:
+        raise InputError(
+            f"--image_size {image_size} exceeds the limit for an image ({_MOST_PIXELS} pixels)"
+        )
+    place = hashlib.sha256(os.fsencode(files.paths[0].parent.parent.resolve())).hexdigest()[:12]
     folder = cache_dir / f"{name}-{image_size or 'asis'}-{place}"
     now = _Content(files.paths, image_size, name)
     if (meta := _current(folder, now)) is None:
@@ -208,7 +212,7 @@ def _stamp(paths: Iterable[Path], settled: float = float("-inf")) -> tuple[str |
         except OSError as error:
             raise InputError(f"{path}: missing image ({error.strerror})") from error
         times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
-        digest.update(f"{path.name} {stat.st_size} {times} {stat.st_ino}\n".encode())
+        digest.update(os.fsencode(path.name) + f" {stat.st_size} {times} {stat.st_ino}\n".encode())
         nbytes += stat.st_size
         youngest = max(youngest, stat.st_ctime)
     return digest.hexdigest() if time.time() - youngest >= settled else None, nbytes

@@ -196,6 +196,8 @@ def svhn(place: DataLocation) -> Source:
 def _torchvision(name: str, place: DataLocation, **options):
     """A torchvision data set, downloaded into ``place.root`` if it is not there."""
     data_set = getattr(import_torchvision("datasets"), name)
+    if place.root.name == getattr(data_set, "base_folder", None):
+        place = replace(place, root=place.root.parent)
     try:
         return data_set(str(place.root), download=False, **options)
     except RuntimeError:

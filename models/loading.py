@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -26,7 +27,7 @@ from utils.storage.safetensors import SUFFIX, load_safetensors
 # for all.
 _SHAPE = {"arch": str, "num_classes": int, "mean": [float], "std": [float], "width": float}
 _SHAPE |= {"image_size": int, "depth_factor": int, "width_factor": int}
-_OPTIONAL = {"channels?": {"*": [([int], None)]}, "classes?": [str]}
+_OPTIONAL = {"channels?": {"*": [([int], None)]}, "classes?": [str], "image_shape?": [int]}
 # Valid values of a description, and limits of usual ones: others are checked before memory is
 # allocated.
 _RANGES = {
@@ -40,7 +41,7 @@ _USUAL = {"num_classes": 1000, "width": 2.0, "depth_factor": 50, "width_factor":
 _LEAST_KEPT = 1e-3  # smallest plausible share of a network's values once channels are removed
 _MODELS = ("model.pt", "model.safetensors")  # in a model's folder: packed, or of the Hub
 # entries of a description that ``build_model`` does not take
-_NOT_BUILT = frozenset({"channels", "classes"})
+_NOT_BUILT = frozenset({"channels", "classes", "image_shape"})
 
 
 def spec_in(content: Mapping[str, Any], path: object) -> dict[str, Any] | None:
@@ -268,7 +269,10 @@ def load_model(
 
 def _downloaded(url: str | Path) -> Path:
     """The local copy of the file at ``url``, downloaded if it is missing."""
-    name = PurePosixPath(unquote(urlparse(str(url)).path)).name
+    try:
+        name = PurePosixPath(unquote(urlparse(str(url)).path)).name
+    except ValueError as error:
+        raise InputError(f"{url} is not a URL ({error})") from error
     # The best model of every run has the same file name, so a hash of the URL is put before it.
     path = (
         _hub_folder()
@@ -279,8 +283,8 @@ def _downloaded(url: str | Path) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(str(url), str(path), progress=False)
-        except (OSError, ValueError) as error:
-            # urllib's errors are OSErrors; an invalid URL is a ValueError
+        except (OSError, ValueError, HTTPException) as error:
+            # urllib's errors are OSErrors; an invalid URL is one of the others
             raise InputError(f"cannot download {url} ({one_line(error)})") from error
     return path
 

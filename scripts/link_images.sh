@@ -28,7 +28,7 @@ for class in "$data"/train/*/; do
         # Written whole or not at all, so an existing folder is complete.
         mkdir -p "$out/$part"
         made=$(mktemp -d "$out/$part/.XXXXXX")
-        find -L "$(realpath "$data/$part/$name")" -type f -print0 | sort -z | sed -z -n "1,${!part}p" | xargs -0 -r ln -s -t "$made"
+        find -L "$(realpath "$data/$part/$name")" -type f ! -name '.*' -print0 | LC_ALL=C sort -z | sed -z -n "1,${!part}p" | xargs -0 -r ln -s -t "$made"
         chmod 755 "$made"
         mv "$made" "$out/$part/$name"
     done

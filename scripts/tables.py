@@ -282,7 +282,8 @@ def visible_gpus() -> list[str]:
     if visible is None:  # empty, it hides all
         visible = ""
         with contextlib.suppress(OSError):
-            visible = subprocess.run(query, capture_output=True, text=True).stdout
+            found = subprocess.run(query, capture_output=True, text=True)
+            visible = "" if found.returncode else found.stdout  # its errors are on stdout
     return re.split(r"[,\s]+", visible.strip()) if visible.strip() else []
 
 

@@ -8,6 +8,9 @@ import torch
 
 from models import build_model
 from models.flops import layer_costs, real_inference
+from utils.errors import InputError, RunError
+from utils.execution import cuda_graph
+from utils.execution.forward import Execution
 from utils.execution.hardware import best_precision
 
 
@@ -138,6 +141,44 @@ def test_a_network_too_narrow_to_cut_is_one_line():
     assert result.returncode == 2
     assert result.stderr.startswith("error: --width 0.125 is too narrow: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--quick --arch vgg16", "--side 8: vgg16 cannot take 8x8 images"),
+        ("--repeats 0", "--repeats must be at least 1"),
+        pytest.param(
+            "--device cuda",
+            "--device cuda: there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU"),
+        ),
+    ],
+)
+def test_flags_that_cannot_be_timed_are_one_line(flags, message, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    timing = importlib.import_module("timing")
+    monkeypatch.setattr(sys, "argv", ["channels.py", *flags.split()])
+    with pytest.raises(InputError, match=message):
+        timing.parse(timing.parser(""))
+
+
+def test_a_row_named_after_a_graph_must_use_one(monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    step, timing = importlib.import_module("step"), importlib.import_module("timing")
+    monkeypatch.setattr(
+        sys, "argv", "step.py --quick --width 0.0625 --batch_size 2 --device cpu".split()
+    )
+    options = timing.parse(timing.parser(""))
+
+    def uncaptured(*_):
+        raise cuda_graph.UncapturedError("out of memory")
+
+    monkeypatch.setattr(cuda_graph, "may_capture", lambda device: True)
+    monkeypatch.setattr("utils.execution.forward.GraphedAttack", uncaptured)
+    once = step._step(options, timing.synthetic(options), Execution())
+    with pytest.raises(RunError, match="no CUDA graph of the attack"):
+        once()
 
 
 def test_inference_prints_markdown(monkeypatch):

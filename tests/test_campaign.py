@@ -48,7 +48,7 @@ def test_the_campaign_trains_in_order_and_packs(tmp_path):
     assert result.returncode == 0, result.stderr
     first = result.stderr.index("fbp_resnet18_digits")
     assert first < result.stderr.index("dense_resnet18_digits")
-    assert "times the forecast" in result.stderr
+    assert "were forecast" in result.stderr
     (archive, *_) = sorted((out / "packed").glob("fbp*.tar.xz"))
     with tarfile.open(archive) as file:
         file.extractall(tmp_path / "there", filter="data")
@@ -84,6 +84,22 @@ def test_only_what_ends_in_time_is_started(forecasts, started, monkeypatch, caps
     told = capsys.readouterr().err
     assert told.count("not started") == 3 - len(started)
     assert f"{started[0]} took" in told
+
+
+def test_the_start_of_a_short_remainder_says_little_of_longer_runs(monkeypatch, capsys):
+    now, begun = [0.0], []
+
+    def run(tasks, jobs):
+        ((name, _),) = tasks.items()
+        begun.append(name)
+        now[0] += {"a": 30, "b": 3600}[name] + 90
+        return []
+
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(campaign.tables, "run_all", run)
+    plan = [("begun", "runs/a", 30.0), ("new", "runs/b", 3600.0)]
+    assert campaign.train(plan, [["a"], ["b"]], 4 * 3600.0) == 0
+    assert begun == ["a", "b"]
 
 
 def test_finished_runs_are_skipped_and_a_stopped_one_ends_all(monkeypatch, capsys):

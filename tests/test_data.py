@@ -28,6 +28,8 @@ from data.sources import DataLocation, stratified
 from tests import toy
 from utils.compat import import_torchvision
 from utils.errors import InputError
+from utils.storage.paths import RunPaths
+from utils.storage.run_folder import RunFolder
 
 # ---------------------------------------------------------------- splits
 
@@ -108,9 +110,10 @@ def test_torchvision_reads_what_lies_in_the_folder(tmp_path, monkeypatch):
     real = import_torchvision("datasets").CIFAR10
     monkeypatch.setattr(real, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
-    cifar = load_data("cifar10", tmp_path)
-    assert (len(cifar.train), len(cifar.val), len(cifar.test)) == (45, 5, 10)
-    assert cifar.image_shape == (3, 32, 32)
+    for root in (tmp_path, folder):
+        cifar = load_data("cifar10", root)
+        assert (len(cifar.train), len(cifar.val), len(cifar.test)) == (45, 5, 10)
+        assert cifar.image_shape == (3, 32, 32)
 
 
 def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
@@ -680,6 +683,26 @@ def test_a_broken_cache_is_rebuilt(image_tree, tmp_path, decoded, fault):
         load_data("imagefolder", image_tree, cache_dir=tmp_path / "cache").train.images, expected
     )
     assert len(decoded) == 84 + 60
+
+
+def test_names_that_are_not_utf8_are_read(image_tree, tmp_path, capsys):
+    """As archives of old systems have."""
+    root = Path(os.fsdecode(bytes(image_tree.parent) + b"/\xe9"))
+    image_tree.rename(root)
+    images = root / "train" / "ant"
+    (images / "000.png").rename(images / os.fsdecode(b"caf\xe9.png"))
+    (images / os.fsdecode(b"r\xe9adme.txt")).write_text("not an image")
+    data = load_data("imagefolder", root, cache_dir=tmp_path / "cache")
+    assert len(data.train) + len(data.val) == 60
+    folder = RunFolder.create(RunPaths(tmp_path / "run"), {})
+    for note in data.notes:
+        folder.say(note)
+    assert "r\\udce9adme.txt" in capsys.readouterr().out
+
+
+def test_a_size_beyond_the_limit_is_refused_by_its_flag(image_tree, tmp_path):
+    with pytest.raises(InputError, match="--image_size 40000 exceeds the limit"):
+        load_data("imagefolder", image_tree, cache_dir=tmp_path, image_size=40_000)
 
 
 def test_a_failed_decoding_leaves_no_cache_behind(image_tree, tmp_path):

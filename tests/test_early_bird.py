@@ -105,3 +105,11 @@ def test_bad_settings_are_refused(options):
 def test_a_network_without_what_is_watched_is_refused():
     with pytest.raises(ValueError, match="no channel ticket"):
         EarlyBird(0.2, kind="channel").observe(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "channel"])
+def test_a_network_that_diverged_has_no_ticket(kind):
+    model = Watched()
+    model.fill(c2=torch.full((24, 16, 3, 3), torch.nan), b1=torch.full((16,), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        EarlyBird(0.2, kind=kind).observe(model)

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import safetensors
 import torch
+from PIL import Image
 from torch import nn
 
 from data import load_data, plain_batches
@@ -22,7 +24,7 @@ from utils.errors import InputError
 from utils.export import FORMATS, Trained, default_path, export
 from utils.storage.checkpoint import load_checkpoint
 from utils.storage.paths import RunPaths
-from utils.storage.safetensors import load_safetensors
+from utils.storage.safetensors import load_safetensors, safetensors_bytes
 
 SUFFIXES = {
     "onnx": ".onnx",
@@ -221,6 +223,38 @@ def test_other_families_without_some_channels(arch, kind, tmp_path):
     path, difference = export(tmp_path / "narrow.pth.tar", kind)
     assert path == tmp_path / f"narrow{SUFFIXES[kind]}"
     assert difference <= FORMATS[kind].tolerance
+
+
+def test_tied_weights_are_written_twice():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    assert len(safetensors_bytes(model.state_dict(), {}, {})) > 0
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch_export"])
+def test_images_that_are_not_square_keep_their_shape(kind, run_adv, tmp_path):
+    rng = np.random.RandomState(0)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.randint(0, 256, (12, 8, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    flags = "--dataset imagefolder --width 0.0625 --epochs 1 --train_step 1 --test_step 1".split()
+    flags += ["--data", tmp_path / "images", "--cache_dir", tmp_path / "cache"]
+    assert run_adv(*flags, "--save_dir", tmp_path / "run").code == 0
+    checkpoint = toy.only_run(tmp_path / "run").best_ra
+    assert run_adv(*flags, "--save_dir", tmp_path / "run", "--resume").code == 0
+    path, difference = export(checkpoint, kind)
+    assert difference < 1e-4
+    images = torch.rand(3, 3, 12, 8)
+    expected = load_model(checkpoint)(images).detach()
+    if kind == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        found = torch.from_numpy(found)
+    else:
+        found = torch.export.load(path).module()(images)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_safetensors_rebuild_the_network_and_tell_of_it(checkpoint):

@@ -179,6 +179,9 @@ def test_what_cannot_be_loaded_says_why(tmp_path, hub, trained):
     for url in ((tmp_path / "none.pth").as_uri(), "nothing://here/x.pth"):
         with pytest.raises(InputError, match="cannot download"):
             load_model(url, **DESCRIBED)
+    for url in ("http://localhost/my model.pt", "http://[bad/x.pt"):
+        with pytest.raises(InputError, match=r"cannot download|is not a URL"):
+            load_model(url, **DESCRIBED)
     assert not hub.exists() or not list(hub.iterdir())
 
 

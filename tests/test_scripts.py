@@ -511,6 +511,25 @@ def test_variables_that_turn_nothing_on(monkeypatch):
     assert tables.visible_gpus() == []
 
 
+def test_the_error_of_a_missing_driver_is_no_list_of_gpus(monkeypatch, tmp_path):
+    query = tmp_path / "nvidia-smi"
+    query.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    query.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert tables.visible_gpus() == []
+
+
+def test_hidden_files_are_not_linked(images, environment, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    for folder in (tmp_path / "images").glob("*/*"):
+        (folder / ".DS_Store").touch()
+    out = tmp_path / "out"
+    result = script("link_images", tmp_path / "images", environment, str(out), "3", "2")
+    assert result.returncode == 0, result.stderr
+    assert {len(list(folder.glob("*.png"))) for folder in out.glob("train/*")} == {3}
+
+
 def test_the_length_of_a_table_leaves_its_recipe_and_shortness_no_late_milestone(monkeypatch):
     def flags(epochs, *extra):
         monkeypatch.setenv("EPOCHS", epochs)

@@ -88,9 +88,12 @@ def ticket_mask(model: nn.Module, density: float, kind: str) -> Tensor:
     """The flat mask (bool, on the CPU) that keeps the largest ``density`` of the watched values.
 
     The threshold is the sorted score at ``int(n * (1 - density))``; scores strictly above it are
-    kept. Raises ``ValueError`` for a network without layers of this ``kind``.
+    kept. Raises ``ValueError`` for a network without layers of this ``kind``, or with weights that
+    are not finite.
     """
     scores = torch.cat([score.detach().abs().reshape(-1) for score in _scores(model, kind)])
+    if not scores.isfinite().all():
+        raise ValueError("weights that are not finite have no ticket")
     threshold = scores.sort().values[min(int(scores.numel() * (1 - density)), scores.numel() - 1)]
     return (scores > threshold).cpu()
 

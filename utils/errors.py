@@ -89,9 +89,14 @@ def _warning_line(message: Warning | str, *where: Any, **line: Any) -> str:
     return f"warning: {one_line(message)}\n"
 
 
+def printable(text: str) -> str:
+    """The text with bytes that are not UTF-8, as in names of files, written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def one_line(error: object) -> str:
     """The text of an exception on a single line."""
-    return " ".join(str(error).encode(errors="backslashreplace").decode().split())
+    return " ".join(printable(str(error)).split())
 
 
 def require(condition: bool, message: str) -> None:

@@ -88,11 +88,16 @@ class Trained:
             known["density"] = self.density
         return known
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = self.spec.get("image_shape") or [self.spec["image_size"]] * 2
+        return height, width
+
     def images(self, n: int) -> Tensor:
         """Random images ``[n, C, H, W]`` in [0, 1] of the network's size, always the same ones."""
-        side = self.spec["image_size"]
         with seeded(stream(1, "export", n)):
-            return torch.rand(n, len(self.spec["mean"]), side, side)
+            return torch.rand(n, len(self.spec["mean"]), *self.image_shape)
 
 
 def _settings_in(content: Mapping[str, Any]) -> CommonSettings | None:

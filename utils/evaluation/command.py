@@ -26,7 +26,7 @@ from data.augment import to_float
 from models import CUSTOM_ARCHITECTURES
 from models.loading import network_of, refuse_other_classes, spec_in
 from models.modes import in_mode
-from utils.errors import InputError, RunError, Stopped, require
+from utils.errors import InputError, RunError, Stopped, one_line, require
 from utils.evaluation import gradient_masking
 from utils.evaluation.sanity import CHECKED_IMAGES, check_answers, check_network
 from utils.evaluation.trials import (
@@ -300,7 +300,7 @@ class Evaluation:
             own_steps = self.settings.eval_attack == "autoattack"
             cautions = self.settings.attack_cautions("test", own_steps)
             for note in (*self.data.notes, *self.settings.notes, *cautions):
-                print(f"note: {note}", flush=True)
+                print(f"note: {one_line(note)}", flush=True)
             for warning in self.warnings:
                 print(f"warning: {warning}", flush=True)
             if self.began_at:

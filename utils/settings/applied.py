@@ -35,7 +35,9 @@ def placed(settings: S, data: Data, device: torch.device, processes: int = 1) ->
 
 def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
     """The network's description for ``build_network``, with its class names; every checkpoint holds
-    it."""
+    it. ``image_size`` is the shorter side; images that are not square add ``image_shape``, their
+    height and width."""
+    height, width = data.image_shape[1:]
     return {
         "arch": settings.arch,
         "num_classes": len(data.classes),
@@ -44,6 +46,7 @@ def network_spec(settings: CommonSettings, data: Data) -> dict[str, Any]:
         "width": settings.width,
         "depth_factor": settings.depth_factor,
         "width_factor": settings.width_factor,
-        "image_size": min(data.image_shape[1:]),
+        "image_size": min(height, width),
         "classes": list(data.classes),
+        **({} if height == width else {"image_shape": [height, width]}),
     }

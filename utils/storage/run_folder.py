@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from utils.errors import InputError, RunError
+from utils.errors import InputError, RunError, printable
 from utils.storage.checkpoint import save_checkpoint, snapshot
 from utils.storage.files import json_bytes, locked, write_atomically, write_figure
 from utils.storage.json_files import misfit, read_object, read_objects
@@ -114,6 +114,7 @@ class RunFolder:
 
     def say(self, line: str) -> None:
         """Print a line and append it to ``result.log``."""
+        line = printable(line)
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
         with self._writing(self.paths.log), self.paths.log.open("a") as log:

@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from utils.errors import BrokenCheckpointError, InputError
@@ -21,7 +22,8 @@ from utils.storage.json_files import parsed
 SUFFIX = ".safetensors"
 # Metadata that describe the network; the rest says where it comes from.
 _NETWORK = frozenset(
-    "arch num_classes mean std width depth_factor width_factor image_size channels classes".split()
+    "arch num_classes mean std width depth_factor width_factor image_size image_shape channels"
+    " classes".split()
 )
 
 
@@ -35,9 +37,11 @@ def safetensors_bytes(
         "format": "pt",
         **{name: json.dumps(value) for name, value in {**spec, **about}.items()},
     }
-    return safetensors.torch.save(
-        {name: value.contiguous() for name, value in state.items()}, metadata
-    )
+    # copies, as the format has no tensors that share memory
+    copies = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()
+    }
+    return safetensors.torch.save(copies, metadata)
 
 
 def load_safetensors(path: str | Path) -> dict[str, Any]:

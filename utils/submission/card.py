@@ -33,7 +33,7 @@ def card(entry: Entry, title: str, note: str = "") -> str:
             rows.append(("robust accuracy", told, f"{found['test_ra']:.2f} %"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     classes = ", ".join(entry.spec.get("classes") or [])
-    size, width = entry.spec["image_size"], entry.spec["width"]
+    size, width = "x".join(map(str, entry.trained.image_shape)), entry.spec["width"]
     wide = "" if width == 1 else f" at {width:g} of the width"
     attacked = settings.trainings()[-1][0].attack is not None
     trained = f"Trained {'to resist adversarial' if attacked else 'on clean'} images"
@@ -46,7 +46,7 @@ validation images.
 |---|---|---:|
 {table}
 
-- images: {size}x{size}, pixels in [0, 1], normalized inside; classes: {classes or "not named"}
+- images: {size}, pixels in [0, 1], normalized inside; classes: {classes or "not named"}
 - inference FLOPs: {entry.inference_flops:.4g} per image, skipping zeros{note}
 - training command:
 

@@ -85,7 +85,7 @@ class Entry:
     def dataset(self) -> str | None:
         """The benchmarks' name of the data set, or None; an image folder counts as CIFAR-10 if its
         classes and image size match."""
-        if self.spec["image_size"] != _SIDE:
+        if self.trained.image_shape != (_SIDE, _SIDE):
             return None
         if list(self.spec.get("classes") or ()) == _CIFAR10:
             return "CIFAR10"

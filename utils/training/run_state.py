@@ -148,8 +148,8 @@ class RunState(ABC):
         """Adopt the contents of a checkpoint; raises ``InputError`` if they do not fit."""
         path, spec = self.paths.checkpoint, spec_in(content, self.paths.checkpoint) or {}
         resuming.refuse_other_images(content, path, self.data, self.settings.data)
-        # Older checkpoints do not name their classes.
-        if {"classes": self.spec["classes"], **full_size(spec)} != full_size(self.spec):
+        told = {"classes", "image_shape"} & self.spec.keys()  # not by older checkpoints
+        if {name: self.spec[name] for name in told} | full_size(spec) != full_size(self.spec):
             raise InputError(
                 f"{path} was trained on other data: classes, image size or pixel statistics differ"
             )
