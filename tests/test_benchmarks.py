@@ -10,7 +10,7 @@ from models import build_model
 from models.flops import layer_costs, real_inference
 from utils.errors import InputError, RunError
 from utils.execution import cuda_graph
-from utils.execution.forward import Execution
+from utils.execution.forward import Execution, Forward
 from utils.execution.hardware import best_precision
 
 
@@ -176,6 +176,7 @@ def test_a_row_named_after_a_graph_must_use_one(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "may_capture", lambda device: True)
     monkeypatch.setattr("utils.execution.forward.GraphedAttack", uncaptured)
+    monkeypatch.setattr(Forward, "_memory", lambda self, device: None)
     once = step._step(options, timing.synthetic(options), Execution())
     with pytest.raises(RunError, match="no CUDA graph of the attack"):
         once()

@@ -132,7 +132,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, fault):
         match=(
             r"c\.pth\.tar$"
             if fault in ("missing", "folder")
-            else r"not a checkpoint, or is damaged$"
+            else r"not a checkpoint or is damaged$"
         ),
     ):
         load_checkpoint(path)

@@ -130,7 +130,7 @@ def test_the_record_of_a_speedrun_is_what_its_files_say():
     [
         ("resnet18-quarter", 1, r"from 17\.2 to 1\.2 %"),
         ("fgsm", 4, r"from 16\.0 to 3\.9 %"),
-        ("fgsm16", 1, r"is 4\.7 % of .* and is 28\.5 %"),
+        ("fgsm16", 1, r"is 4\.7 % on .* and is 28\.5 %"),
     ],
 )
 def test_the_guard_stops_at_a_real_collapse(monkeypatch, run, epochs, fall):

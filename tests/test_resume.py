@@ -613,7 +613,7 @@ def test_memory_that_a_cpu_lacks_is_one_line(run_adv, tmp_path, monkeypatch, err
     monkeypatch.setattr("utils.training.stage.train_epoch", fail)
     outcome = run_adv(*toy.TOY_RUN, "--save_dir", tmp_path)
     assert outcome.code == 3
-    assert "out of memory on cpu, lower --batch_size" in outcome.err
+    assert "out of memory on cpu; lower --batch_size" in outcome.err
     assert outcome.err.count("\n") == 1
 
 

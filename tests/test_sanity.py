@@ -39,7 +39,7 @@ def test_a_sound_network_passes_and_is_left_alone():
         (lambda inner, x: inner(x).softmax(dim=1), "probabilities instead of logits"),
         (lambda inner, x: inner(x).log_softmax(dim=1), "log-probabilities"),
         (lambda inner, x: inner(x) + torch.rand(1), "not deterministic"),
-        (lambda inner, x: inner(x) - 5 * inner(x).mean(dim=0), "beside it"),
+        (lambda inner, x: inner(x) - 5 * inner(x).mean(dim=0), "the rest of its batch"),
         (lambda inner, x: inner(x) * float("nan"), "not finite"),
         (lambda inner, x: inner((x * 4).round() / 4), "zero at all 12 images"),
         (lambda inner, x: inner(x.detach()).detach(), "no gradient to its images"),

@@ -159,7 +159,7 @@ def test_fractions_of_the_run():
             "--epochs 3 --fbp --dynamic_epoch 0.9 --decreasing_lr 1",
             "0.9 of 3 epochs comes to epoch 3, the end; 0.5 is earlier",
         ),
-        ("--decreasing_lr 150,100", "must not fall"),
+        ("--decreasing_lr 150,100", "must not decrease"),
         ("--decreasing_lr ten", "neither an epoch nor a fraction"),
         ("--decreasing_lr 3.5", "neither an epoch nor a fraction"),
         ("--data somewhere", "is no folder, and names no data set; name it with --dataset"),
@@ -228,7 +228,7 @@ def test_a_ball_that_nobody_meant_is_said():
     weak = cautions(parse("--norm l2 --decreasing_lr 9"), 352)
     assert [line[:29] for line in weak] == [
         "--norm l2 with --train_eps 8 ",
-        "--norm l2 with --test_eps 8 a",
+        "--norm l2 with --test_eps 8 h",
     ]
     (steps,) = cautions(
         parse("--norm l2 --decreasing_lr 9 --train_eps 128 --train_gamma 15 --test_eps 128"), 352

@@ -91,7 +91,7 @@ def test_the_data_set_is_guessed_from_the_path(path, dataset):
         ("--stage1 fast --epochs1 4 --epochs2 1 --decreasing_lr 2", "past the end of 1 epochs"),
         ("--epochs1 2 --stage2 fast --epochs2 21 --decreasing_lr 20", "past the end of 2 epochs"),
         ("--epochs1 4 --eb_tolerance 0.1", "no ticket could emerge"),
-        ("--decreasing_lr 20,10", "must not fall"),
+        ("--decreasing_lr 20,10", "must not decrease"),
         ("--epochs1 9 --lr_schedule cosine --decreasing_lr 50", "past the end of 9 epochs"),
         ("--fb", "unknown argument"),
         ("--eval", "unknown argument"),

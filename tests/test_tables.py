@@ -260,9 +260,8 @@ def test_an_evaluation_of_a_network_that_was_trained_on_is_left_out(tmp_path):
         "from before networks were named",
     ]
     (note,) = stale_evaluations(groups)
-    assert (
-        note == f"{run.name}: 1 evaluation(s) left out: they are of networks that have been trained"
-        " since."
+    assert note == (
+        f"{run.name}: 1 evaluation(s) left out: their networks have been trained further since."
     )
     assert note in markdown(evaluation_table(strong_evaluations(groups), [note]))
 

@@ -42,7 +42,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
                 f"line {number} of {path} cannot be read ({one_line(error)})"
             ) from error
         if not isinstance(row, dict):
-            raise InputError(f"line {number} of {path} does not hold names and values")
+            raise InputError(f"line {number} of {path} does not hold a JSON object")
         rows.append(row)
     return rows
 

@@ -64,7 +64,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
             }
     except (safetensors.SafetensorError, ValueError) as error:
         raise BrokenCheckpointError(
-            f"{path} is not a safetensors file of ours, or a broken one"
+            f"{path} is not a safetensors file of ours or is damaged"
         ) from error
     network = {name: value for name, value in told.items() if name in _NETWORK}
     about = {name: value for name, value in told.items() if name not in _NETWORK}
